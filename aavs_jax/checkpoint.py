@@ -1,0 +1,125 @@
+"""Orbax checkpoints: the newest K and the best one, in one folder, written in the background."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from aavs_jax.state import TrainState
+from input_pipeline.errors import UserError
+
+_METRIC = 'miou'
+
+
+def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
+  """Manager that keeps the newest `keep` checkpoints and the one of best validation mIoU."""
+
+
+  def metric(metrics):
+    return metrics[_METRIC]
+
+  policy = preservation_policy.AnyPreservationPolicy(
+    [
+      preservation_policy.LatestN(keep),
+      preservation_policy.BestN(
+        get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
+      ),
+    ]
+  )
+  options = ocp.CheckpointManagerOptions(
+    preservation_policy=policy, best_fn=metric, cleanup_tmp_directories=True
+  )
+  return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+
+
+def save(
+  manager: ocp.CheckpointManager, state: TrainState, phase: int, metrics: dict[str, float] | None
+) -> None:
+  """Saves a state under its step; returns as soon as the arrays are copied."""
+  manager.save(
+    int(state.step),
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({'phase': phase})
+    ),
+    metrics=metrics,
+    force=True,
+  )
+
+
+def saved_phase(manager: ocp.CheckpointManager, step: int) -> int:
+  """Which phase the checkpoint of a step belongs to; it decides what the state looks like."""
+  args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+  return manager.restore(step, args=args)['meta']['phase']
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+  """State of a step, with the shapes and shardings of `abstract`, whatever mesh saved it."""
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+  return manager.restore(step, args=args)['state']
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """The step of best validation mIoU, the later one of equals; None before the first validation."""
+  scored = [
+    (metrics[_METRIC], step)
+    for step in manager.all_steps()
+    if (metrics := manager.metrics(step)) is not None
+  ]
+  return max(scored)[1] if scored else None
+
+
+def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
+  """Flat parameters {path: array} of the best checkpoint of a work folder, and its step.
+
+  Args:
+    source: a work folder of `aavs train`, or its checkpoints folder.
+
+  Raises:
+    UserError: there is no checkpoint, or it cannot be read.
+  """
+  folder = Path(source)
+  if (folder / 'checkpoints').is_dir():
+    folder = folder / 'checkpoints'
+  if not folder.is_dir():
+    raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
+  with contextlib.closing(
+    ocp.CheckpointManager(
+      epath.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
+    )
+  ) as manager:
+    step = best_step(manager)
+    step = manager.latest_step() if step is None else step
+    if step is None:
+      raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
+    try:
+      # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
+      path = folder.absolute() / str(step) / 'state'
+      with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        keep = {name: tree[name] for name in ('trained', 'frozen') if tree.get(name)}
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=jax.numpy.ndarray), keep)
+        loaded = reader.restore(
+          path,
+          args=ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True),
+        )
+    except (OSError, ValueError, KeyError) as error:
+      raise UserError(
+        f'the checkpoint {folder / str(step)} cannot be read ({type(error).__name__}: '
+        f'{str(error).splitlines()[0]}): remove it, or train again'
+      ) from error
+  return {**loaded.get('trained', {}), **loaded.get('frozen', {})}, step
+
+
+def read_json(path: Path) -> Any:
+  """A JSON file of ours; UserError if it is missing or damaged."""
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(f'{path} is missing: name a folder that `aavs train` has written') from None
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}): restore or remove it') from None

@@ -1,0 +1,145 @@
+"""Loading, overriding and checking configs; every refusal is one sentence."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from input_pipeline.avsbench import FRAMES
+from input_pipeline.errors import UserError
+from input_pipeline.labels import NUM_CLASSES
+from input_pipeline.pipeline import Task
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+  """The config of a file, with overrides such as '--config.optimizer.lr=2e-4'.
+
+  Raises:
+    UserError: no such file or key, or a value of another type.
+  """
+  if not Path(path.split(':')[0]).is_file():
+    raise UserError(f'{path} does not exist: name a config file such as configs/avss_stage1.py')
+  values = flags.FlagValues()
+  arguments = ['aavs', f'--config={path}', *overrides]
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
+  try:
+    values(arguments)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    text = ' '.join(str(error).split())
+    raise UserError(f'config override not accepted: {text}') from error
+  config = values.config
+  check(config)
+  return config
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for a config that cannot work."""
+  data, model, train = config.data, config.model, config.train
+
+  def need(ok, key, value, expected):
+    if not ok:
+      raise UserError(f'config.{key} is {value!r}: {expected}')
+
+  need(config.task in ('binary', 'semantic'), 'task', config.task, "use 'binary' or 'semantic'")
+  classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
+  need(config.num_classes in classes, 'num_classes', config.num_classes, f'use {classes}')
+  need(config.dtype in ('float32', 'bfloat16'), 'dtype', config.dtype, 'use float32 or bfloat16')
+  need(
+    model.adapter_variant in ('replace', 'after'),
+    'model.adapter_variant',
+    model.adapter_variant,
+    "use 'replace' (stage 1 of the release) or 'after' (stage 2)",
+  )
+  need(
+    model.sampling in ('gather', 'dense'), 'model.sampling', model.sampling, "'gather' or 'dense'"
+  )
+  need(
+    data.max_targets <= model.num_queries,
+    'data.max_targets',
+    data.max_targets,
+    f'there are {model.num_queries} queries, each takes one target at most',
+  )
+  need(
+    data.image_size % 32 == 0, 'data.image_size', data.image_size, 'use a multiple of 32 pixels'
+  )
+  need(
+    data.subsets and set(data.subsets) <= set(FRAMES),
+    'data.subsets',
+    tuple(data.subsets),
+    f'use some of {tuple(FRAMES)}',
+  )
+  for key, width, heads in [
+    ('model.heads', model.hidden, model.heads),
+    *[('model.swin.heads', model.swin.embed_dim * 2**i, h) for i, h in enumerate(model.swin.heads)],
+  ]:
+    need(width % heads == 0, key, heads, f'it must divide the width {width}')
+  need(len(config.vggish.conv_widths) == 6, 'vggish.conv_widths', config.vggish.conv_widths, 'six')
+  need(
+    config.optimizer.schedule in ('constant', 'cosine'),
+    'optimizer.schedule',
+    config.optimizer.schedule,
+    "use 'constant' or 'cosine'",
+  )
+  for key in ('batch_items', 'threads', 'max_targets', 'image_size', 'eval_size'):
+    need(data[key] > 0, f'data.{key}', data[key], 'use a positive number')
+  for key in ('epochs', 'eval_every_epochs', 'checkpoint_every_steps', 'log_every_steps'):
+    need(train[key] > 0, f'train.{key}', train[key], 'use a positive number')
+  need(train.keep_checkpoints >= 1, 'train.keep_checkpoints', train.keep_checkpoints, 'at least 1')
+
+
+def task_of(config: ml_collections.ConfigDict, oracle_prior: bool = False) -> Task:
+  """What the input pipeline needs to know of a config."""
+  return Task(
+    semantic=config.task == 'semantic',
+    image_size=config.data.image_size,
+    eval_size=config.data.eval_size,
+    max_targets=config.data.max_targets,
+    use_prior=config.use_prior,
+    masks='' if oracle_prior else config.data.masks,
+  )
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(path: Path) -> ml_collections.ConfigDict:
+  """The config that a work folder was trained with. Raises UserError if there is none."""
+  try:
+    plain = json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(
+      f'{path} is missing: name a work folder that `aavs train` has written'
+    ) from None
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}): restore it or train again') from None
+  return ml_collections.ConfigDict(_tuples(plain))
+
+
+def _tuples(value):
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict) -> list[str]:
+  """Dotted keys in which two configs differ, with both values."""
+
+  def flat(config, prefix=''):
+    result = {}
+    for key, value in _tuples(json.loads(to_json(config))).items():
+      if isinstance(value, dict):
+        result |= flat(ml_collections.ConfigDict(value), f'{prefix}{key}.')
+      else:
+        result[prefix + key] = value
+    return result
+
+  old, new = flat(a), flat(b)
+  return [
+    f'{key} is {new.get(key)!r}, was {old.get(key)!r}'
+    for key in sorted({*old, *new})
+    if old.get(key) != new.get(key)
+  ]

@@ -1,0 +1,53 @@
+"""Devices, and where each array lives on them."""
+
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# First match wins; an array no rule matches follows the FSDP rule below.
+PARTITION_RULES = ((r'relative_position_bias_table|norm|bias|_key$', PartitionSpec()),)
+FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to copy than to gather
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+  """A mesh of all devices with the axes data and fsdp; -1 takes what is left."""
+  if data == -1:
+    data = jax.device_count() // fsdp
+  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Frames are spread over all devices."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+  for pattern, spec in PARTITION_RULES:
+    if re.search(pattern, path):
+      return spec
+  if fsdp == 1 or np.prod(shape) < FSDP_MIN_SIZE:
+    return PartitionSpec()
+  divisible = [i for i, length in enumerate(shape) if length % fsdp == 0]
+  if not divisible:
+    return PartitionSpec()
+  axis = max(divisible, key=lambda i: shape[i])
+  return PartitionSpec(*('fsdp' if i == axis else None for i in range(len(shape))))
+
+
+def state_sharding(mesh: Mesh, abstract_state):
+  """NamedSharding of every array of a state (parameters and the optimiser's copies of them)."""
+
+  def place(path, leaf):
+    name = '/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in path)
+    return NamedSharding(mesh, _spec(name, leaf.shape, mesh.shape['fsdp']))
+
+  return jax.tree_util.tree_map_with_path(place, abstract_state)
+
+
+def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+  """Arrays on the devices from the part of the batch that this process has read."""
+  return {
+    name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()
+  }

@@ -1,0 +1,115 @@
+"""Multi-scale deformable attention (Deformable DETR) with AAVS's adapter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from aavs_jax.models.adapters import AdaptedProjection
+from aavs_jax.models.sampling import corners, hat_weights
+
+
+def attend_dense(
+  values: Sequence[Float[Array, 'n h w a c']],
+  locations: Float[Array, 'n q a l p 2'],
+  weights: Float[Array, 'n q a l p'],
+) -> Float[Array, 'n q a c']:
+  """Weighted sum of samples as two products a level: hat weights make an attention map, the map
+
+  meets the values. Costs queries x pixels a head, so it is for accelerators and small maps.
+  """
+  total = 0.0
+  for level, value in enumerate(values):
+    n, height, width, heads, channels = value.shape
+    dtype = value.dtype
+    x = hat_weights(locations[:, :, :, level, :, 0], width).astype(dtype)
+    y = hat_weights(locations[:, :, :, level, :, 1], height)
+    y = (y * weights[:, :, :, level, :, None]).astype(dtype)
+    attention = jnp.einsum('nqapy,nqapx->naqyx', y, x)
+    attention = attention.reshape(n, heads, -1, height * width)
+    flat = value.reshape(n, height * width, heads, channels)
+    total = total + jnp.einsum('naqk,nkac->nqac', attention, flat)
+  return total
+
+
+def attend_gather(
+  values: Sequence[Float[Array, 'n h w a c']],
+  locations: Float[Array, 'n q a l p 2'],
+  weights: Float[Array, 'n q a l p'],
+) -> Float[Array, 'n q a c']:
+  """The same by reading four pixels a point; costs queries x points, so it is for large maps."""
+  total = 0.0
+  for level, value in enumerate(values):
+    n, height, width, heads, channels = value.shape
+    flat = value.transpose(0, 3, 1, 2, 4).reshape(n, heads, height * width, channels)
+    points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # n a q p 2
+    index, corner_weight = corners(points, height, width)
+    weight = weights[:, :, :, level].transpose(0, 2, 1, 3)[..., None] * corner_weight
+    queries = index.shape[2]
+    rows = jnp.take_along_axis(flat, index.reshape(n, heads, -1, 1), axis=2)
+    rows = rows.reshape(n, heads, queries, -1, channels)
+    weight = weight.reshape(n, heads, queries, -1).astype(value.dtype)
+    total = total + jnp.einsum('naqr,naqrc->nqac', weight, rows)
+  return total
+
+
+def _offset_bias(heads: int, levels: int, points: int):
+  """Point i of head a starts i + 1 pixels away in the head's own direction (Deformable DETR)."""
+  angle = np.arange(heads) * (2 * np.pi / heads)
+  direction = np.stack([np.cos(angle), np.sin(angle)], -1)
+  direction = direction / np.abs(direction).max(-1, keepdims=True)
+  grid = np.tile(direction[:, None, None], (1, levels, points, 1))
+  grid = grid * (np.arange(points) + 1)[None, None, :, None]
+  return lambda key, shape, dtype=jnp.float32: jnp.asarray(grid.reshape(shape), dtype)
+
+
+class DeformableAttention(nn.Module):
+  """Each position looks at a few learned points of every level.
+
+  sampling: 'dense' or 'gather', two forms of the same sum; see attend_dense, attend_gather.
+  """
+
+  heads: int
+  points: int
+  adapter_variant: str
+  sampling: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'n q d'],
+    positions: Float[Array, 'q d'],
+    reference: Float[Array, 'q 2'],
+    shapes: tuple[tuple[int, int], ...],
+  ) -> Float[Array, 'n q d']:
+    n, queries, width = x.shape
+    levels, heads = len(shapes), self.heads
+    where = x + positions.astype(x.dtype)
+    value = nn.Dense(width, dtype=self.dtype, name='value')(x)
+    # Where to look is computed in float32: bfloat16 would move samples by whole pixels.
+    offsets = nn.Dense(
+      heads * levels * self.points * 2,
+      kernel_init=nn.initializers.zeros,
+      bias_init=_offset_bias(heads, levels, self.points),
+      name='offsets',
+    )(where.astype(jnp.float32)).reshape(n, queries, heads, levels, self.points, 2)
+    weights = nn.Dense(
+      heads * levels * self.points, kernel_init=nn.initializers.zeros, name='weights'
+    )(where.astype(jnp.float32)).reshape(n, queries, heads, levels * self.points)
+    weights = jax.nn.softmax(weights, -1).reshape(n, queries, heads, levels, self.points)
+    sizes = jnp.asarray([(w, h) for h, w in shapes], jnp.float32)
+    locations = reference[:, None, None, None] + offsets / sizes[:, None]
+
+    values, start = [], 0
+    for h, w in shapes:
+      part = value[:, start : start + h * w]
+      values.append(part.reshape(n, h, w, heads, width // heads))
+      start += h * w
+    attend = attend_dense if self.sampling == 'dense' else attend_gather
+    h = attend(values, locations, weights).reshape(n, queries, width)
+    return AdaptedProjection(self.adapter_variant, dtype=self.dtype, name='output')(h)

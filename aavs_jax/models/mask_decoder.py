@@ -1,0 +1,194 @@
+"""Masked-attention decoder, with the three places where the prior mask enters in stage 2."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from aavs_jax.models.adapters import AdaptedProjection
+from aavs_jax.models.pixel_decoder import sine_positions
+from aavs_jax.models.sampling import resize
+from aavs_jax.types import Outputs
+
+SILENT_BELOW, SOUNDING_ABOVE = 0.4, 0.6  # thresholds of the robust audio-aware key
+
+
+def _attend(query, key, value, heads: int, blocked=None):
+  """Softmax attention; query [n q d], key and value [n k d], blocked bool [n q k]."""
+  n, queries, width = query.shape
+
+  def split(x):
+    return x.reshape(n, -1, heads, width // heads)
+
+  scores = jnp.einsum('nqhc,nkhc->nhqk', split(query), split(key)).astype(jnp.float32)
+  scores = scores * (width // heads) ** -0.5
+  if blocked is not None:
+    scores = jnp.where(blocked[:, None], -jnp.inf, scores)
+  weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+  return jnp.einsum('nhqk,nkhc->nqhc', weights, split(value)).reshape(n, queries, width)
+
+
+class MaskedCrossAttention(nn.Module):
+  """Queries read one level of the image, each only inside its own mask.
+
+  One fused input projection, as in torch's multi-head attention; keys carry positions, values do
+  not.
+  """
+
+  heads: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, query, key, value, blocked):
+    width = query.shape[-1]
+    kernel = self.param('in_kernel', nn.initializers.xavier_uniform(), (width, 3 * width))
+    bias = self.param('in_bias', nn.initializers.zeros, (3 * width,))
+    kernels = jnp.split(kernel.astype(self.dtype), 3, axis=1)
+    biases = jnp.split(bias.astype(self.dtype), 3)
+    q, k, v = (x @ w + b for x, w, b in zip((query, key, value), kernels, biases))
+    h = _attend(q, k, v, self.heads, blocked)
+    return nn.Dense(width, dtype=self.dtype, name='projection')(h)
+
+
+class QuerySelfAttention(nn.Module):
+  """Self-attention over queries; positions on queries and keys; the adapter is in the output."""
+
+  heads: int
+  adapter_variant: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, positions):
+    def dense(name):
+      return nn.Dense(
+        x.shape[-1], kernel_init=nn.initializers.xavier_uniform(), dtype=self.dtype, name=name
+      )
+
+    placed = x + positions.astype(x.dtype)
+    h = _attend(dense('query')(placed), dense('key')(placed), dense('value')(x), self.heads)
+    return AdaptedProjection(
+      self.adapter_variant, nn.initializers.xavier_uniform(), self.dtype, name='output'
+    )(h)
+
+
+class DecoderLayer(nn.Module):
+  """Masked cross-attention, self-attention, MLP; residual and LayerNorm after each."""
+
+  heads: int
+  ffn: int
+  adapter_variant: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x, positions, memory, memory_positions, blocked):
+    def norm(name, h):
+      return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(h)
+
+    key = memory + memory_positions.astype(memory.dtype)
+    cross = MaskedCrossAttention(self.heads, self.dtype, name='cross')
+    h = cross(x + positions.astype(x.dtype), key, memory, blocked)
+    x = norm('cross_norm', x + h)
+    h = QuerySelfAttention(self.heads, self.adapter_variant, self.dtype, name='self')(x, positions)
+    x = norm('self_norm', x + h)
+    h = nn.relu(nn.Dense(self.ffn, dtype=self.dtype, name='fc1')(x))
+    h = nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(h)
+    return norm('ffn_norm', x + h)
+
+
+class MaskDecoder(nn.Module):
+  """From queries, three feature maps and mask features to all prediction sets.
+
+  use_prior gives it the embeddings of the robust key; mask_fusion, robust_key and prior_attention
+  switch the three places off one by one (the paper's ablations).
+  """
+
+  num_classes: int
+  layers: int
+  heads: int
+  ffn: int
+  adapter_variant: str
+  use_prior: bool
+  mask_fusion: bool
+  robust_key: bool
+  prior_attention: bool
+  class_predictor: type[nn.Module]
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: Float[Array, 'n q d'],
+    query_positions: Float[Array, 'q d'],
+    levels: Sequence[Float[Array, 'n y x d']],
+    mask_features: Float[Array, 'n h w d'],
+    prior: Float[Array, 'n e e'] | None,
+  ) -> Outputs:
+    n, _, _, hidden = mask_features.shape
+    level_embedding = self.param(
+      'level_embedding', nn.initializers.xavier_uniform(), (3, hidden)
+    )
+    if self.use_prior:
+      small = nn.initializers.normal(0.02)
+      silent, uncertain, sounding = (
+        self.param(f'{name}_key', small, (1, hidden))
+        for name in ('silent', 'uncertain', 'sounding')
+      )
+      if self.mask_fusion:
+        stride4 = resize(prior, mask_features.shape[1:3])
+        mask_features = mask_features + stride4[..., None].astype(mask_features.dtype)
+
+    memory, memory_positions = [], []
+    for i, features in enumerate(levels):
+      height, width = features.shape[1:3]
+      memory.append(features.reshape(n, -1, hidden) + level_embedding[i].astype(features.dtype))
+      positions = jnp.asarray(sine_positions(height, width, hidden).reshape(1, -1, hidden))
+      if self.use_prior and self.robust_key:
+        m = resize(prior, (height, width)).reshape(n, -1, 1)
+        positions = positions + jnp.where(
+          m <= SILENT_BELOW, silent, jnp.where(m >= SOUNDING_ABOVE, sounding, uncertain)
+        )
+      memory_positions.append(positions)
+
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')
+    classify = self.class_predictor(self.num_classes + 1, name='class_predictor')
+    embed = [nn.Dense(hidden, dtype=self.dtype, name=f'mask_embedding{i}') for i in range(3)]
+
+    def predict(x):
+      x = norm(x)
+      e = embed[2](nn.relu(embed[1](nn.relu(embed[0](x)))))
+      # Logits are float32 from here on: losses and thresholds read them.
+      masks = jnp.einsum(
+        'nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32
+      )
+      return masks, classify(x.astype(jnp.float32))
+
+    x = queries.astype(self.dtype)
+    predictions = [predict(x)]
+    layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
+    for i in range(self.layers):
+      level = i % len(levels)
+      size = levels[level].shape[1:3]
+      if i == 0 and self.use_prior and self.prior_attention:
+        blocked = (resize(prior, size) < 0.5).reshape(n, 1, -1)
+        blocked = jnp.broadcast_to(blocked, (n, x.shape[1], blocked.shape[-1]))
+      else:
+        blocked = blocked_outside(predictions[-1][0], size)
+      blocked &= ~jnp.all(blocked, -1, keepdims=True)
+      x = layer(self.heads, self.ffn, self.adapter_variant, self.dtype, name=f'layer{i}')(
+        x, query_positions, memory[level], memory_positions[level], blocked
+      )
+      predictions.append(predict(x))
+    masks, classes = zip(*predictions)
+    return Outputs(jnp.stack(masks), jnp.stack(classes))
+
+
+def blocked_outside(
+  mask_logits: Float[Array, 'n q h w'], size: tuple[int, int]
+) -> Bool[Array, 'n q k']:
+  """Where a query may not look: its mask, resized to the level, has probability below one half."""
+  resized = resize(jax.lax.stop_gradient(mask_logits), size)
+  return (resized < 0).reshape(*mask_logits.shape[:2], -1)

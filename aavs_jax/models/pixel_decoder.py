@@ -1,0 +1,115 @@
+"""Pixel decoder: a deformable encoder over strides 32, 16, 8 and one upsampling step to stride 4."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from aavs_jax.models.deformable_attention import DeformableAttention
+from aavs_jax.models.sampling import resize
+
+
+def sine_positions(height: int, width: int, features: int) -> np.ndarray:
+  """float32 [height, width, features]: sines of the normalised position, y half first, then x."""
+  half = features // 2
+  scale = 10000.0 ** (2 * (np.arange(half) // 2) / half)
+
+  def encode(length):
+    angle = (np.arange(1, length + 1) / (length + 1e-6) * 2 * np.pi)[:, None] / scale
+    return np.stack([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], -1).reshape(length, half)
+
+  y = np.broadcast_to(encode(height)[:, None], (height, width, half))
+  x = np.broadcast_to(encode(width)[None, :], (height, width, half))
+  return np.concatenate([y, x], -1).astype(np.float32)
+
+
+class EncoderLayer(nn.Module):
+  """Deformable self-attention and a ReLU MLP, each with residual and LayerNorm after it."""
+
+  heads: int
+  points: int
+  ffn: int
+  adapter_variant: str
+  sampling: str
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n q d'], positions, reference, shapes):
+    attention = DeformableAttention(
+      self.heads, self.points, self.adapter_variant, self.sampling, self.dtype, name='attention'
+    )
+    h = attention(x, positions, reference, shapes)
+    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm1')(x + h)
+    h = nn.relu(nn.Dense(self.ffn, dtype=self.dtype, name='fc1')(x))
+    h = nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(h)
+    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm2')(x + h)
+
+
+class PixelDecoder(nn.Module):
+  """From the backbone's four maps to three maps (strides 32, 16, 8) and the mask features.
+
+  The paper calls it an FPN; the release, like Mask2Former, has a deformable encoder of `layers`
+  layers and one FPN step at the end.
+  """
+
+  hidden: int
+  layers: int
+  heads: int
+  points: int
+  ffn: int
+  adapter_variant: str
+  sampling: str
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, maps: Sequence[Float[Array, 'n y x c']]
+  ) -> tuple[list[Float[Array, 'n y x d']], Float[Array, 'n h w d']]:
+    def group_norm(name):
+      return nn.GroupNorm(min(32, self.hidden), epsilon=1e-5, dtype=self.dtype, name=name)
+
+    level_embedding = self.param('level_embedding', nn.initializers.normal(1.0), (3, self.hidden))
+    tokens, positions, reference, shapes = [], [], [], []
+    for level, features in enumerate(reversed(maps[1:])):
+      n, height, width, _ = features.shape
+      projection = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name=f'input{level}_projection')
+      h = group_norm(f'input{level}_norm')(projection(features))
+      tokens.append(h.reshape(n, height * width, self.hidden))
+      sines = sine_positions(height, width, self.hidden).reshape(-1, self.hidden)
+      positions.append(sines + level_embedding[level])
+      y, x = np.divmod(np.arange(height * width), width)
+      reference.append(np.stack([(x + 0.5) / width, (y + 0.5) / height], -1))
+      shapes.append((height, width))
+    x = jnp.concatenate(tokens, 1)
+    positions = jnp.concatenate(positions)
+    reference = jnp.asarray(np.concatenate(reference), jnp.float32)
+    layer = nn.remat(EncoderLayer, static_argnums=(4,)) if self.remat else EncoderLayer
+    for i in range(self.layers):
+      x = layer(
+        self.heads,
+        self.points,
+        self.ffn,
+        self.adapter_variant,
+        self.sampling,
+        self.dtype,
+        name=f'layer{i}',
+      )(x, positions, reference, tuple(shapes))
+
+    outputs, start = [], 0
+    for height, width in shapes:
+      part = x[:, start : start + height * width]
+      outputs.append(part.reshape(-1, height, width, self.hidden))
+      start += height * width
+
+    lateral = nn.Conv(self.hidden, (1, 1), use_bias=False, dtype=self.dtype, name='lateral')
+    h = group_norm('lateral_norm')(lateral(maps[0]))
+    finest = outputs[-1].transpose(0, 3, 1, 2)
+    h = h + resize(finest, maps[0].shape[1:3]).transpose(0, 2, 3, 1)
+    smooth = nn.Conv(self.hidden, (3, 3), use_bias=False, dtype=self.dtype, name='smooth')
+    h = nn.relu(group_norm('smooth_norm')(smooth(h)))
+    mask_features = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name='mask_features')(h)
+    return outputs, mask_features

@@ -1,0 +1,175 @@
+"""Swin transformer with adapters A1 and A3 in every block."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from aavs_jax.models.adapters import Adapter
+
+_trunc_normal = nn.initializers.truncated_normal(0.02)
+
+
+def relative_position_index(window: int) -> np.ndarray:
+  """int [L, L], L = window**2: row of the bias table for each pair of positions of a window."""
+  y, x = np.divmod(np.arange(window * window), window)
+  dy = y[:, None] - y[None, :] + window - 1
+  dx = x[:, None] - x[None, :] + window - 1
+  return dy * (2 * window - 1) + dx
+
+
+def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
+  """float32 [windows, L, L]: -100 between positions that only the cyclic shift made neighbours."""
+
+  def regions(length):
+    return np.repeat([0, 1, 2], [length - window, window - shift, shift])
+
+  region = regions(height)[:, None] * 3 + regions(width)[None, :]
+  region = region.reshape(height // window, window, width // window, window)
+  region = region.transpose(0, 2, 1, 3).reshape(-1, window * window)
+  return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).astype(np.float32)
+
+
+class WindowAttention(nn.Module):
+  """Multi-head self-attention inside windows with relative position bias."""
+
+  heads: int
+  window: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'n v l d'], mask: Float[Array, 'v l l'] | None
+  ) -> Float[Array, 'n v l d']:
+    width = x.shape[-1]
+
+    def project(name):
+      h = nn.Dense(width, kernel_init=_trunc_normal, dtype=self.dtype, name=name)(x)
+      return h.reshape(*x.shape[:-1], self.heads, width // self.heads)
+
+    query, key, value = project('query'), project('key'), project('value')
+    rows = (2 * self.window - 1) ** 2
+    table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
+    bias = table[relative_position_index(self.window)].transpose(2, 0, 1)
+    scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
+    scores = scores * (width // self.heads) ** -0.5 + bias
+    if mask is not None:
+      scores = scores + mask[:, None]
+    weights = jax.nn.softmax(scores, -1).astype(self.dtype)
+    h = jnp.einsum('nvhqk,nvkhc->nvqhc', weights, value).reshape(x.shape)
+    h = nn.Dense(width, kernel_init=_trunc_normal, dtype=self.dtype, name='projection')(h)
+    return Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A1
+
+
+class SwinBlock(nn.Module):
+  """Window attention and MLP, each with an adapter; stochastic depth on the attention alone."""
+
+  heads: int
+  window: int
+  shifted: bool
+  mlp_ratio: int
+  drop_path: float
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n h w d'], train: bool) -> Float[Array, 'n h w d']:
+    n, height, width, dim = x.shape
+    # As the release computes it: a map no larger than the window is padded and shifted all the
+    # same (published Swin would shrink the window and not shift).
+    window = self.window
+    shift = window // 2 if self.shifted else 0
+
+    h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm1')(x)
+    pad_y, pad_x = -height % window, -width % window
+    h = jnp.pad(h, ((0, 0), (0, pad_y), (0, pad_x), (0, 0)))
+    rows, columns = (height + pad_y) // window, (width + pad_x) // window
+    mask = None
+    if shift:
+      h = jnp.roll(h, (-shift, -shift), (1, 2))
+      mask = jnp.asarray(shift_mask(height + pad_y, width + pad_x, window, shift))
+    h = h.reshape(n, rows, window, columns, window, dim).transpose(0, 1, 3, 2, 4, 5)
+    h = h.reshape(n, rows * columns, window * window, dim)
+    h = WindowAttention(self.heads, window, self.dtype, name='attention')(h, mask)
+    h = h.reshape(n, rows, columns, window, window, dim).transpose(0, 1, 3, 2, 4, 5)
+    h = h.reshape(n, height + pad_y, width + pad_x, dim)
+    if shift:
+      h = jnp.roll(h, (shift, shift), (1, 2))
+    h = h[:, :height, :width]
+    if train and self.drop_path > 0:
+      keep = 1.0 - self.drop_path
+      kept = jax.random.bernoulli(self.make_rng('drop_path'), keep, (n, 1, 1, 1))
+      h = jnp.where(kept, h / keep, 0).astype(h.dtype)
+    x = x + h
+
+    h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm2')(x)
+    h = nn.Dense(dim * self.mlp_ratio, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
+    h = nn.gelu(h, approximate=False)
+    h = nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h)
+    return x + Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A3
+
+
+class PatchMerging(nn.Module):
+  """Halves the resolution, doubles the width; odd sizes are padded with zeros."""
+
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n h w d']) -> Float[Array, 'n y x e']:
+    n, height, width, dim = x.shape
+    x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
+    x = x.reshape(n, (height + 1) // 2, 2, (width + 1) // 2, 2, dim)
+    # Column-major inside the 2x2 patch, the order of the published weights.
+    x = x.transpose(0, 1, 3, 4, 2, 5).reshape(n, (height + 1) // 2, (width + 1) // 2, 4 * dim)
+    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(x)
+    return nn.Dense(
+      2 * dim, use_bias=False, kernel_init=_trunc_normal, dtype=self.dtype, name='reduction'
+    )(x)
+
+
+class Swin(nn.Module):
+  """Four feature maps at strides 4, 8, 16, 32, each through a LayerNorm of its own.
+
+  Published size (Swin-B): embed_dim 128, depths (2, 2, 18, 2), heads (4, 8, 16, 32), window 12.
+  drop_path is the same in every block, as in the release.
+  """
+
+  embed_dim: int
+  depths: tuple[int, ...]
+  heads: tuple[int, ...]
+  window: int
+  mlp_ratio: int
+  drop_path: float
+  remat: bool = False
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, frames: Float[Array, 'n h w 3'], train: bool
+  ) -> list[Float[Array, 'n y x d']]:
+    height, width = frames.shape[1:3]
+    x = jnp.pad(frames, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0))).astype(self.dtype)
+    x = nn.Conv(
+      self.embed_dim, (4, 4), (4, 4), padding='VALID', dtype=self.dtype, name='patch_embed'
+    )(x)
+    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='patch_norm')(x)
+    block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+    maps = []
+    for stage, (depth, heads) in enumerate(zip(self.depths, self.heads)):
+      for i in range(depth):
+        x = block(
+          heads,
+          self.window,
+          i % 2 == 1,
+          self.mlp_ratio,
+          self.drop_path,
+          self.dtype,
+          name=f'stage{stage}_block{i}',
+        )(x, train)
+      norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f'stage{stage}_norm')
+      maps.append(norm(x))
+      if stage < len(self.depths) - 1:
+        x = PatchMerging(self.dtype, name=f'stage{stage}_merge')(x)
+    return maps

@@ -1,0 +1,32 @@
+"""AdamW as in the release, with the schedule of the config."""
+
+import ml_collections
+import optax
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict, learning_rate: float, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """Optimiser of one phase of `steps` steps, and its learning rate by step of the phase.
+
+  Betas 0.9 and 0.999, eps 1e-8, weight decay on every trained parameter; gradients clipped to the
+  global norm config.clip_norm if that is positive.
+  """
+  if config.schedule == 'cosine':
+    schedule = optax.warmup_cosine_decay_schedule(
+      0.0, learning_rate, config.warmup_steps, max(steps, config.warmup_steps + 1)
+    )
+  elif config.warmup_steps:
+    schedule = optax.join_schedules(
+      [
+        optax.linear_schedule(0.0, learning_rate, config.warmup_steps),
+        optax.constant_schedule(learning_rate),
+      ],
+      [config.warmup_steps],
+    )
+  else:
+    schedule = optax.constant_schedule(learning_rate)
+  adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
+  if config.clip_norm > 0:
+    adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  return adamw, schedule

@@ -1,0 +1,305 @@
+"""The training loop of one stage, from first to last step."""
+
+import collections
+import functools
+import signal
+import time
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+
+from aavs_jax import checkpoint, evaluate, stages, steps
+from aavs_jax import config as config_lib
+from aavs_jax.logging import Writer, duration, say
+from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
+from aavs_jax.methods import aavs
+from aavs_jax.optimizer import make_optimizer
+from aavs_jax.state import TrainState, create
+from input_pipeline import avsbench, pipeline
+from input_pipeline.errors import UserError
+
+# Losses are looked at this many steps late, so that the host never waits for the device.
+_LAG = 2
+# Keys in which a restarted run may differ from its beginning: they change no weight.
+_FREE_KEYS = ('train.log_every_steps', 'train.keep_checkpoints', 'data.threads', 'data.root')
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
+  """Trains one stage; called again after any interruption, goes on where it was.
+
+  Writes config.json, metrics.jsonl and checkpoints/ into workdir. On the CPU an interrupted run
+  reaches weights bit-identical to those of an uninterrupted one.
+
+  Returns:
+    Metrics of the best validation: 'miou', 'fscore' and 'step'.
+
+  Raises:
+    UserError: the config, the data or the folder is at fault.
+    FloatingPointError: the loss is not finite; names the step, the clips and the last checkpoint.
+  """
+  workdir = Path(workdir)
+  config_lib.check(config)
+  train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
+  val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  _claim(workdir, config)
+
+  # How long: epochs over items, in steps.
+  items = pipeline.make_items(train_clips, config.data.item_frames)
+  steps_per_epoch = len(items) / config.data.batch_items
+  total = max(1, round(config.train.epochs * steps_per_epoch))
+  eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
+  boundary = round(config.train.phase2_epoch * steps_per_epoch)
+  if boundary >= total:
+    raise UserError(
+      f'config.train.phase2_epoch is {config.train.phase2_epoch}, but training ends after '
+      f'{config.train.epochs} epochs: lower it, or use 0 for a single phase'
+    )
+
+  # What: parameters, and for each phase its optimiser, state layout and compiled step.
+  method = aavs(config)
+  mesh = make_mesh()
+  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+  latest = manager.latest_step()
+  start = None
+  if config.train.init and (latest is None or boundary):
+    start, _ = checkpoint.load_params(config.train.init)
+  fresh = jax.jit(method.init)(jax.random.key(config.seed))
+  first, lacking = stages.first_params(fresh, start)
+
+  @functools.cache
+  def phase_tools(phase):
+    length = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
+    lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
+    optimizer, schedule = make_optimizer(config.optimizer, lr, length)
+    paths = stages.trainable_paths(config, first, phase)
+    make_state = functools.partial(create, trainable=paths, optimizer=optimizer)
+    abstract = jax.eval_shape(make_state, first)
+    sharding = state_sharding(mesh, abstract)
+    abstract = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      abstract,
+      sharding,
+    )
+    step = jax.jit(
+      functools.partial(steps.train_step, method=method, optimizer=optimizer, seed=config.seed),
+      donate_argnums=0,
+      out_shardings=(sharding, None),
+    )
+    begin = jax.jit(make_state, static_argnames='step', out_shardings=sharding)
+    return step, schedule, abstract, begin
+
+  # Where to begin: the latest checkpoint, or the first parameters.
+  if latest is None:
+    state = phase_tools(1)[3](stages.params_of_phase(config, 1, first, None))
+    phase = 1
+  else:
+    phase = checkpoint.saved_phase(manager, latest)
+    state = checkpoint.restore(manager, latest, phase_tools(phase)[2])
+  step = int(state.step)
+  writer = Writer(workdir, step)
+  _announce(config, workdir, first, lacking, phase_tools(phase)[2], len(train_clips), total, step)
+
+  batches = pipeline.training_batches(
+    train_clips,
+    config_lib.task_of(config, oracle_prior=True),
+    item_frames=config.data.item_frames,
+    batch_items=config.data.batch_items,
+    seed=config.seed,
+    start=step,
+    threads=config.data.threads,
+    process=jax.process_index(),
+    processes=jax.process_count(),
+  )
+  predictor = evaluate.Predictor(method)
+  in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
+  clock = _Clock()
+  stop = _StopSignal()
+
+  def look(keep: int) -> None:
+    """Stops on a loss that is not finite, in all but the newest `keep` steps."""
+    while len(in_flight) > keep:
+      at, clips, metrics = in_flight.popleft()
+      if not np.isfinite(metrics['loss']):
+        saved = manager.latest_step()
+        raise FloatingPointError(
+          f'the loss of step {at} is {metrics["loss"]} on clips '
+          f'{", ".join(train_clips[i].uid for i in dict.fromkeys(clips.tolist()))}; the last good '
+          f'checkpoint is {"none" if saved is None else workdir / "checkpoints" / str(saved)}: '
+          'lower optimizer.lr or look at these clips'
+        )
+
+  def save(metrics: dict[str, float] | None) -> None:
+    look(0)
+    checkpoint.save(manager, state, phase, metrics)
+
+  with stop:
+    while step < total:
+      if stages.phase_at(config, step, steps_per_epoch) != phase:
+        phase = 2
+        manager.wait_until_finished()
+        best = checkpoint.best_step(manager)
+        best = checkpoint.restore(manager, best, phase_tools(1)[2])
+        params = stages.params_of_phase(config, 2, first, {**best.trained, **best.frozen})
+        state = phase_tools(2)[3](params, step=step)
+        say(f'phase 2 from step {step}: the best weights so far, Swin adapters anew')
+      train_step, schedule, _, _ = phase_tools(phase)
+
+      with clock.waiting():
+        batch = next(batches)
+      clips = batch.pop('clip')
+      clock.frames += len(clips)
+      state, metrics = train_step(state, global_batch(batch, batch_sharding(mesh)))
+      step += 1
+      in_flight.append((step, clips, metrics))
+      look(_LAG)
+
+      if step % config.train.log_every_steps == 0 or step == total:
+        values = {name: float(value) for name, value in metrics.items()}
+        lr = float(schedule(step - 1 - (boundary if phase == 2 else 0)))
+        look(0)
+        _log(writer, clock, values, lr, phase, step, total, steps_per_epoch)
+      if step % eval_every == 0 or step in (total, boundary):
+        look(0)
+        with clock.paused():
+          result = evaluate.score(
+            config, predictor, state.params, val_clips, oracle_prior=not config.data.masks
+          )['overall']
+        scores = {name: float(result[name]) for name in ('miou', 'fscore')}
+        writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
+        say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
+        save(scores)
+      elif step % config.train.checkpoint_every_steps == 0 or stop.received:
+        save(None)
+      if stop.received:
+        manager.wait_until_finished()
+        say(f'stopped by a signal at step {step}; the same command goes on from there')
+        raise SystemExit(0)
+  manager.wait_until_finished()
+  best = checkpoint.best_step(manager)
+  result = {**manager.metrics(best), 'step': best}
+  manager.close()
+  say(f'best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
+  return result
+
+
+def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
+  """Saves the resolved config, or compares with the one the folder was begun with."""
+  path = workdir / 'config.json'
+  if not path.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    evaluate.write_json(path, config.to_dict())
+    return
+  changed = [
+    line
+    for line in config_lib.differences(config_lib.from_json(path), config)
+    if not line.startswith(_FREE_KEYS)
+  ]
+  if changed:
+    raise UserError(
+      f'{workdir} was begun with another config ({"; ".join(changed[:3])}): '
+      'use the same values or another --workdir'
+    )
+
+
+def _announce(config, workdir, params, lacking, abstract: TrainState, clips, total, step) -> None:
+  trained = stages.count(abstract.trained)
+  say(
+    f'{config.task} task, {stages.count(params) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of '
+    f'them trained, {clips} clips, {total} steps, {jax.device_count()} '
+    f'{jax.devices()[0].platform} device{"s" * (jax.device_count() > 1)}; work folder {workdir}'
+  )
+  if lacking:
+    say(f'  not in {config.train.init}, so initialised anew: {", ".join(lacking)}')
+  if step:
+    say(f'  going on from step {step}')
+  else:
+    say('  the first step compiles the model, which takes a while')
+
+
+def _log(writer, clock, metrics, lr, phase, step, total, steps_per_epoch) -> None:
+  rate, wait = clock.rates()
+  eta = clock.eta(step, total)
+  writer.write(
+    'train',
+    step=step,
+    epoch=step / steps_per_epoch,
+    phase=phase,
+    **metrics,
+    learning_rate=lr,
+    frames_per_second=rate,
+    input_wait=wait,
+    eta_seconds=eta,
+  )
+  say(
+    f'  step {step}/{total}  loss {metrics["loss"]:.3f} (class {metrics["loss_class"]:.3f} '
+    f'mask {metrics["loss_mask"]:.3f} dice {metrics["loss_dice"]:.3f})  {rate:.1f} frames/s'
+    f'  {duration(eta)} left'
+  )
+
+
+class _Clock:
+  """Frames per second, the share of time spent waiting for input, and the time left."""
+
+  def __init__(self):
+    self.frames = 0
+    self._since = time.monotonic()
+    self._waited = 0.0
+    self._pace = None  # seconds a step, of the last log interval
+    self._last_step = None
+
+  def waiting(self):
+    return _Timer(self._add_wait)
+
+  def paused(self):
+    return _Timer(self._add_pause)
+
+  def _add_wait(self, seconds):
+    self._waited += seconds
+
+  def _add_pause(self, seconds):
+    self._since += seconds
+
+  def rates(self) -> tuple[float, float]:
+    """Frames a second and share of waiting since the last call."""
+    self._elapsed = max(time.monotonic() - self._since, 1e-9)
+    result = self.frames / self._elapsed, self._waited / self._elapsed
+    self.frames, self._waited, self._since = 0, 0.0, time.monotonic()
+    return result
+
+  def eta(self, step: int, total: int) -> float:
+    """Seconds left at the pace of the last interval; the first one, with compilation, overstates."""
+    steps_taken = step - self._last_step if self._last_step is not None else step
+    self._last_step = step
+    return self._elapsed / max(steps_taken, 1) * (total - step)
+
+
+class _Timer:
+  def __init__(self, add):
+    self._add = add
+
+  def __enter__(self):
+    self._started = time.monotonic()
+
+  def __exit__(self, *_):
+    self._add(time.monotonic() - self._started)
+
+
+class _StopSignal:
+  """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once."""
+
+  received = False
+
+  def __enter__(self):
+    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number, frame):
+    if self.received:
+      raise KeyboardInterrupt
+    self.received = True
+
+  def __exit__(self, *_):
+    for number, handler in self._before.items():
+      signal.signal(number, handler)

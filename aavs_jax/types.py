@@ -1,0 +1,45 @@
+"""Shapes and records that every module shares.
+
+Dimension letters, used in every annotation and docstring:
+
+  B clips, T frames of a clip, n = B*T frames (the batch axis of the model), s prediction sets,
+  q queries, k targets of a frame (padded), c classes, h w image or map size, d hidden size,
+  p points, e side of the maps that metrics are computed on.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Float, Int, UInt8
+
+Params = Mapping[str, Any]  # a pytree of arrays, as Flax makes it
+Batch = Mapping[str, jax.Array]
+# Keys of a batch, all with the leading axis n:
+#   frames          uint8 [n h w 3]    RGB at the model's input size
+#   log_mel         float32 [n 96 64]  VGGish example of the frame's second
+#   labels          uint8 [n h w]      class ids (binary stage: 0 or 1), 255 = ignored
+#   target_classes  int32 [n k]        the label values present in the frame, ascending, -1 = padding
+#   prior           uint8 [n e e]      0 or 255: what sounds (stage 2 only)
+#   weight          float32 [n]        1, or 0 for padding and frames without loss
+# Batches of evaluation have, instead of labels and target_classes,
+#   target          uint8 [n e e]      ground truth as the metric of the stage defines it
+#   clip, frame     int32 [n]          which clip of the index, which of its frames
+
+
+@flax.struct.dataclass
+class Outputs:
+  """All prediction sets of the decoder, before its first layer and after each; the last is final."""
+
+  mask_logits: Float[Array, 's n q h w']  # at stride 4
+  class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
+
+
+@flax.struct.dataclass
+class Targets:
+  """Ground truth of a batch of frames: label maps and the label values present in each."""
+
+  labels: UInt8[Array, 'n h w']
+  classes: Int[Array, 'n k']  # -1 = padding
+  weight: Float[Array, ' n']

@@ -1,0 +1,1 @@
+"""Published experiments and the small ones that run anywhere; each is a delta on base.py."""

@@ -1,0 +1,80 @@
+"""Stage 1 of Stepping Stones on AVSBench-semantic, as released; every other config changes this."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The published size and the released recipe."""
+  config = ml_collections.ConfigDict()
+  config.task = 'binary'  # 'binary': what sounds; 'semantic': as what
+  config.num_classes = 2  # background included, null class not
+  config.use_prior = False  # stage 2: a mask of what sounds enters the decoder
+  config.seed = 0
+  config.dtype = 'float32'  # of the computation; parameters and optimiser stay float32
+
+  config.data = ml_collections.ConfigDict()
+  config.data.root = ''  # a folder in the AVSBench-semantic layout
+  config.data.masks = ''  # stage 1's masks, the prior of validation and test in stage 2
+  config.data.subsets = ('v1s', 'v1m', 'v2')
+  config.data.image_size = 384
+  config.data.eval_size = 224  # of predictions, masks and metrics
+  config.data.item_frames = 0  # frames of one training item: 0 = a whole clip, 5 = half of v2's ten
+  config.data.batch_items = 1
+  config.data.max_targets = 2  # label values in one frame, at most
+  config.data.threads = 4
+
+  config.model = ml_collections.ConfigDict()
+  config.model.num_queries = 30
+  config.model.adapter_variant = 'replace'  # stage 1; 'after' in stage 2: see models/adapters.py
+  config.model.swin = dict(
+    embed_dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=12, mlp_ratio=4, drop_path=0.3
+  )
+  config.model.hidden = 256
+  config.model.heads = 8
+  config.model.encoder_layers = 6
+  config.model.encoder_ffn = 1024
+  config.model.encoder_points = 4
+  config.model.decoder_layers = 9
+  config.model.decoder_ffn = 2048
+  config.model.audio_hidden = 512
+  config.model.adaptive_query = True  # False: the ablation "origin audio query"
+  config.model.mask_fusion = True  # the three places of the prior, off in the ablations
+  config.model.robust_key = True
+  config.model.prior_attention = True
+  config.model.sampling = 'gather'  # 'dense' on accelerators and for small maps
+  config.model.remat = False  # recompute blocks in the backward pass to save memory
+
+  config.vggish = ml_collections.ConfigDict()
+  config.vggish.conv_widths = (64, 128, 256, 256, 512, 512)
+  config.vggish.dense_widths = (4096, 4096)
+  config.vggish.embedding = 128
+  config.vggish.final_relu = False  # the checkpoints were trained without it
+
+  config.loss = ml_collections.ConfigDict()
+  config.loss.points = 12544
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.lr = 1e-3
+  config.optimizer.lr_phase2 = 1e-4
+  config.optimizer.weight_decay = 0.05
+  config.optimizer.clip_norm = 0.01  # 0 = no clipping
+  config.optimizer.warmup_steps = 0
+  config.optimizer.schedule = 'constant'  # or 'cosine', to zero at the end of the phase
+
+  config.train = ml_collections.ConfigDict()
+  config.train.epochs = 60.0
+  # From this epoch on the Swin adapters train too, from the best weights so far; before it they are
+  # zero. 0: one phase, in which all of `trainable` trains.
+  config.train.phase2_epoch = 30
+  config.train.trainable = (  # regular expressions, searched in parameter paths
+    r'aavs/queries/(features|positions)',
+    r'aavs/.*adapter/',
+    r'aavs/decoder/class_predictor/',
+    r'aavs/audio_projection/',
+  )
+  config.train.init = ''  # a work folder or checkpoint folder whose best weights are the start
+  config.train.eval_every_epochs = 1.0
+  config.train.checkpoint_every_steps = 1000
+  config.train.keep_checkpoints = 2
+  config.train.log_every_steps = 50
+  return config

@@ -1,0 +1,14 @@
+"""The quickstart's stage 2: starts from stage 1's weights, as the published one from Mask2Former's."""
+
+from configs import quick_stage1
+
+
+def get_config():
+  config = quick_stage1.get_config()
+  config.task = 'semantic'
+  config.num_classes = 71
+  config.use_prior = True
+  config.data.max_targets = 4
+  config.model.num_queries = 10
+  config.train.epochs = 4.0
+  return config

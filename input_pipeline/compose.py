@@ -1,0 +1,210 @@
+"""Composes a data set in the layout of AVSBench-semantic that can only be solved by listening.
+
+Objects of different classes move over a textured background; in each second some of them sound.
+Label t shows the visible pixels of the objects that sound in second t. Objects that stay silent
+look the same as those that sound.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import wave
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from input_pipeline import compose_scenes, compose_sounds, errors, labels
+from input_pipeline.compose_scenes import CLASSES, FRAMES, SPLITS
+
+_VERSION = 1  # of the drawing: raise it when the same settings give other bytes
+_PARTIAL = '.partial'  # folder of what is not yet complete
+
+
+def compose(
+  root: str | os.PathLike,
+  *,
+  clips: dict[str, dict[str, int]],
+  num_classes: int = 8,
+  size: tuple[int, int] = (160, 120),
+  seed: int = 0,
+  sprites: str | os.PathLike | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> pathlib.Path:
+  """Writes a data set, or finishes or reuses the one that the same settings wrote before.
+
+  The bytes depend on the settings only: on one machine the same call gives the same files. A clip
+  appears under its name when complete; metadata.csv comes last, so that it marks a complete set.
+
+  Args:
+    root: folder to write; absent, empty, or written by an earlier call with the same settings.
+    clips: number of clips by split and subset, such as {'train': {'v1s': 90, 'v1m': 60}}.
+    num_classes: how many of CLASSES occur, 2 to 70; not used with sprites.
+    size: width and height of the frames in pixels, at least 32 each.
+    seed: a non-negative integer.
+    sprites: folder with CLASS/*.png (alpha) and CLASS/*.wav, *.ogg or *.flac to use instead of
+      drawn shapes and synthetic sounds; the classes are those of the folder. Of several pictures
+      or recordings of a class the last (by name) occurs in the test split only.
+    progress: called with (clips done, clips in all) after each clip.
+
+  Returns:
+    root as a path.
+
+  Raises:
+    UserError: a setting is out of range, a sprite is missing or broken, or root holds something
+      other than what these settings write.
+  """
+  root = pathlib.Path(root)
+  _check_settings(clips, num_classes, size, seed)
+  things = (
+    compose_scenes.drawn_things(num_classes)
+    if sprites is None
+    else compose_scenes.sprite_things(pathlib.Path(sprites))
+  )
+  settings = {
+    'version': _VERSION,
+    'clips': {split: {s: clips.get(split, {}).get(s, 0) for s in FRAMES} for split in SPLITS},
+    'classes': [thing.name for thing in things],
+    'size': list(size),
+    'seed': seed,
+    'sprites': None if sprites is None else _digest(pathlib.Path(sprites)),
+  }
+  if _is_complete(root, settings):
+    return root
+
+  partial = root / _PARTIAL
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  partial.mkdir(parents=True)
+  try:
+    _write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
+    indices = {name: class_id + 1 for class_id, name in enumerate(labels.CLASS_NAMES)}
+    _write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
+    jobs = [
+      (split, subset, index)
+      for split in SPLITS
+      for subset in FRAMES
+      for index in range(settings['clips'][split][subset])
+    ]
+    rows = []
+    for done, (split, subset, index) in enumerate(jobs, 1):
+      plan = compose_scenes.plan_clip(things, seed, split, subset, index)
+      rows.append(_metadata_row(plan))
+      folder = root / subset / plan.uid
+      if not folder.exists():  # else an interrupted run wrote it, whole
+        folder.parent.mkdir(exist_ok=True)
+        _write_clip(partial / plan.uid, plan, size)
+        os.rename(partial / plan.uid, folder)
+      if progress:
+        progress(done, len(jobs))
+    _write_metadata(root / 'metadata.csv', rows)
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+  return root
+
+
+def _digest(folder: pathlib.Path) -> str:
+  """SHA-256 over names and contents of a sprites folder."""
+  total = hashlib.sha256()
+  for path in sorted(folder.glob('*/*')):
+    if path.is_file():
+      total.update(path.relative_to(folder).as_posix().encode() + b'\0')
+      total.update(hashlib.sha256(path.read_bytes()).digest())
+  return total.hexdigest()
+
+
+def _check_settings(clips, num_classes, size, seed) -> None:
+  for split, counts in clips.items():
+    if split not in SPLITS or not set(counts) <= set(FRAMES):
+      raise errors.UserError(
+        f'clips names {split!r} with {sorted(counts)}; use the splits {list(SPLITS)} and the '
+        f'subsets {list(FRAMES)}.'
+      )
+    for subset, count in counts.items():
+      if not isinstance(count, int) or count < 0:
+        raise errors.UserError(f'clips[{split!r}][{subset!r}] is {count!r}; use an integer >= 0.')
+  if not any(sum(counts.values()) for counts in clips.values()):
+    raise errors.UserError(f'clips is {clips}; ask for at least one clip.')
+  if not 2 <= num_classes <= len(CLASSES):
+    raise errors.UserError(f'num_classes is {num_classes}; use a number from 2 to {len(CLASSES)}.')
+  if len(size) != 2 or min(size) < 32:
+    raise errors.UserError(f'size is {size}; use a width and a height of at least 32 pixels.')
+  if seed < 0:
+    raise errors.UserError(f'seed is {seed}; use an integer >= 0.')
+
+
+def _is_complete(root: pathlib.Path, settings: dict) -> bool:
+  """Whether root already holds this set.
+
+  Raises:
+    UserError: root holds something else.
+  """
+  try:
+    found = json.loads((root / 'compose.json').read_text(encoding='utf-8'))
+  except (OSError, ValueError):
+    if root.exists() and (not root.is_dir() or any(p.name != _PARTIAL for p in root.iterdir())):
+      raise errors.UserError(
+        f'{root} holds something that was not composed here (it has no readable compose.json); '
+        f'choose another folder for the composed set.'
+      ) from None
+    return False
+  differing = [key for key in settings if found.get(key) != settings[key]]
+  if differing:
+    raise errors.UserError(
+      f'{root} holds a set composed with other settings ({", ".join(differing)} differ, see its '
+      f'compose.json); choose another folder or delete this one.'
+    )
+  return (root / 'metadata.csv').exists()
+
+
+def _metadata_row(plan: compose_scenes.Plan) -> dict[str, str]:
+  """A row of metadata.csv; "visible" and "seconds" are additions to AVSBench's columns."""
+  video, start, end = plan.uid.rsplit('_', 2)
+  names = np.array([thing.name for thing in plan.things])
+  return {
+    'vid': video,
+    'uid': plan.uid,
+    's_min': start,
+    's_max': end,
+    'a_obj': '_'.join(names[plan.sounding.any(0)]),
+    'split': plan.split,
+    'label': plan.subset,
+    'visible': '_'.join(names),
+    'seconds': '|'.join('_'.join(names[now]) for now in plan.sounding),
+  }
+
+
+def _write_clip(folder: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
+  frames, targets, audio = compose_scenes.render_clip(plan, size)
+  for name in ('frames', 'labels_rgb', 'labels_semantic'):
+    (folder / name).mkdir(parents=True)
+  labelled = 1 if (plan.subset, plan.split) == ('v1s', 'train') else len(frames)
+  for t, frame in enumerate(frames):
+    jpeg = cv2.imencode('.jpg', frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+    jpeg.tofile(folder / 'frames' / f'{t}.jpg')
+    if t < labelled:
+      colours = labels.PALETTE.take(targets[t], axis=0)[..., ::-1]
+      cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
+      cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
+  with wave.open(str(folder / 'audio.wav'), 'wb') as file:
+    file.setnchannels(1)
+    file.setsampwidth(2)
+    file.setframerate(compose_sounds.RATE)
+    file.writeframes(audio.astype('<i2').tobytes())
+
+
+def _write_metadata(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
+  temporary = path.parent / _PARTIAL / path.name
+  with open(temporary, 'w', newline='', encoding='utf-8') as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+  os.replace(temporary, path)
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  temporary = path.parent / _PARTIAL / path.name
+  temporary.write_text(text, encoding='utf-8')
+  os.replace(temporary, path)

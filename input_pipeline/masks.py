@@ -1,0 +1,62 @@
+"""Stage 1's masks on disk, the prior of stage 2: MASKS/{v1s,v1m,v2}/UID/{0..}.png, 0 or 255."""
+
+import os
+import shutil
+import tempfile
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline.avsbench import Clip
+from input_pipeline.errors import UserError
+
+
+def mask_path(root: str, clip: Clip, t: int) -> str:
+  return os.path.join(root, clip.subset, clip.uid, f'{t}.png')
+
+
+def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
+  """Writes one clip's maps, uint8 [T, e, e], as grey PNGs; all of them appear at once or none."""
+  parent = os.path.join(root, clip.subset)
+  os.makedirs(parent, exist_ok=True)
+  working = tempfile.mkdtemp(dir=parent, prefix='.writing-')
+  try:
+    os.chmod(working, 0o755)
+    for t, mask in enumerate(masks):
+      Image.fromarray(mask).save(os.path.join(working, f'{t}.png'))
+    final = os.path.join(parent, clip.uid)
+    if os.path.isdir(final):
+      shutil.rmtree(final)
+    os.rename(working, final)
+  except BaseException:
+    shutil.rmtree(working, ignore_errors=True)
+    raise
+
+
+def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
+  """uint8 [size, size] of 0 and 255. Raises UserError if missing, damaged or of another size."""
+  path = mask_path(root, clip, t)
+  advice = 'write the masks again with `aavs masks`'
+  try:
+    with Image.open(path) as image:
+      mask = np.asarray(image)
+  except FileNotFoundError:
+    raise UserError(f'{path} is missing: {advice}') from None
+  except (OSError, ValueError, SyntaxError) as error:
+    raise UserError(f'{path} is not a readable PNG ({error}): {advice}') from None
+  if mask.shape != (size, size):
+    found = 'x'.join(map(str, mask.shape))
+    raise UserError(f'{path} is {found}, expected {size}x{size}: {advice} at this config')
+  if mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
+    raise UserError(f'{path} holds values other than 0 and 255: {advice}')
+  return mask
+
+
+def is_complete(root: str, clip: Clip, size: int) -> bool:
+  """Whether every mask of the clip is there and sound."""
+  try:
+    for t in range(clip.num_frames):
+      read_mask(root, clip, t, size)
+  except UserError:
+    return False
+  return True

@@ -1,0 +1,259 @@
+"""Grain pipelines: clips on disk to batches of frames.
+
+Frames do not mix inside the model, so a batch is a set of n frames. An item is the unit that is
+shuffled and read: a whole clip, or five consecutive frames (then every item has the same length
+and v2's ten frames are two items).
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+
+from input_pipeline import audio, avsbench, labels, masks
+from input_pipeline.avsbench import Clip
+from input_pipeline.errors import UserError
+
+EVAL_ITEM_FRAMES = 5
+SILENCE = float(np.log(0.01))  # log-mel of digital silence
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a batch must hold; the plain values of a config that the readers need."""
+
+  semantic: bool
+  image_size: int
+  eval_size: int
+  max_targets: int
+  use_prior: bool
+  masks: str  # folder of stage 1's masks, '' = ground truth as the prior
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """Consecutive frames of one clip."""
+
+  clip: int  # index into the list of clips
+  first: int
+  frames: int
+
+
+def make_items(clips: Sequence[Clip], item_frames: int) -> list[Item]:
+  """All clips cut into items of item_frames frames, or one item a clip if item_frames is 0."""
+  items = []
+  for index, clip in enumerate(clips):
+    length = item_frames or clip.num_frames
+    if clip.num_frames % length:
+      raise UserError(
+        f'item_frames={length} does not divide the {clip.num_frames} frames of the clips of '
+        f'{clip.subset}: use 5, 1 or 0 (whole clips)'
+      )
+    items += [Item(index, first, length) for first in range(0, clip.num_frames, length)]
+  return items
+
+
+def _frames_and_sound(clip: Clip, sound: Clip | None, item: Item, task: Task, training: bool):
+  """frames and log_mel of an item; sound None is silence, else the clip whose audio is heard."""
+  only_first = training and clip.labelled_frames == (0,)
+  times = [0 if only_first else item.first + i for i in range(item.frames)]
+  distinct = {t: avsbench.load_frame(clip, t, task.image_size) for t in dict.fromkeys(times)}
+  if sound is None:
+    shape = (item.frames, audio.EXAMPLE_FRAMES, audio.MEL_BANDS)
+    log_mel = np.full(shape, SILENCE, np.float32)
+  else:
+    log_mel = avsbench.load_log_mel(sound)[item.first : item.first + item.frames]
+  return times, np.stack([distinct[t] for t in times]), log_mel
+
+
+def _to_prior(ids: np.ndarray, size: int) -> np.ndarray:
+  sounding = (ids > 0) & (ids != labels.IGNORE)
+  return labels.resize_ids(sounding.astype(np.uint8) * 255, size)
+
+
+def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
+  """One item of training: arrays with a leading axis of its frames (keys: aavs_jax.types.Batch).
+
+  v1s has one labelled frame a training clip: it stands five times, with the five sounds, as in the
+  release. The prior is the ground truth.
+
+  Raises:
+    UserError: a file is missing or damaged, or a frame has more than max_targets label values.
+  """
+  times, frames, log_mel = _frames_and_sound(clip, clip, item, task, training=True)
+  maps, priors = {}, {}
+  for t in dict.fromkeys(times):
+    ids = avsbench.load_label_ids(clip, t)
+    if task.use_prior:
+      priors[t] = _to_prior(ids, task.eval_size)
+    if not task.semantic:
+      ids = np.where(ids == labels.IGNORE, labels.IGNORE, ids > 0).astype(np.uint8)
+    maps[t] = labels.resize_ids(ids, task.image_size)
+  classes = np.full((item.frames, task.max_targets), -1, np.int32)
+  for i, t in enumerate(times):
+    present = np.unique(maps[t])
+    present = present[present != labels.IGNORE]
+    if len(present) > task.max_targets:
+      raise UserError(
+        f'{clip.label_ids_path(t)} has {len(present)} label values, data.max_targets is '
+        f'{task.max_targets}: raise data.max_targets'
+      )
+    classes[i, : len(present)] = present
+  # The release skips a multi-source clip in which nothing sounds at all (stage 1).
+  silent = not task.semantic and clip.subset == 'v1m' and not (classes == 1).any()
+  batch = {
+    'frames': frames,
+    'log_mel': log_mel,
+    'labels': np.stack([maps[t] for t in times]),
+    'target_classes': classes,
+    'weight': np.full(item.frames, 0.0 if silent else 1.0, np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+  }
+  if task.use_prior:
+    batch['prior'] = np.stack([priors[t] for t in times])
+  return batch
+
+
+def load_eval_item(
+  clip: Clip, sound: Clip | None, item: Item, task: Task
+) -> dict[str, np.ndarray]:
+  """One item of evaluation: as in training, but with the metric's ground truth `target`.
+
+  The prior is stage 1's masks from task.masks, or the ground truth if that is ''.
+  """
+  times, frames, log_mel = _frames_and_sound(clip, sound, item, task, training=False)
+  targets, priors = [], []
+  for t in times:
+    if task.semantic:
+      targets.append(labels.resize_ids(avsbench.load_label_ids(clip, t), task.eval_size))
+    else:
+      colours = avsbench.load_label_rgb(clip, t)
+      targets.append(labels.binary_metric_target(colours, task.eval_size).astype(np.uint8))
+    if task.use_prior and task.masks:
+      priors.append(masks.read_mask(task.masks, clip, t, task.eval_size))
+    elif task.use_prior:
+      priors.append(_to_prior(avsbench.load_label_ids(clip, t), task.eval_size))
+  batch = {
+    'frames': frames,
+    'log_mel': log_mel,
+    'target': np.stack(targets),
+    'weight': np.ones(item.frames, np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+    'frame': np.asarray(times, np.int32),
+  }
+  if task.use_prior:
+    batch['prior'] = np.stack(priors)
+  return batch
+
+
+def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
+  """Frames and sound alone, for writing masks of clips whose labels are partial (v1s/train)."""
+  times, frames, log_mel = _frames_and_sound(clip, clip, item, task, training=False)
+  return {
+    'frames': frames,
+    'log_mel': log_mel,
+    'weight': np.ones(item.frames, np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+    'frame': np.asarray(times, np.int32),
+  }
+
+
+def other_sounds(clips: Sequence[Clip]) -> list[Clip]:
+  """For each clip another one of the same subset, whose audio it gets in the listening test."""
+  result: list[Clip | None] = [None] * len(clips)
+  for subset in {clip.subset for clip in clips}:
+    members = [i for i, clip in enumerate(clips) if clip.subset == subset]
+    if len(members) < 2:
+      raise UserError(
+        f'subset {subset} has one clip in this split, so there is no other audio to play to it: '
+        'leave the subset out or add clips'
+      )
+    # Half way round: neighbours in the list may be cut from the same video.
+    shift = len(members) // 2
+    for place, i in enumerate(members):
+      result[i] = clips[members[(place + shift) % len(members)]]
+  return result
+
+
+def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.concatenate([item[name] for item in items]) for name in items[0]}
+
+
+def training_batches(
+  clips: Sequence[Clip],
+  task: Task,
+  *,
+  item_frames: int,
+  batch_items: int,
+  seed: int,
+  start: int,
+  threads: int,
+  process: int = 0,
+  processes: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Endless shuffled batches from batch number `start` on.
+
+  The stream is a function of clips, seed and the global batch size: a run restarted at batch
+  `start` sees what it would have seen, and so do any number of threads and processes together.
+  """
+  items = make_items(clips, item_frames)
+  if batch_items > len(items):
+    raise UserError(
+      f'data.batch_items={batch_items} is more than the {len(items)} training items: lower it'
+    )
+  if batch_items % processes:
+    raise UserError(
+      f'data.batch_items={batch_items} cannot be shared by {processes} processes: '
+      'make it a multiple of them'
+    )
+  if batch_items > 1 and not item_frames and len({item.frames for item in items}) > 1:
+    raise UserError(
+      f'data.batch_items={batch_items} with whole clips of different lengths cannot be one batch: '
+      'set data.item_frames=5'
+    )
+  dataset = (
+    grain.MapDataset.source(items)
+    .seed(seed)
+    .shuffle()
+    .repeat(None)[process::processes]
+    .map(lambda item: load_training_item(clips[item.clip], item, task))
+    .batch(batch_items // processes, drop_remainder=True, batch_fn=_stack)
+  )
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  return iter(dataset[start:].to_iter_dataset(options))
+
+
+def eval_batches(
+  clips: Sequence[Clip],
+  load,
+  *,
+  batch_items: int,
+  threads: int,
+  process: int = 0,
+  processes: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Every frame of every clip once, in order, in batches of one size; padding has weight 0.
+
+  Args:
+    clips: what to read.
+    load: function of an Item to its arrays, such as load_eval_item with its clip bound.
+    batch_items: items of five frames a batch, all processes together.
+    threads: readers.
+    process: which share of the clips this process reads.
+    processes: of how many; every process gets the same number of batches.
+  """
+  items = make_items(clips, EVAL_ITEM_FRAMES)
+  local = batch_items // processes
+  rounds = -(-len(items) // batch_items)
+  mine = items[process::processes]
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  stream = iter(grain.MapDataset.source(mine).map(load).to_iter_dataset(options)) if mine else None
+  last = None
+  remaining = len(mine)
+  for _ in range(rounds):
+    parts = [next(stream) for _ in range(min(local, remaining))]
+    remaining -= len(parts)
+    last = parts[-1] if parts else last if last is not None else load(items[0])
+    padding = {**last, 'weight': np.zeros_like(last['weight'])}
+    yield _stack(parts + [padding] * (local - len(parts)))

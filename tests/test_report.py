@@ -1,0 +1,269 @@
+"""The report: complete, self-contained, well-formed, worst clips first, at ease with half a run."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aavs_jax.report import write_report
+from input_pipeline.errors import UserError
+from input_pipeline.labels import CLASS_NAMES, ids_to_colours
+
+FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}
+VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}
+
+
+def make_data(root, clips):
+  """A data set of `clips` [(subset, uid)]: a disc of class 8 moving over noise."""
+  root.mkdir(parents=True)
+  with open(root / 'metadata.csv', 'w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow(['uid', 'label', 'split'])
+    writer.writerows([uid, subset, 'test'] for subset, uid in clips)
+  rng = np.random.default_rng(0)
+  rows, columns = np.mgrid[:96, :128]
+  for subset, uid in clips:
+    folders = [root / subset / uid / name for name in ('frames', 'labels_rgb', 'labels_semantic')]
+    for folder in folders:
+      folder.mkdir(parents=True)
+    for t in range(FRAMES[subset]):
+      disc = (rows - 48) ** 2 + (columns - 30 - 7 * t) ** 2 < 20**2
+      image = rng.integers(40, 120, (96, 128, 3)).astype(np.uint8)
+      image[disc] = (90, 140, 190)
+      ids = np.where(disc & (t != 3), 8, 0).astype(np.uint8)
+      Image.fromarray(image).save(folders[0] / f'{t}.jpg')
+      Image.fromarray(ids_to_colours(ids)).save(folders[1] / f'{t}.png')
+      Image.fromarray(ids).save(folders[2] / f'{t}.png')
+
+
+def make_evaluation(task, clips, level, **more):
+  def scores(value):
+    names = ['miou', 'fscore']
+    names += ['miou_no_background', 'fscore_no_background'] if task == 'semantic' else []
+    return dict.fromkeys(names, value)
+
+  subsets = sorted({subset for subset, _ in clips})
+  result = {
+    'task': task, 'split': 'test', 'audio': 'true', 'prior': None,
+    'clips': len(clips), 'frames': sum(FRAMES[s] for s, _ in clips), 'overall': scores(level),
+    'subsets': {s: {'clips': 1, **scores(level * (0.9 if s == 'v1m' else 1))} for s in subsets},
+    # Clip i scores i hundredths: the first clips are the worst.
+    'per_clip': [
+      {'uid': uid, 'subset': subset, 'miou': i / 100, 'fscore': i / 100}
+      for i, (subset, uid) in enumerate(clips)
+    ],
+    **more,
+  }  # fmt: skip
+  if task == 'semantic':
+    result['per_class'] = [
+      {'id': i, 'name': name, 'iou': i / 71 if i % 3 == 0 else None,
+       'fscore': i / 71 if i % 3 == 0 else None, 'frames': i if i % 3 == 0 else 0}
+      for i, name in enumerate(CLASS_NAMES)
+    ]  # fmt: skip
+  return result
+
+
+def make_run(workdir, clips):
+  """Every artefact of a finished run, with made-up numbers."""
+  (workdir / 'eval').mkdir(parents=True)
+  for name, level, more in (
+    ('stage1_true', 0.71, {}),
+    ('stage1_other', 0.32, {'audio': 'other'}),
+    ('stage1_silence', 0.25, {'audio': 'silence'}),
+    ('stage2_masks', 0.48, {'prior': 'stage1'}),
+    ('stage2_oracle', 0.63, {'prior': 'oracle'}),
+  ):
+    task = 'binary' if name.startswith('stage1') else 'semantic'
+    result = make_evaluation(task, clips, level, **more)
+    (workdir / 'eval' / f'{name}.json').write_text(json.dumps(result))
+  for stage in ('stage1', 'stage2'):
+    (workdir / stage).mkdir()
+    (workdir / stage / 'config.json').write_text('{"note": "<b>bold & free</b>", "seed": 3}')
+    lines = []
+    for step in range(0, 200, 5):
+      epoch, phase = step / 20, 1 + (step >= 100)
+      loss = 30 * np.exp(-epoch / 4) + 3
+      lines.append({'kind': 'train', 'step': step, 'epoch': epoch, 'phase': phase, 'loss': loss})
+      if step % 20 == 0:
+        score = 0.7 - 0.6 * np.exp(-epoch / 3)
+        lines.append({
+          'kind': 'val', 'step': step, 'epoch': epoch, 'phase': phase, 'miou': score,
+          'fscore': score + 0.08,
+        })  # fmt: skip
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (workdir / stage / 'metrics.jsonl').write_text(text + '{"kind": "tra')  # being written
+  rows, columns = np.mgrid[:112, :112]
+  for subset, uid in clips:
+    for t in range(FRAMES[subset]):
+      disc = (rows - 56) ** 2 + (columns - 30 - 6 * t) ** 2 < 22**2
+      for path, values in (
+        (workdir / 'masks' / subset / uid / f'{t}.png', 255 * disc),
+        (workdir / 'eval' / 'stage2_masks' / subset / uid / f'{t}.png', (8 + 9 * (t == 2)) * disc),
+      ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values.astype(np.uint8)).save(path)
+
+
+class Checker(HTMLParser):
+  """Collects text, headings and pictures, and fails on tags that do not balance."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.ids, self.images, self.links = [], [], 0, []
+
+  def handle_starttag(self, tag, attrs):
+    self.record(tag, dict(attrs))
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.record(tag, dict(attrs))
+
+  def handle_endtag(self, tag):
+    assert self.open and self.open[-1] == tag, f'</{tag}> closes {self.open[-3:]}'
+    self.open.pop()
+
+  def record(self, tag, attrs):
+    assert tag not in ('script', 'link', 'iframe')
+    self.ids += [attrs['id']] if 'id' in attrs else []
+    self.images += tag == 'img'
+    self.links += [attrs[k] for k in ('src', 'href', 'xlink:href') if k in attrs]
+
+
+def check(page):
+  checker = Checker()
+  checker.feed(page)
+  checker.close()
+  assert not checker.open
+  assert all(link.startswith(('data:image/jpeg;base64,', '#')) for link in checker.links)
+  words = re.sub(r'base64,[^"]*', '', page)
+  assert 'http' not in words and '@import' not in words and 'url(' not in words.split('<body>')[0]
+  return checker
+
+
+@pytest.fixture(scope='module')
+def clips():
+  subsets = ['v1s', 'v1m', 'v2', 'v1m']
+  return [(subsets[i % 4], f'-clip{i:02d}_{1000 * i}_{1000 * i + 5000}') for i in range(16)]
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory, clips):
+  folder = tmp_path_factory.mktemp('report')
+  make_data(folder / 'data', clips)
+  make_run(folder / 'run', clips)
+  return folder / 'run', folder / 'data'
+
+
+@pytest.fixture(scope='module')
+def page(run):
+  path = write_report(*run)
+  assert path == run[0] / 'report.html'
+  return path.read_text(encoding='utf-8')
+
+
+def test_page_is_well_formed_and_self_contained(page):
+  checker = check(page)
+  assert checker.images == 12 * 4 * 5
+  assert page.count('<svg') == 2
+  assert len(page) < 6e6
+
+
+def test_every_clip_is_listed_and_twelve_are_shown(page, clips):
+  shown = re.findall(r'<article><header><code>(.*?)</code>', page)
+  uids = [uid for _, uid in clips]
+  # Six worst, three around the median of 16, three best.
+  assert shown == uids[:6] + uids[7:10] + uids[13:]
+  listed = re.findall(r'<th scope="row">(-clip.*?)</th>', page)
+  assert listed == uids
+  places = [page.index(h) for h in ('Worst clips by stage 2', 'Around the median', 'Best clips')]
+  assert places == sorted(places)
+
+
+def test_numbers_of_the_learning_table(page):
+  table = page[page.index('Does it listen?') : page.index('Does it name')]
+  rows = dict(re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', table))
+  numbers = {label: re.findall(r'>([^<>]+)</td>', cells) for label, cells in rows.items()}
+  assert numbers['true sound'] == ['71.0', '71.0', '71.0', '71.0', '63.9', '63.9', '71.0', '71.0']
+  assert numbers['silence'][:2] == ['25.0', '25.0']
+  difference = next(
+    cells for label, cells in rows.items() if 'another' in label and 'true' in label
+  )
+  assert re.findall(r'class="mark">([^<]*)<', difference) == ['+35.1', '+35.1']
+  assert re.findall(r'<th colspan="2">(\w+)</th>', table) == ['all', 'v1s', 'v1m', 'v2']
+
+
+def test_text_is_escaped(page):
+  assert '<b>bold' not in page
+  assert '&lt;b&gt;bold &amp; free' in page
+
+
+def test_legend_tells_what_was_missed_or_invented(page):
+  first = page[page.index('class="legend"') :].split('</p>')[0]
+  assert '>boat<' in first
+  assert 'dog (not there)' in first
+
+
+def test_classes_that_never_occur_are_left_out(page):
+  section = page[page.index('<h2>Classes</h2>') :].split('</section>')[0]
+  assert '47 further classes never occur' in section
+  assert '<span>woman</span>' not in section and '<span>wolf</span>' in section
+
+
+def test_run_without_stage_2(run, clips, tmp_path):
+  workdir = tmp_path / 'half'
+  make_run(workdir, clips)
+  for name in ('stage2_masks.json', 'stage2_oracle.json'):
+    (workdir / 'eval' / name).unlink()
+  for path in (workdir / 'stage2').iterdir():
+    path.unlink()
+  page = write_report(workdir, run[1], out=tmp_path / 'sub' / 'x.html').read_text(encoding='utf-8')
+  check(page)
+  assert 'Worst clips by stage 1' in page
+  assert 'Not there yet: eval/stage2_oracle' in page
+  assert 'Not there yet: stage2' in page
+
+
+def test_missing_mask_leaves_a_gap(run, clips, tmp_path):
+  workdir = tmp_path / 'gap'
+  make_run(workdir, clips)
+  subset, uid = clips[0]
+  (workdir / 'masks' / subset / uid / '1.png').unlink()
+  (workdir / 'masks' / subset / uid / '2.png').write_bytes(b'cut off')
+  page = write_report(workdir, run[1]).read_text(encoding='utf-8')
+  assert check(page).images == 12 * 4 * 5 - 2
+  assert page.count('class="absent"') == 2
+
+
+def test_empty_workdir_says_what_to_run(run, tmp_path):
+  page = write_report(tmp_path, run[1]).read_text(encoding='utf-8')
+  check(page)
+  assert page.count('<code>aavs ') >= 8
+
+
+def test_few_clips_are_shown_once_each(tmp_path):
+  few = [('v1s', f'_c{i}') for i in range(8)]
+  make_data(tmp_path / 'data', few)
+  make_run(tmp_path / 'run', few)
+  page = write_report(tmp_path / 'run', tmp_path / 'data').read_text(encoding='utf-8')
+  assert re.findall(r'<article><header><code>(.*?)</code>', page) == [uid for _, uid in few]
+
+
+def test_errors_name_the_file(run, clips, tmp_path):
+  workdir, data = run
+  with pytest.raises(UserError, match='no such folder'):
+    write_report(workdir / 'nowhere', data)
+  make_run(tmp_path / 'a', [*clips, ('v2', 'unknown')][::-1])
+  with pytest.raises(UserError, match='no test clip unknown in v2'):
+    write_report(tmp_path / 'a', data)
+  log = tmp_path / 'a' / 'stage1' / 'metrics.jsonl'
+  log.write_text('{"kind": "train", "step": 1}\nbroken\n')
+  with pytest.raises(UserError, match=r'metrics\.jsonl: line 2'):
+    write_report(tmp_path / 'a', data)
+  (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{')
+  with pytest.raises(UserError, match=r'stage1_true\.json'):
+    write_report(tmp_path / 'a', data)
