@@ -20,6 +20,22 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   Raises:
     UserError: no such file or key, or a value of another type.
   """
+  config = _read(path, overrides)
+  check(config)
+  return config
+
+
+def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+  """A config such as configs/quickstart.py, which holds those of its stages; checked likewise."""
+  config = _read(path, overrides)
+  if 'stage1' not in config or 'stage2' not in config:
+    raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
+  check(config.stage1)
+  check(config.stage2)
+  return config
+
+
+def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
   if not Path(path.split(':')[0]).is_file():
     raise UserError(f'{path} does not exist: name a config file such as configs/avss_stage1.py')
   values = flags.FlagValues()
@@ -30,19 +46,19 @@ def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = ' '.join(str(error).split())
     raise UserError(f'config override not accepted: {text}') from error
-  config = values.config
-  check(config)
-  return config
+  return values.config
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for a config that cannot work."""
-  data, model, train = config.data, config.model, config.train
 
   def need(ok, key, value, expected):
     if not ok:
       raise UserError(f'config.{key} is {value!r}: {expected}')
 
+  if 'task' not in config:
+    raise UserError('the config is that of a study: use it with `aavs quickstart`')
+  data, model, train = config.data, config.model, config.train
   need(config.task in ('binary', 'semantic'), 'task', config.task, "use 'binary' or 'semantic'")
   classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
   need(config.num_classes in classes, 'num_classes', config.num_classes, f'use {classes}')

@@ -33,7 +33,10 @@ class Progress:
     return self
 
   def advance(self, count: int) -> None:
-    self._done += count
+    self.advance_to(self._done + count)
+
+  def advance_to(self, done: int) -> None:
+    self._done = done
     now = time.monotonic()
     if self._done < self._total and now - self._shown < (0.2 if self._terminal else 10):
       return

@@ -8,7 +8,10 @@ from jaxtyping import Array, Float, Int
 from aavs_jax.models.sampling import corners
 from aavs_jax.types import Targets
 
-CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the matching cost and of the loss
+CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss
+# The release matches with class weight 1 where its loss has 2; mask and dice weigh the same. The
+# recorded assignments in tests/goldens are optimal with 1 and not with 2.
+MATCHING_CLASS_WEIGHT = 1.0
 
 
 def matching_cost(
@@ -19,8 +22,8 @@ def matching_cost(
 ) -> Float[Array, 'n q k']:
   """Cost of giving target k to query q, from the mask logits and targets at p shared points.
 
-  2 (-class probability) + 5 mean sigmoid cross-entropy + 5 dice (method: losses). Padded targets
-  (class -1) cost nothing anywhere, so they take the queries that the real ones leave over.
+  -class probability + 5 mean sigmoid cross-entropy + 5 dice. Padded targets (class -1) cost nothing
+  anywhere, so they take the queries that the real ones leave over.
   """
   probability = jax.nn.softmax(class_logits, -1)
   index = jnp.maximum(target_classes, 0)[:, None, :]
@@ -34,7 +37,9 @@ def matching_cost(
   overlap = jnp.einsum('nqp,nkp->nqk', sigmoid, target_masks)
   total = jnp.sum(sigmoid, -1)[..., None] + jnp.sum(target_masks, -1)[:, None, :]
   dice_cost = 1 - (2 * overlap + 1) / (total + 1)
-  cost = CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost / points + DICE_WEIGHT * dice_cost
+  cost = (
+    MATCHING_CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost / points + DICE_WEIGHT * dice_cost
+  )
   return jnp.where(target_classes[:, None, :] >= 0, cost, 0.0)
 
 

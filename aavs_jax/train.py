@@ -41,6 +41,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   """
   workdir = Path(workdir)
   config_lib.check(config)
+  if config.use_prior and not config.data.masks:
+    raise UserError(
+      "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "
+      '`aavs masks` and name their folder'
+    )
   train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
   val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
   _claim(workdir, config)
@@ -62,6 +67,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   mesh = make_mesh()
   manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
   latest = manager.latest_step()
+  if latest == total:
+    return _result(manager, workdir)
   start = None
   if config.train.init and (latest is None or boundary):
     start, _ = checkpoint.load_params(config.train.init)
@@ -164,7 +171,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         look(0)
         with clock.paused():
           result = evaluate.score(
-            config, predictor, state.params, val_clips, oracle_prior=not config.data.masks
+            config, predictor, state.params, val_clips
           )['overall']
         scores = {name: float(result[name]) for name in ('miou', 'fscore')}
         writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
@@ -176,11 +183,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         manager.wait_until_finished()
         say(f'stopped by a signal at step {step}; the same command goes on from there')
         raise SystemExit(0)
+  return _result(manager, workdir)
+
+
+def _result(manager, workdir: Path) -> dict[str, float]:
   manager.wait_until_finished()
   best = checkpoint.best_step(manager)
   result = {**manager.metrics(best), 'step': best}
   manager.close()
-  say(f'best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
+  say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
   return result
 
 

@@ -26,10 +26,10 @@ def get_config():
   config.model.decoder_ffn = 128
   config.model.audio_hidden = 128
   config.model.sampling = 'dense'
-  config.vggish.conv_widths = (16, 24, 32, 32, 64, 64)
+  config.vggish.conv_widths = (8, 16, 24, 24, 32, 32)
   config.vggish.dense_widths = (128,)
   config.vggish.embedding = 64
-  config.loss.points = 512
+  config.loss.points = 192
   config.optimizer.lr = 1e-3
   config.optimizer.clip_norm = 1.0
   config.optimizer.warmup_steps = 50

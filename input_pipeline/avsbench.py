@@ -183,8 +183,17 @@ def load_frame(clip: Clip, t: int, size: int) -> np.ndarray:
   Raises:
     UserError: the file is missing, truncated, not an image, or of more than 50 million pixels.
   """
-  image = _decode(clip.frame_path(t))
+  return resize_frame(_decode(clip.frame_path(t)), size)
+
+
+def resize_frame(image: Image.Image, size: int) -> np.ndarray:
+  """An RGB image at the model's input size, uint8 [size, size, 3], as `load_frame` resizes it."""
   return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+  """A JPEG or PNG file, uint8 [H, W, 3] RGB. Raises UserError as `load_frame`."""
+  return np.array(_decode(os.fspath(path)))
 
 
 def load_label_ids(clip: Clip, t: int) -> np.ndarray:

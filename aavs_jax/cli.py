@@ -1,0 +1,272 @@
+"""The `aavs` command; every sub-command is a thin wrapper of a function of the library."""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from input_pipeline.errors import UserError
+
+
+def _compose(args) -> None:
+  from aavs_jax.logging import Progress, say
+  from input_pipeline.compose import compose
+
+  clips = {split: _per_subset(split, getattr(args, split)) for split in ('train', 'val', 'test')}
+  total = sum(sum(subsets.values()) for subsets in clips.values())
+  with Progress('making clips', total, 'clips') as progress:
+    compose(
+      args.root,
+      clips=clips,
+      num_classes=args.classes,
+      size=_size(args.size),
+      seed=args.seed,
+      sprites=args.sprites,
+      progress=lambda done, _: progress.advance_to(done),
+    )
+  say(f'{total} clips in {args.root}')
+
+
+def _per_subset(split: str, text: str) -> dict[str, int]:
+  try:
+    v1s, v1m, v2 = (int(number) for number in text.split(','))
+  except ValueError:
+    raise UserError(
+      f'--{split} {text!r} is not three whole numbers: give clips of v1s, v1m and v2, as 240,240,120'
+    ) from None
+  return {'v1s': v1s, 'v1m': v1m, 'v2': v2}
+
+
+def _size(text: str) -> tuple[int, int]:
+  try:
+    width, height = (int(number) for number in text.split('x'))
+  except ValueError:
+    raise UserError(f'--size {text!r} is not WIDTHxHEIGHT: write it as 160x120') from None
+  return width, height
+
+
+def _check_data(args) -> int:
+  from aavs_jax.evaluate import write_json
+  from aavs_jax.logging import Progress, say
+  from input_pipeline.avsbench import read_index
+  from input_pipeline.check import check_data, format_check
+
+  with Progress('checking', len(read_index(args.root)), 'clips') as progress:
+    report = check_data(args.root, progress=lambda done, _: progress.advance_to(done))
+  say(format_check(report))
+  if args.json:
+    write_json(args.json, report)
+  return 0 if report['ok'] else 1
+
+
+def _train(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.train import train
+
+  overrides = list(args.overrides)
+  if args.data:
+    overrides.append(f'--config.data.root={args.data}')
+  config = config_lib.load(args.config, overrides)
+  if not config.data.root:
+    raise UserError('no data set: name its folder with --data ROOT')
+  train(config, args.workdir)
+
+
+def _masks(args) -> None:
+  from aavs_jax.evaluate import write_masks
+  from aavs_jax.logging import say
+
+  written = write_masks(
+    args.workdir, data=args.data, out=args.out, splits=tuple(args.splits.split(','))
+  )
+  say(f'masks of {written} clips written, the others were there; all in {args.out}')
+
+
+def _eval(args) -> None:
+  from aavs_jax.evaluate import evaluate
+  from aavs_jax.logging import say
+  from aavs_jax.metrics import format_table
+
+  result = evaluate(
+    args.workdir,
+    data=args.data,
+    out=args.out,
+    split=args.split,
+    audio=args.audio,
+    oracle=args.oracle,
+    mask_folder=args.masks,
+    maps=args.maps,
+  )
+  say(format_table([result]))
+  say(f'written to {args.out}')
+
+
+def _predict(args) -> None:
+  from aavs_jax.logging import say
+  from aavs_jax.predict import predict
+
+  out = predict(args.source, stage1=args.stage1, stage2=args.stage2, out=args.out)
+  say(f'masks and overlays in {out}')
+
+
+def _report(args) -> None:
+  from aavs_jax.logging import say
+  from aavs_jax.report import write_report
+
+  say(f'open {write_report(args.workdir, args.data, args.out)}')
+
+
+def _quickstart(args) -> None:
+  from aavs_jax.config import load_study
+  from aavs_jax.study import run_study
+
+  config = load_study(args.config, args.overrides)
+  run_study(config, args.workdir, data=args.data, fresh=args.fresh)
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='aavs', description='Audio-visual segmentation in JAX: Stepping Stones with AAVS.'
+  )
+  parser.add_argument('--version', action='version', version=importlib.metadata.version('aavs_jax'))
+  parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+  commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+  def command(name, run, text, example):
+    sub = commands.add_parser(
+      name,
+      help=text,
+      description=text[0].upper() + text[1:] + '.',
+      epilog=f'example:\n  {example}',
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sub.set_defaults(run=run)
+    # Also after the sub-command, where one adds it to a line that failed.
+    sub.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='traceback')
+    return sub
+
+  sub = command(
+    'compose',
+    _compose,
+    'write a small made data set in the AVSBench-semantic layout',
+    'aavs compose data --train 240,240,120 --val 12,20,8 --test 30,60,30',
+  )
+  sub.add_argument('root', help='folder to write')
+  sub.add_argument('--train', default='240,240,120', help='clips of v1s,v1m,v2 (%(default)s)')
+  sub.add_argument('--val', default='12,20,8', help='(%(default)s)')
+  sub.add_argument('--test', default='30,60,30', help='(%(default)s)')
+  sub.add_argument('--classes', type=int, default=8, help='2 to 70 (%(default)s)')
+  sub.add_argument('--size', default='160x120', help='of the frames (%(default)s)')
+  sub.add_argument('--seed', type=int, default=0)
+  sub.add_argument('--sprites', help='DIR/CLASS/*.png with alpha, *.wav|*.ogg|*.flac, to show')
+
+  sub = command(
+    'check-data', _check_data, 'read a whole data set and report its faults', 'aavs check-data data'
+  )
+  sub.add_argument('root')
+  sub.add_argument('--json', help='also write the report here')
+
+  sub = command(
+    'train',
+    _train,
+    'train one stage, or go on with it',
+    'aavs train --config configs/avss_stage2.py --workdir runs/stage2 --data data '
+    '--config.optimizer.lr=2e-4',
+  )
+  sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
+  sub.add_argument('--workdir', required=True, help='where config, metrics and checkpoints go')
+  sub.add_argument('--data', help='the data set (or --config.data.root)')
+
+  sub = command(
+    'masks',
+    _masks,
+    "write stage 1's masks, the prior of stage 2",
+    'aavs masks --workdir runs/stage1 --data data --out runs/masks',
+  )
+  sub.add_argument('--workdir', required=True, help='of stage 1')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', required=True)
+  sub.add_argument('--splits', default='val,test', help='(%(default)s)')
+
+  sub = command(
+    'eval',
+    _eval,
+    'score a trained stage on a split',
+    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json',
+  )
+  sub.add_argument('--workdir', required=True)
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', required=True, help='JSON file')
+  sub.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+  sub.add_argument(
+    '--audio', default='true', choices=('true', 'other', 'silence'), help='what the model hears'
+  )
+  sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
+  sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
+  sub.add_argument('--maps', help='folder for the predicted maps')
+
+  sub = command(
+    'predict',
+    _predict,
+    'segment a video file, or a folder with frames/ and audio.wav',
+    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction',
+  )
+  sub.add_argument('source')
+  sub.add_argument('--stage1', help='work folder of stage 1')
+  sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
+  sub.add_argument('--out', required=True)
+
+  sub = command(
+    'report',
+    _report,
+    'write the report of a finished quickstart',
+    'aavs report runs/quickstart --data runs/quickstart/data',
+  )
+  sub.add_argument('workdir')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', help='HTML file (WORKDIR/report.html)')
+
+  sub = command(
+    'quickstart',
+    _quickstart,
+    'both stages end to end, with evaluation and report',
+    'aavs quickstart --workdir runs/quickstart',
+  )
+  root = Path(__file__).parents[1]
+  sub.add_argument(
+    '--config', default=str(root / 'configs' / 'quickstart.py'), help='a study (%(default)s)'
+  )
+  sub.add_argument('--workdir', default='runs/quickstart', help='(%(default)s)')
+  sub.add_argument('--data', default='', help='a data set instead of made clips')
+  sub.add_argument('--fresh', action='store_true', help='remove what is there and start anew')
+  return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Entry point; returns the exit status: 0, 1 (check-data found faults) or 2 (bad input)."""
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  args.overrides = [text for text in rest if text.startswith('--config.')]
+  unknown = [text for text in rest if text not in args.overrides]
+  if unknown or (args.overrides and args.command not in ('train', 'quickstart')):
+    parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
+  _keep_compiled()
+  try:
+    return args.run(args) or 0
+  except (UserError, FloatingPointError, OSError) as error:
+    if args.debug:
+      raise
+    print(f'aavs: {error}', file=sys.stderr)
+    return 2
+
+
+def _keep_compiled() -> None:
+  """Compiled programs are kept between runs, unless the user has a cache already."""
+  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'aavs_jax'
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,406 @@
+"""What a data set on disk holds, and what is wrong with it: the engine of `aavs check-data`.
+
+Every file that training and evaluation read is read once, by the same readers, clips in parallel.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable
+
+import cv2
+import numpy as np
+
+from input_pipeline import audio, avsbench, labels
+from input_pipeline.avsbench import FRAMES, SPLITS, Clip
+from input_pipeline.errors import UserError
+
+PUBLISHED_CLIPS = {  # AVSBench-semantic: train, val, test
+  'v1s': (3452, 740, 740),
+  'v1m': (296, 64, 64),
+  'v2': (4750, 500, 750),
+}
+
+_FOLDERS = ('frames', 'labels_semantic', 'labels_rgb')
+_MAX_UNKNOWN_COLOURS = 0.5  # of an image, as where the labels are read
+_SPECK = 0.001  # of an image: smaller regions may be strays of the annotation
+_MANY_SIZES = 5
+_MANY_FINDINGS = 10  # texts of a kind that are printed
+# Programs that write to a pipe put a huge length into the header, and some count its own 8 bytes.
+_UNKNOWN_LENGTH = 0x7FFF0000
+_HEADER_SLACK = 8
+
+
+@dataclasses.dataclass
+class _Result:
+  """What was found in one clip: counts and texts, no pixels."""
+
+  clip: Clip
+  read: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  classes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+  unknown_pixels: int = 0
+  digest: str | None = None
+  problems: list[dict] = dataclasses.field(default_factory=list)
+  notes: list[dict] = dataclasses.field(default_factory=list)
+
+  @property
+  def name(self) -> str:
+    return f'{self.clip.subset}/{self.clip.uid}'
+
+  def problem(self, kind: str, text: str) -> None:
+    self.problems.append(_finding(kind, self.name, text))
+
+  def note(self, kind: str, text: str) -> None:
+    self.notes.append(_finding(kind, self.name, text))
+
+  def attempt(self, read: Callable, path: str):
+    """What `read` returns, or None and a problem that says why it cannot."""
+    try:
+      return read()
+    except UserError as error:
+      self.problem('unreadable file' if os.path.exists(path) else 'missing file', str(error))
+      return None
+
+
+def check_data(
+  root: str | os.PathLike,
+  *,
+  workers: int | None = None,
+  progress: Callable[[int, int], None] | None = None,
+) -> dict:
+  """Reads a whole data set in the layout of AVSBench-semantic and reports on it.
+
+  Args:
+    root: folder of the data set.
+    workers: clips read at once, by threads (decoding releases the interpreter's lock); None for a
+      number that suits the machine.
+    progress: called with (clips done, clips in all) after each clip, in the calling thread.
+
+  Returns:
+    A report that json can write; the same data give the same report:
+      root: the folder.
+      ok: whether `problems` is empty.
+      counts: for each subset and split {'subset', 'split', 'clips': rows of metadata.csv,
+        'published': clips of the published set, and 'frames', 'labels_semantic', 'labels_rgb':
+        files read without error}.
+      image_sizes: the commonest {'width', 'height', 'frames'}.
+      other_sizes: frames of sizes that are not among those.
+      classes: for each class {'id', 'name', 'train', 'val', 'test': labelled frames in which it
+        occurs}; class 0 is the background.
+      unknown_colours: {'pixels', 'clips'} of labels_rgb with a colour of no class.
+      problems, notes: lists of {'kind', 'clip': 'SUBSET/UID' or None, 'text': one sentence}.
+    Problems are files that are missing, unreadable or cut short, sounds too short for a single
+    example, labels with unknown colours in more than half an image, and clips of different splits
+    whose first frame and sound are the same bytes. All else that is odd is a note.
+
+  Raises:
+    UserError: metadata.csv is missing or bad (see `avsbench.read_index`), or workers is below 1.
+  """
+  if workers is not None and workers < 1:
+    raise UserError(f'workers is {workers}; use at least 1.')
+  clips = avsbench.read_index(root)
+
+  read, sizes, classes = collections.Counter(), collections.Counter(), collections.Counter()
+  unknown = {'pixels': 0, 'clips': 0}
+  same_content = collections.defaultdict(list)
+  problems, notes = [], []
+  with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+    for done, result in enumerate(executor.map(_check_clip, clips), 1):
+      clip = result.clip
+      for folder, number in result.read.items():
+        read[clip.subset, clip.split, folder] += number
+      for class_id, number in result.classes.items():
+        classes[class_id, clip.split] += number
+      sizes.update(result.sizes)
+      unknown['pixels'] += result.unknown_pixels
+      unknown['clips'] += result.unknown_pixels > 0
+      if result.digest:
+        same_content[result.digest].append(clip)
+      problems += result.problems
+      notes += result.notes
+      if progress:
+        progress(done, len(clips))
+
+  problems += _duplicates(same_content.values())
+  notes += _unlisted_folders(os.fspath(root), clips)
+  rows = collections.Counter((clip.subset, clip.split) for clip in clips)
+  counts = [
+    {'subset': subset, 'split': split, 'clips': rows[subset, split], 'published': published}
+    | {folder: read[subset, split, folder] for folder in _FOLDERS}
+    for subset in FRAMES
+    for split, published in zip(SPLITS, PUBLISHED_CLIPS[subset], strict=True)
+  ]
+  notes += _differing_counts(counts)
+  commonest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_MANY_SIZES]
+  return {
+    'root': os.fspath(root),
+    'ok': not problems,
+    'counts': counts,
+    'image_sizes': [
+      {'width': width, 'height': height, 'frames': number} for (width, height), number in commonest
+    ],
+    'other_sizes': sizes.total() - sum(number for _, number in commonest),
+    'classes': [
+      {'id': class_id, 'name': name} | {split: classes[class_id, split] for split in SPLITS}
+      for class_id, name in enumerate(labels.CLASS_NAMES)
+    ],
+    'unknown_colours': unknown,
+    'problems': problems,
+    'notes': notes,
+  }
+
+
+def _finding(kind: str, clip: str | None, text: str) -> dict:
+  return {'kind': kind, 'clip': clip, 'text': text}
+
+
+def _check_clip(clip: Clip) -> _Result:
+  result = _Result(clip)
+  if not os.path.isdir(clip.folder):
+    result.problem(
+      'missing folder',
+      f'{clip.folder}: a row of metadata.csv names this folder, which does not exist; restore it '
+      f'or remove the row.',
+    )
+    return result
+  frame_sizes = _check_frames(result)
+  _check_labels(result, frame_sizes)
+  sound_is_good = _check_sound(result)
+  if 0 in frame_sizes and sound_is_good:
+    result.digest = _digest(clip.frame_path(0)) + _digest(clip.audio_path)
+  return result
+
+
+def _digest(path: str) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _check_frames(result: _Result) -> dict[int, tuple[int, int]]:
+  """Width and height of each frame that can be read, by its number."""
+  sizes = {}
+  for t in range(result.clip.num_frames):
+    path = result.clip.frame_path(t)
+    pixels = result.attempt(lambda path=path: avsbench.read_image(path), path)
+    if pixels is not None:
+      sizes[t] = pixels.shape[1::-1]
+  result.read['frames'] = len(sizes)
+  result.sizes.update(sizes.values())
+  return sizes
+
+
+def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> None:
+  specks = collections.Counter()  # regions of each class that has shown nothing larger so far
+  large = set()  # the classes that have
+  off_size = []
+  unknown_pixels = unknown_images = 0
+  for t in result.clip.labelled_frames:
+    semantic = _read_semantic(result, t)
+    rgb, unknown = _read_colours(result, t)
+    for folder, ids in (('labels_semantic', semantic), ('labels_rgb', rgb)):
+      if ids is not None and t in frame_sizes and ids.shape[::-1] != frame_sizes[t]:
+        label_size, frame_size = (f'{w}x{h}' for w, h in (ids.shape[::-1], frame_sizes[t]))
+        off_size.append(f'{folder}/{t}.png is {label_size} and its frame {frame_size}')
+    unknown_pixels += unknown
+    unknown_images += unknown > 0
+    ids = rgb if semantic is None else semantic
+    if ids is not None:
+      present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[: labels.NUM_CLASSES])
+      result.classes.update(present.tolist())
+      _find_specks(ids, present[present > 0].tolist(), specks, large)
+
+  folder = result.clip.folder
+  if off_size:
+    more = f', and so on for {len(off_size) - 1} more' if len(off_size) > 1 else ''
+    result.note('label size', f'{folder}: {off_size[0]}{more}; both are resized when read.')
+  if unknown_pixels:
+    result.note(
+      'unknown colours',
+      f'{folder}/labels_rgb: {unknown_pixels} pixels in {unknown_images} labels have a colour of '
+      f'no class and count as background.',
+    )
+  for class_id, regions in sorted(specks.items()):
+    result.note(
+      'stray specks',
+      f'{folder}: class {class_id} ({labels.CLASS_NAMES[class_id]}) occurs only as {regions} '
+      f'regions of less than {_SPECK:.1%} of the image; they may be strays of the annotation.',
+    )
+
+
+def _read_semantic(result: _Result, t: int) -> np.ndarray | None:
+  path = result.clip.label_ids_path(t)
+  if not os.path.exists(path) and os.path.exists(result.clip.label_rgb_path(t)):
+    return None  # ordinary: training then reads the colours
+  ids = result.attempt(lambda: avsbench.load_label_ids(result.clip, t), path)
+  result.read['labels_semantic'] += ids is not None
+  return ids
+
+
+def _read_colours(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
+  """Class ids, and how many pixels of a label that is good enough have an unknown colour."""
+  path = result.clip.label_rgb_path(t)
+  if not os.path.exists(path):
+    return None, 0  # ordinary where there are ids, else already reported with them
+  rgb = result.attempt(lambda: avsbench.load_label_rgb(result.clip, t), path)
+  if rgb is None:
+    return None, 0
+  result.read['labels_rgb'] += 1
+  ids, unknown = labels.colours_to_ids(rgb)
+  result.unknown_pixels += unknown
+  if unknown > _MAX_UNKNOWN_COLOURS * ids.size:
+    result.problem(
+      'wrong palette',
+      f'{path}: {unknown} of {ids.size} pixels have a colour of no class; write the label in '
+      f"AVSBench's palette.",
+    )
+    return None, 0
+  return ids, unknown
+
+
+def _find_specks(
+  ids: np.ndarray, present: list[int], specks: collections.Counter, large: set[int]
+) -> None:
+  """Adds a label's classes to `large`, or their regions to `specks`, which leaves out `large`."""
+  for class_id in present:
+    if class_id not in large:
+      _, _, regions, _ = cv2.connectedComponentsWithStats((ids == class_id).astype(np.uint8))
+      areas = regions[1:, cv2.CC_STAT_AREA]
+      if areas.max() >= _SPECK * ids.size:
+        large.add(class_id)
+        specks.pop(class_id, None)
+      else:
+        specks[class_id] += len(areas)
+
+
+def _check_sound(result: _Result) -> bool:
+  """Whether the sound can be used, if only in part."""
+  path, frames = result.clip.audio_path, result.clip.num_frames
+  sound = result.attempt(lambda: audio.read_wav(path), path)
+  if sound is None:
+    return False
+  missing = _missing_bytes(path)
+  if missing:
+    result.problem(
+      'truncated file',
+      f'{path}: ends {missing} bytes before its header says; copy or extract it again.',
+    )
+    return False
+  waveform, rate = sound
+  samples = -(-len(waveform) * audio.SAMPLE_RATE // rate)  # after resampling
+  seconds, needed = samples / audio.SAMPLE_RATE, audio.samples_needed(1) / audio.SAMPLE_RATE
+  if samples < audio.samples_needed(1):
+    result.problem(
+      'sound too short',
+      f'{path}: the sound lasts {seconds:.4f} s, and one example needs {needed} s; extract the '
+      f'whole clip or leave it out.',
+    )
+    return False
+  if samples < audio.samples_needed(frames):
+    needed = audio.samples_needed(frames) / audio.SAMPLE_RATE
+    result.note(
+      'short sound',
+      f'{path}: the sound lasts {seconds:.4f} s, and {frames} frames need {needed} s; its last '
+      f'example is repeated.',
+    )
+  return True
+
+
+def _missing_bytes(path: str) -> int:
+  """How many bytes a RIFF file lacks; sound readers take what is there and do not say."""
+  with open(path, 'rb') as file:
+    head = file.read(8)
+    length = os.fstat(file.fileno()).st_size
+  if len(head) < 8 or head[:4] != b'RIFF':
+    return 0
+  claimed = struct.unpack('<I', head[4:])[0]
+  if claimed >= _UNKNOWN_LENGTH or claimed + 8 <= length + _HEADER_SLACK:
+    return 0
+  return claimed + 8 - length
+
+
+def _duplicates(groups: Iterable[list[Clip]]) -> list[dict]:
+  found = []
+  for clips in groups:
+    if len({clip.split for clip in clips}) > 1:
+      names = ', '.join(f'{clip.subset}/{clip.uid} ({clip.split})' for clip in clips)
+      text = f'{names}: the first frame and the sound are the same; keep the clip in one split.'
+      found.append(_finding('duplicate across splits', f'{clips[0].subset}/{clips[0].uid}', text))
+  return found
+
+
+def _unlisted_folders(root: str, clips: list[Clip]) -> list[dict]:
+  listed = {(clip.subset, clip.uid) for clip in clips}
+  found = []
+  for subset in FRAMES:
+    folder = os.path.join(root, subset)
+    if not os.path.isdir(folder):
+      continue
+    with os.scandir(folder) as entries:
+      names = sorted(entry.name for entry in entries if entry.is_dir())
+    for name in names:
+      if (subset, name) not in listed:
+        # A name on disk need not be text that can be printed.
+        shown = name if name.isprintable() else ascii(name)
+        text = f'{os.path.join(folder, shown)}: no row of metadata.csv names this folder.'
+        found.append(_finding('unlisted folder', f'{subset}/{shown}', text))
+  return found
+
+
+def _differing_counts(counts: list[dict]) -> list[dict]:
+  differing = [
+    f'{row["clips"]} of {row["published"]} in {row["subset"]} {row["split"]}'
+    for row in counts
+    if row['clips'] != row['published']
+  ]
+  text = f'the numbers of clips are not those of the published set: {", ".join(differing)}.'
+  return [_finding('clip counts', None, text)] if differing else []
+
+
+def format_check(report: dict) -> str:
+  """The report of `check_data` as plain text, several lines; of each kind only the first ten."""
+  heads = ('subset', 'split', 'clips', 'published', *_FOLDERS)
+  parts = [report['root'], '', *_table(heads, report['counts']), '']
+
+  sizes = [f'{row["width"]}x{row["height"]} ({row["frames"]})' for row in report['image_sizes']]
+  if report['other_sizes']:
+    sizes.append(f'others ({report["other_sizes"]})')
+  parts.append(f'image sizes (frames): {", ".join(sizes) or "none"}')
+  unknown = report['unknown_colours']
+  parts.append(f'unknown colours: {unknown["pixels"]} pixels in {unknown["clips"]} clips')
+
+  occurring = [row for row in report['classes'] if any(row[split] for split in SPLITS)]
+  parts += ['', 'labelled frames in which each class occurs']
+  parts += _table(('id', 'name', *SPLITS), occurring)
+  absent = len(report['classes']) - len(occurring)
+  if absent:
+    parts.append(f'{absent} of {len(report["classes"])} classes occur in no label')
+
+  for title in ('problems', 'notes'):
+    parts += ['', f'{title}: {len(report[title]) or "none"}']
+    by_kind = collections.defaultdict(list)
+    for finding in report[title]:
+      by_kind[finding['kind']].append(finding['text'])
+    for kind, texts in by_kind.items():
+      parts.append(f'  {kind} ({len(texts)})')
+      parts += [f'    {text}' for text in texts[:_MANY_FINDINGS]]
+      if len(texts) > _MANY_FINDINGS:
+        parts.append(f'    ... and {len(texts) - _MANY_FINDINGS} more')
+  return '\n'.join(parts)
+
+
+def _table(heads: tuple[str, ...], rows: list[dict]) -> list[str]:
+  """Columns as wide as they need; text to the left, numbers to the right."""
+  widths = [max(len(str(cell)) for cell in (head, *(row[head] for row in rows))) for head in heads]
+  lines = [heads, *(tuple(row[head] for head in heads) for row in rows)]
+  is_number = [bool(rows) and isinstance(rows[0][head], int) for head in heads]
+  return [
+    '  '.join(
+      str(cell).rjust(width) if number else str(cell).ljust(width)
+      for cell, width, number in zip(line, widths, is_number, strict=True)
+    ).rstrip()
+    for line in lines
+  ]

@@ -1,0 +1,19 @@
+# Sourced by the scripts beside it: a virtual environment in .venv with the project in it.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONUNBUFFERED=1
+
+make_environment() { # extras, such as "" or "[dev]"
+  local python="${PYTHON:-python3}"
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "aavs_jax needs Python 3.11 or newer; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
+    exit 2
+  fi
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  # Installed already for this pyproject.toml and these extras: nothing to do.
+  local stamp=".venv/installed$1"
+  if ! cmp -s pyproject.toml "$stamp"; then
+    echo "installing into .venv ..."
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".$1"
+    cp pyproject.toml "$stamp"
+  fi
+}

@@ -1,0 +1,70 @@
+"""Imports run one way: input_pipeline, models, losses and metrics, steps, train, cli."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each module may import only modules of lower rank; a module without a rank fails the test.
+RANK = {
+  'input_pipeline': 0,
+  'configs': 0,
+  'types': 1,
+  'logging': 1,
+  'overlay': 1,
+  'metrics': 1,
+  'video': 2,
+  'models': 2,
+  'matching': 3,
+  'losses': 4,
+  'postprocess': 4,
+  'methods': 5,
+  'optimizer': 5,
+  'mesh': 5,
+  'state': 5,
+  'config': 5,
+  'convert': 6,
+  'stages': 6,
+  'steps': 6,
+  'checkpoint': 6,
+  'evaluate': 7,
+  'predict': 8,
+  'train': 8,
+  'report': 8,
+  'study': 9,
+  'cli': 10,
+}
+
+
+def _imported(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def _rank(name):
+  parts = name.split('.')
+  if parts[0] in ('input_pipeline', 'configs'):
+    return RANK[parts[0]]
+  if parts[0] == 'aavs_jax' and len(parts) > 1:
+    return RANK[parts[1]]
+  return None
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'input_pipeline').glob('*.py')), ids=lambda p: p.stem)
+def test_input_pipeline_knows_nothing_of_the_model(path):
+  banned = ('jax', 'flax', 'optax', 'orbax', 'aavs_jax', 'tensorflow', 'torch')
+  assert not [name for name in _imported(path) if name.split('.')[0] in banned]
+
+
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'aavs_jax').glob('[!_]*.py')), ids=lambda p: p.stem
+)
+def test_arrows_point_one_way(path):
+  own = RANK[path.stem]
+  for name in _imported(path):
+    rank = _rank(name)
+    assert rank is None or rank < own, f'{path.stem} imports {name}'

@@ -1,0 +1,370 @@
+"""Prediction on sources of one's own: the files written, against the models called directly."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import soundfile
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+from test_video import COLOURS, decode, write_video
+
+from aavs_jax import checkpoint
+from aavs_jax.evaluate import Predictor, load_trained, write_json
+from aavs_jax.mesh import make_mesh
+from aavs_jax.methods import aavs
+from aavs_jax.overlay import SOUNDING_COLOUR, overlay
+from aavs_jax.predict import load_models, predict
+from aavs_jax.state import create, flatten
+from aavs_jax.video import read_windows
+from configs import quick_stage1, quick_stage2
+from input_pipeline import audio
+from input_pipeline.errors import UserError
+from input_pipeline.labels import CLASS_NAMES
+
+RATE = audio.SAMPLE_RATE
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(tmp_path_factory):
+  """Every prediction compiles its models anew; from the second time on they come from here."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache.reset_cache()
+
+
+def make_workdir(folder, config, seed, **changes):
+  """A work folder as training leaves it, of a model as small as it can be, with random weights."""
+  config.data.image_size = 32
+  config.data.eval_size = 16
+  config.model.swin.update(embed_dim=8, depths=(1, 0, 0, 0), heads=(1, 1, 2, 2))
+  config.model.hidden = 32
+  config.model.heads = 2
+  config.model.encoder_layers = 0
+  config.model.decoder_layers = 1
+  config.model.decoder_ffn = 32
+  config.vggish.conv_widths = (2,) * 6
+  config.vggish.dense_widths = (8,)
+  config.vggish.embedding = 8
+  config.update_from_flattened_dict(changes)
+  rng = np.random.default_rng(seed)
+  abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
+  params = {
+    path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
+    for path, leaf in abstract.items()
+  }
+  write_json(folder / 'config.json', config.to_dict())
+  manager = checkpoint.make_manager(folder / 'checkpoints', 1)
+  checkpoint.save(manager, create(params, list(params)[:3], optax.sgd(1.0)), 1, {'miou': 0.5})
+  manager.wait_until_finished()
+  manager.close()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def stage1(tmp_path_factory):
+  # Of most seeds the masks are full or empty whatever the input; of these they depend on all of it.
+  return make_workdir(tmp_path_factory.mktemp('models') / 'stage1', quick_stage1.get_config(), 25)
+
+
+@pytest.fixture(scope='module')
+def stage2(tmp_path_factory):
+  return make_workdir(tmp_path_factory.mktemp('models') / 'stage2', quick_stage2.get_config(), 10)
+
+
+@pytest.fixture(scope='module')
+def end_to_end(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('models') / 'end_to_end'
+  return make_workdir(folder, quick_stage2.get_config(), 10, use_prior=False)
+
+
+def make_clip(folder, numbers, seconds, suffix='.png', seed=0):
+  """Frames of noise in two sizes, and sound that changes every second."""
+  rng = np.random.default_rng(seed)
+  (folder / 'frames').mkdir(parents=True)
+  frames = []
+  for i, number in enumerate(numbers):
+    coarse = rng.integers(0, 256, (4, 5 + i % 2, 3), dtype=np.uint8)
+    frames.append(coarse.repeat(12, 0).repeat(16, 1))
+    Image.fromarray(frames[-1]).save(folder / 'frames' / f'{number}{suffix}')
+  times = np.arange(round(seconds * RATE)) / RATE
+  loudness = 0.05 + 0.1 * (np.floor(times) % 5)
+  wave = loudness * np.sin(2 * np.pi * (300 + 350 * np.floor(times)) * times)
+  soundfile.write(folder / 'audio.wav', wave, RATE)
+  return frames
+
+
+@functools.cache
+def loaded(workdir):
+  config, params, _ = load_trained(workdir)
+  # Placed as `predict` does, so that the compiled model is found again.
+  replicated = NamedSharding(make_mesh(), PartitionSpec())
+  return config, jax.device_put(params, replicated), Predictor(aavs(config))
+
+
+def call_directly(workdir, frames, log_mel, prior=None):
+  """What a model gives for frames of any size, five at a time, the last five perhaps again."""
+  config, params, predictor = loaded(workdir)
+  size = (config.data.image_size,) * 2
+  small = [Image.fromarray(f).resize(size, Image.Resampling.BILINEAR) for f in frames]
+  batch = {'frames': np.stack(small), 'log_mel': log_mel}
+  if prior is not None:
+    batch['prior'] = prior
+  result = [None] * len(frames)
+  for start in range(0, len(frames), 5):
+    places = (np.arange(5) + min(start, max(len(frames) - 5, 0))) % len(frames)
+    answer = predictor(params, {name: value[places] for name, value in batch.items()})
+    for place, row in zip(places, answer):
+      result[place] = row
+  return np.stack(result)
+
+
+def stage1_masks(workdir, frames, log_mel):
+  return (call_directly(workdir, frames, log_mel).argmax(1) * 255).astype(np.uint8)
+
+
+def enlarge(ids, height, width):
+  rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
+  columns = ((np.arange(width) + 0.5) * ids.shape[1] / width).astype(int)
+  return ids[rows[:, None], columns]
+
+
+def read(path):
+  with Image.open(path) as image:
+    return np.asarray(image)
+
+
+def names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture(scope='module')
+def video(tmp_path_factory):
+  return write_video(tmp_path_factory.mktemp('video') / 'twelve.mp4', 12)
+
+
+@pytest.fixture(scope='module')
+def answered(video, stage1, stage2, tmp_path_factory):
+  """The output folder of a video of 12 s, and the seconds done as they were told."""
+  parent = tmp_path_factory.mktemp('answered')
+  told = []
+  out = predict(video, stage1=stage1, stage2=stage2, out=parent / 'a' / 'out', progress=told.append)
+  assert out == parent / 'a' / 'out' and names(parent) == ['a'] and names(out.parent) == ['out']
+  return out, told
+
+
+@pytest.fixture(scope='module')
+def by_hand(video, stage1, stage2):
+  """Frames, log-mels, masks and classes of the same video."""
+  windows = list(read_windows(video, 10))
+  frames = np.concatenate([window[0] for window in windows])
+  log_mel = np.concatenate([audio.log_mel_examples(w)[: len(f)] for f, w, _ in windows])
+  masks = stage1_masks(stage1, frames, log_mel)
+  return frames, log_mel, masks, call_directly(stage2, frames, log_mel, masks)
+
+
+def test_masks_of_two_windows_are_the_models_own(answered, by_hand, stage1):
+  out, told = answered
+  frames, log_mel, masks, _ = by_hand
+  assert told == [10, 12]
+  assert sorted(map(int, (p.stem for p in (out / 'masks').iterdir()))) == list(range(12))
+  shifted = stage1_masks(stage1, frames, np.roll(log_mel, 1, 0))
+  assert (shifted != masks).any((1, 2)).sum() >= 6  # so it matters which second is heard
+  for t in range(12):
+    written = read(out / 'masks' / f'{t}.png')
+    assert written.dtype == np.uint8
+    np.testing.assert_array_equal(written, enlarge(masks[t], 48, 64))
+
+
+def test_stage_2_starts_from_the_masks_of_stage_1(answered, by_hand, stage2):
+  out, _ = answered
+  frames, log_mel, masks, classes = by_hand
+  assert len(names(out / 'classes')) == 12
+  for t in range(12):
+    np.testing.assert_array_equal(read(out / 'classes' / f'{t}.png'), enlarge(classes[t], 48, 64))
+  for other in (np.zeros_like(masks), 255 - masks):
+    assert (call_directly(stage2, frames, log_mel, other) != classes).any()
+
+
+def test_overlays_show_the_classes_over_the_frames(answered, by_hand):
+  out, _ = answered
+  frames, _, _, classes = by_hand
+  assert len(names(out / 'overlays')) == 12
+  for t in range(12):
+    drawn = read(out / 'overlays' / f'{t}.jpg').astype(int)
+    expected = overlay(frames[t], enlarge(classes[t], 48, 64))
+    assert np.abs(drawn - expected).mean() < 12  # JPEG halves the resolution of colours
+    assert np.abs(drawn - frames[t]).mean() > 20
+
+
+def test_overlay_video_plays_as_long_with_sound(answered):
+  out, _ = answered
+  frames, sound, rate = decode(out / 'overlay.mp4')
+  assert len(frames) == 60 and frames[0][1].shape == (48, 64, 3)
+  assert sound.shape[1] / rate == pytest.approx(12, abs=0.1) and np.abs(sound).max() > 0.1
+  for second in (0, 11):
+    picture = frames[5 * second + 2][1].astype(int)
+    still = read(out / 'overlays' / f'{second}.jpg')
+    assert np.abs(picture - still).mean() < 15
+    assert np.abs(picture - COLOURS[second % 6]).mean() > 20  # something is drawn
+
+
+def test_summary_counts_the_pixels_of_the_files(answered, video, stage1, stage2):
+  out, _ = answered
+  summary = json.loads((out / 'summary.json').read_text())
+  frames = summary.pop('frames')
+  assert summary == {
+    'source': str(video),
+    'seconds': 12,
+    'stage1': str(stage1),
+    'stage2': str(stage2),
+  }
+  assert [frame['second'] for frame in frames] == list(range(12))
+  for t, frame in enumerate(frames):
+    mask, ids = read(out / 'masks' / f'{t}.png'), read(out / 'classes' / f'{t}.png')
+    assert frame['sounding_share'] == pytest.approx((mask == 255).mean())
+    assert {c['id'] for c in frame['classes']} == set(np.unique(ids)) - {0}
+    shares = [c['share'] for c in frame['classes']]
+    assert shares == sorted(shares, reverse=True)
+    for entry in frame['classes']:
+      assert entry['name'] == CLASS_NAMES[entry['id']]
+      assert entry['share'] == pytest.approx((ids == entry['id']).mean())
+
+
+def test_clip_folder_in_numeric_order_with_stage_1_alone(stage1, tmp_path):
+  clip, out = tmp_path / 'clip', tmp_path / 'out'
+  # By name 10.png would come before 8.png. Names of the system's own files do not count.
+  frames = make_clip(clip, range(8, 14), 6)
+  (clip / 'frames' / '._8.png').write_bytes(b'not an image')
+  out.mkdir()  # an empty folder will do
+  predict(clip, stage1=stage1, out=out)
+  assert names(out) == ['masks', 'overlays', 'summary.json']
+  masks = stage1_masks(stage1, frames, audio.clip_log_mel(clip / 'audio.wav', 6))
+  for t, frame in enumerate(frames):
+    written = read(out / 'masks' / f'{t}.png')
+    np.testing.assert_array_equal(written, enlarge(masks[t], *frame.shape[:2]))
+    drawn = read(out / 'overlays' / f'{t}.jpg')
+    assert drawn.shape == frame.shape
+  assert len(names(out / 'masks')) == 6
+  frames_told = json.loads((out / 'summary.json').read_text())['frames']
+  assert all(frame['classes'] == [] for frame in frames_told)
+  t = max(range(6), key=lambda t: frames_told[t]['sounding_share'])
+  distance = np.abs(read(out / 'overlays' / f'{t}.jpg').astype(int) - SOUNDING_COLOUR)
+  assert distance.mean() < np.abs(frames[t].astype(int) - SOUNDING_COLOUR).mean()
+
+
+def test_short_sound_repeats_its_last_example_in_later_windows_too(stage1, tmp_path, capsys):
+  clip = tmp_path / 'clip'
+  frames = make_clip(clip, range(13), 7.5, suffix='.jpg')
+  predict(clip, stage1=stage1, out=tmp_path / 'out')
+  frames = [read(clip / 'frames' / f'{t}.jpg') for t in range(13)]
+  log_mel = audio.clip_log_mel(clip / 'audio.wav', 13)  # 7 examples, and 6 times the last
+  assert '6 s too short' in capsys.readouterr().out
+  for t, mask in enumerate(stage1_masks(stage1, frames, log_mel)):
+    written = read(tmp_path / 'out' / 'masks' / f'{t}.png')
+    np.testing.assert_array_equal(written, enlarge(mask, *frames[t].shape[:2]))
+
+
+def test_model_trained_end_to_end_needs_no_stage_1(end_to_end, tmp_path):
+  frames = make_clip(tmp_path / 'clip', [0], 1)
+  out = predict(tmp_path / 'clip', stage1=None, stage2=end_to_end, out=tmp_path / 'out')
+  log_mel = audio.clip_log_mel(tmp_path / 'clip' / 'audio.wav', 1)
+  classes = enlarge(call_directly(end_to_end, frames, log_mel)[0], *frames[0].shape[:2])
+  np.testing.assert_array_equal(read(out / 'classes' / '0.png'), classes)
+  np.testing.assert_array_equal(read(out / 'masks' / '0.png'), np.where(classes > 0, 255, 0))
+  assert json.loads((out / 'summary.json').read_text())['stage1'] is None
+
+
+def break_clip(clip, how):
+  frame, sound = clip / 'frames' / '1.png', clip / 'audio.wav'
+  if how == 'folder':
+    (clip / 'frames').rename(clip / 'pictures')
+  elif how == 'empty':
+    for path in (clip / 'frames').iterdir():
+      path.unlink()
+  elif how == 'gap':
+    frame.unlink()
+  elif how == 'twice':
+    (clip / 'frames' / '1.jpg').write_bytes(b'')
+  elif how == 'name':
+    frame.rename(clip / 'frames' / 'one.png')
+  elif how == 'mute':
+    sound.unlink()
+  elif how == 'blip':
+    soundfile.write(sound, np.ones(100) / 2, RATE)
+
+
+@pytest.mark.parametrize(
+  ('how', 'words'),
+  [
+    ('folder', 'no folder named frames'),
+    ('empty', 'no JPEG or PNG'),
+    ('gap', r'2\.png: comes after 0\.png'),
+    ('twice', 'comes after'),
+    ('name', 'one.png: the name is not a number'),
+    ('mute', 'audio.wav: the sound file cannot be read'),
+    ('blip', 'lasts 0.006 s'),
+  ],
+)
+def test_broken_clip_folders_are_refused(how, words, stage1, tmp_path):
+  make_clip(tmp_path / 'clip', range(3), 3)
+  break_clip(tmp_path / 'clip', how)
+  with pytest.raises(UserError, match=words):
+    predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / 'out')
+  assert names(tmp_path) == ['clip']
+
+
+def test_damage_met_half_way_leaves_nothing_behind(stage1, tmp_path):
+  make_clip(tmp_path / 'clip', range(11), 11)
+  (tmp_path / 'clip' / 'frames' / '10.png').write_bytes(b'not an image')
+  told = []
+  with pytest.raises(UserError, match=r'10\.png: the image cannot be read'):
+    predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / 'new' / 'out', progress=told.append)
+  assert told == [10]
+  assert names(tmp_path) == ['clip']
+
+
+def test_sources_that_do_not_exist_or_are_no_video(stage1, tmp_path):
+  junk = tmp_path / 'junk.mp4'
+  junk.write_bytes(b'this is no video' * 100)
+  for source, words in ((tmp_path / 'none', 'no such file or folder'), (junk, 'cannot be read')):
+    with pytest.raises(UserError, match=words):
+      predict(source, stage1=stage1, out=tmp_path / 'out')
+  assert names(tmp_path) == ['junk.mp4']
+
+
+def test_output_must_be_a_new_or_empty_folder(stage1, tmp_path):
+  make_clip(tmp_path / 'clip', [0], 1)
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'thesis.txt').write_text('mine')
+  (tmp_path / 'file').write_text('mine')
+  for out, words in (
+    ('full', 'is not empty'),
+    ('file', 'is a file'),
+    ('file/below', 'cannot be written'),
+  ):
+    with pytest.raises(UserError, match=words):
+      predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / out)
+  assert names(tmp_path) == ['clip', 'file', 'full'] and names(tmp_path / 'full') == ['thesis.txt']
+
+
+def test_models_must_fit_their_stages(stage1, stage2, tmp_path):
+  other_size = make_workdir(
+    tmp_path / 'other', quick_stage1.get_config(), 0, **{'data.eval_size': 32}
+  )
+  for first, second, words in (
+    (None, None, 'no model is given'),
+    (stage2, None, 'semantic task, but --stage1'),
+    (stage1, stage1, 'binary task, but --stage2'),
+    (None, stage2, 'starts from masks of stage 1'),
+    (other_size, stage2, 'eval_size is 32 in'),
+    (tmp_path / 'nowhere', None, 'config.json is missing'),
+  ):
+    with pytest.raises(UserError, match=words):
+      load_models(first, second)

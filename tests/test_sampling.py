@@ -1,0 +1,54 @@
+"""Resizing and point sampling against direct computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aavs_jax.models.deformable_attention import attend_dense, attend_gather
+from aavs_jax.models.sampling import resize, sample
+
+
+def _bilinear(image, x, y):
+  """Value at pixel coordinates, zeros outside; the textbook formula."""
+  height, width = image.shape
+  total = 0.0
+  for row in (int(np.floor(y)), int(np.floor(y)) + 1):
+    for column in (int(np.floor(x)), int(np.floor(x)) + 1):
+      if 0 <= row < height and 0 <= column < width:
+        total += image[row, column] * (1 - abs(x - column)) * (1 - abs(y - row))
+  return total
+
+
+@pytest.mark.parametrize('form', ['dense', 'gather'])
+def test_sample_is_bilinear_with_zeros_outside(form):
+  rng = np.random.default_rng(0)
+  maps = rng.standard_normal((2, 3, 5, 7)).astype(np.float32)
+  points = rng.uniform(-0.2, 1.2, (2, 40, 2)).astype(np.float32)
+  expected = [
+    [[_bilinear(m, x * 7 - 0.5, y * 5 - 0.5) for x, y in p] for m in ms]
+    for ms, p in zip(maps, points)
+  ]
+  np.testing.assert_allclose(sample(jnp.asarray(maps), points, form), expected, atol=1e-5)
+
+
+def test_forms_of_deformable_attention_agree_in_value_and_gradient():
+  rng = np.random.default_rng(1)
+  values = [jnp.asarray(rng.standard_normal((2, h, w, 2, 4)), jnp.float32) for h, w in [(3, 4), (6, 8)]]
+  locations = jnp.asarray(rng.uniform(-0.1, 1.1, (2, 9, 2, 2, 4, 2)), jnp.float32)
+  weights = jax.nn.softmax(jnp.asarray(rng.standard_normal((2, 9, 2, 2, 4)), jnp.float32))
+
+  def both(form):
+    loss = lambda v, l, w: jnp.sum(jnp.sin(form(v, l, w)))  # noqa: E731
+    return form(values, locations, weights), jax.grad(loss, (0, 1, 2))(values, locations, weights)
+
+  for a, b in zip(jax.tree.leaves(both(attend_dense)), jax.tree.leaves(both(attend_gather))):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_resize_does_not_antialias():
+  image = np.zeros((1, 8, 8), np.float32)
+  image[0, ::4] = 1.0  # rows 0 and 4
+  # Halving reads rows 0.5, 2.5, 4.5, 6.5: the mean of two neighbours, however much it shrinks.
+  np.testing.assert_allclose(resize(jnp.asarray(image), (4, 8))[0, :, 0], [0.5, 0, 0.5, 0])
+  np.testing.assert_allclose(resize(jnp.asarray(image), (2, 8))[0, :, 0], [0, 0])
