@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
@@ -19,16 +20,13 @@ _METRIC = 'miou'
 def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   """Manager that keeps the newest `keep` checkpoints and the one of best validation mIoU."""
 
-
   def metric(metrics):
     return metrics[_METRIC]
 
   policy = preservation_policy.AnyPreservationPolicy(
     [
       preservation_policy.LatestN(keep),
-      preservation_policy.BestN(
-        get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False
-      ),
+      preservation_policy.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
     ]
   )
   options = ocp.CheckpointManagerOptions(
@@ -102,7 +100,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
       with ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
         keep = {name: tree[name] for name in ('trained', 'frozen') if tree.get(name)}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=jax.numpy.ndarray), keep)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)
         loaded = reader.restore(
           path,
           args=ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True),
@@ -110,7 +108,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     except (OSError, ValueError, KeyError) as error:
       raise UserError(
         f'the checkpoint {folder / str(step)} cannot be read ({type(error).__name__}: '
-        f'{str(error).splitlines()[0]}): remove it, or train again'
+        f'{" ".join(str(error).split())[:200]}): remove it, or train again'
       ) from error
   return {**loaded.get('trained', {}), **loaded.get('frozen', {})}, step
 

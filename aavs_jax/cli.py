@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import logging as absl_logging
+
 from input_pipeline.errors import UserError
 
 
@@ -34,7 +36,7 @@ def _per_subset(split: str, text: str) -> dict[str, int]:
     v1s, v1m, v2 = (int(number) for number in text.split(','))
   except ValueError:
     raise UserError(
-      f'--{split} {text!r} is not three whole numbers: give clips of v1s, v1m and v2, as 240,240,120'
+      f'--{split} {text!r} is not three whole numbers: give clips of v1s,v1m,v2, as 240,240,120'
     ) from None
   return {'v1s': v1s, 'v1m': v1m, 'v2': v2}
 
@@ -253,12 +255,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   if unknown or (args.overrides and args.command not in ('train', 'quickstart')):
     parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
   _keep_compiled()
+  _quiet_libraries()
   try:
     return args.run(args) or 0
   except (UserError, FloatingPointError, OSError) as error:
     if args.debug:
       raise
-    print(f'aavs: {error}', file=sys.stderr)
+    print(f'aavs: {str(error).rstrip(".")}', file=sys.stderr)
     return 2
 
 
@@ -266,6 +269,11 @@ def _keep_compiled() -> None:
   """Compiled programs are kept between runs, unless the user has a cache already."""
   cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'aavs_jax'
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+
+
+def _quiet_libraries() -> None:
+  """Orbax warns of each folder it opens for reading only; warnings of ours are raised or said."""
+  absl_logging.set_verbosity(absl_logging.ERROR)
 
 
 if __name__ == '__main__':

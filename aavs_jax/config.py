@@ -78,9 +78,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     data.max_targets,
     f'there are {model.num_queries} queries, each takes one target at most',
   )
-  need(
-    data.image_size % 32 == 0, 'data.image_size', data.image_size, 'use a multiple of 32 pixels'
-  )
+  need(data.image_size % 32 == 0, 'data.image_size', data.image_size, 'use a multiple of 32 pixels')
   need(
     data.subsets and set(data.subsets) <= set(FRAMES),
     'data.subsets',
@@ -132,7 +130,17 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     ) from None
   except ValueError as error:
     raise UserError(f'{path} is not valid JSON ({error}): restore it or train again') from None
-  return ml_collections.ConfigDict(_tuples(plain))
+  try:
+    config = ml_collections.ConfigDict(_tuples(plain))
+    check(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(
+      f'{path} is not a config of `aavs train` ({" ".join(str(error).split())[:200]}): restore it '
+      'or train again'
+    ) from error
+  return config
 
 
 def _tuples(value):

@@ -13,6 +13,7 @@ from input_pipeline.errors import UserError
 _SWIN = 'model.model.pixel_level_module.encoder'
 _PIXEL = 'model.model.pixel_level_module.decoder'
 _TRANSFORMER = 'model.model.transformer_module'
+_LAYERS = f'{_TRANSFORMER}.decoder.layers'
 
 # Flax path -> released name, without the last part (kernel, bias, scale); first match wins.
 _MODULES = (
@@ -32,13 +33,13 @@ _MODULES = (
   (r'pixel_decoder/lateral', rf'{_PIXEL}.adapter_1.0'),
   (r'pixel_decoder/smooth_norm', rf'{_PIXEL}.layer_1.1'),
   (r'pixel_decoder/smooth', rf'{_PIXEL}.layer_1.0'),
-  (r'decoder/layer(\d+)/self/(.+)', rf'{_TRANSFORMER}.decoder.layers.\1.self_attn.<\2>'),
-  (r'decoder/layer(\d+)/cross', rf'{_TRANSFORMER}.decoder.layers.\1.cross_attn'),
-  (r'decoder/layer(\d+)/cross/projection', rf'{_TRANSFORMER}.decoder.layers.\1.cross_attn.out_proj'),
-  (r'decoder/layer(\d+)/self_norm', rf'{_TRANSFORMER}.decoder.layers.\1.self_attn_layer_norm'),
-  (r'decoder/layer(\d+)/cross_norm', rf'{_TRANSFORMER}.decoder.layers.\1.cross_attn_layer_norm'),
-  (r'decoder/layer(\d+)/ffn_norm', rf'{_TRANSFORMER}.decoder.layers.\1.final_layer_norm'),
-  (r'decoder/layer(\d+)/(fc\d)', rf'{_TRANSFORMER}.decoder.layers.\1.\2'),
+  (r'decoder/layer(\d+)/self/(.+)', rf'{_LAYERS}.\1.self_attn.<\2>'),
+  (r'decoder/layer(\d+)/cross', rf'{_LAYERS}.\1.cross_attn'),
+  (r'decoder/layer(\d+)/cross/projection', rf'{_LAYERS}.\1.cross_attn.out_proj'),
+  (r'decoder/layer(\d+)/self_norm', rf'{_LAYERS}.\1.self_attn_layer_norm'),
+  (r'decoder/layer(\d+)/cross_norm', rf'{_LAYERS}.\1.cross_attn_layer_norm'),
+  (r'decoder/layer(\d+)/ffn_norm', rf'{_LAYERS}.\1.final_layer_norm'),
+  (r'decoder/layer(\d+)/(fc\d)', rf'{_LAYERS}.\1.\2'),
   (r'decoder/norm', rf'{_TRANSFORMER}.decoder.layernorm'),
   (r'decoder/mask_embedding(\d)', rf'{_TRANSFORMER}.decoder.mask_predictor.mask_embedder.\1.0'),
   (r'decoder/class_predictor/linear', r'model.class_predictor'),
@@ -91,7 +92,7 @@ _LEAVES = {
 
 
 def released_name(path: str) -> str:
-  """Name in a released checkpoint of the parameter at a Flax path ('backbone/patch_embed/kernel')."""
+  """Name in a released checkpoint of the parameter at a path ('backbone/patch_embed/kernel')."""
   if path in _PARAMETERS:
     return _PARAMETERS[path]
   module, leaf = path.rsplit('/', 1)

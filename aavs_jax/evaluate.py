@@ -1,7 +1,9 @@
 """Running a trained model over a split: scores, maps, and the masks that stage 2 starts from."""
 
 import functools
+import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +16,7 @@ import numpy as np
 from aavs_jax import checkpoint, metrics, steps
 from aavs_jax import config as config_lib
 from aavs_jax.logging import Progress
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh
+from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.methods import Method, aavs
 from aavs_jax.state import flatten, merge
 from aavs_jax.types import Params
@@ -27,7 +29,10 @@ _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest st
 
 
 class Predictor:
-  """A compiled model: batches of frames in, numpy predictions out."""
+  """A compiled model: batches of frames in, numpy predictions out.
+
+  Parameters must be on all devices (load_trained, a train state); frames are spread over them.
+  """
 
   def __init__(self, method: Method):
     self._step = jax.jit(functools.partial(steps.predict_step, method=method))
@@ -103,7 +108,7 @@ def score(
   batches = pipeline.eval_batches(
     clips,
     lambda item: pipeline.load_eval_item(clips[item.clip], sounds[item.clip], item, task),
-    batch_items=config.data.batch_items,
+    batch_items=eval_batch_items(config),
     threads=config.data.threads,
   )
   per_clip = {}
@@ -123,24 +128,34 @@ def score(
       on_clip(clip, ids)
     if progress:
       progress.advance(1)
-  summarise = (
-    metrics.summarise_binary if config.task == 'binary' else metrics.summarise_semantic
-  )
+  summarise = metrics.summarise_binary if config.task == 'binary' else metrics.summarise_semantic
   return summarise(per_clip)
 
 
 def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params, int]:
-  """Config, parameters and step of the best checkpoint of a work folder of `aavs train`."""
+  """Config, parameters (a copy on every device) and step of a work folder's best checkpoint.
+
+  Raises:
+    UserError: the folder holds no model, or a checkpoint that does not fit its config.json.
+  """
   config = config_lib.from_json(Path(workdir) / 'config.json')
   flat, step = checkpoint.load_params(workdir)
   abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
   wrong = [p for p, leaf in abstract.items() if p not in flat or flat[p].shape != leaf.shape]
-  if wrong or len(flat) != len(abstract):
+  wrong += [p for p in flat if p not in abstract]
+  if wrong:
     raise UserError(
-      f'the checkpoint of {workdir} does not fit its config.json '
-      f'({len(wrong)} parameters, first {wrong[:1]}): restore the config it was trained with'
+      f'the checkpoint of {workdir} does not fit its config.json ({len(wrong)} parameters, first '
+      f'{wrong[0]}): restore the config it was trained with'
     )
-  return config, merge(flat, {}), step
+  return config, jax.device_put(merge(flat, {}), replicated(make_mesh())), step
+
+
+def eval_batch_items(config: ml_collections.ConfigDict) -> int:
+  """Items of an evaluation batch: as in training, rounded up so that devices share the frames."""
+  devices, frames = jax.device_count(), pipeline.EVAL_ITEM_FRAMES
+  step = devices // math.gcd(devices, frames)
+  return -(-config.data.batch_items // step) * step
 
 
 def evaluate(
@@ -222,10 +237,10 @@ def write_masks(
   config, params, step = load_trained(workdir)
   if config.task != 'binary':
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
-  _claim_masks(Path(out), {'checkpoint': str(Path(workdir).absolute()), 'step': step})
   clips = [
     clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
   ]
+  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': _digest(params)})
   size = config.data.eval_size
   todo = [clip for clip in clips if not masks.is_complete(str(out), clip, size)]
   if not todo:
@@ -234,7 +249,7 @@ def write_masks(
   batches = pipeline.eval_batches(
     todo,
     lambda item: pipeline.load_unlabelled_item(todo[item.clip], item, task),
-    batch_items=config.data.batch_items,
+    batch_items=eval_batch_items(config),
     threads=config.data.threads,
   )
   predictor = Predictor(aavs(config))
@@ -246,15 +261,23 @@ def write_masks(
   return len(todo)
 
 
+def _digest(params: Params) -> str:
+  """What tells the parameters of two models apart, however similar their folders are."""
+  digest = hashlib.sha256()
+  for value in jax.tree.leaves(params):
+    digest.update(np.asarray(value).tobytes())
+  return digest.hexdigest()[:16]
+
+
 def _claim_masks(folder: Path, source: dict) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
   note = folder / 'source.json'
   if note.exists():
     found = checkpoint.read_json(note)
-    if found != source:
+    if found.get('digest') != source['digest']:
       raise UserError(
-        f'{folder} holds masks of {found.get("checkpoint")} step {found.get("step")}, not of '
-        f'{source["checkpoint"]} step {source["step"]}: remove it or name another folder'
+        f'{folder} holds masks of another model ({found.get("checkpoint")}, step '
+        f'{found.get("step")}): remove it or name another folder'
       )
     return
   folder.mkdir(parents=True, exist_ok=True)

@@ -34,9 +34,7 @@ class PointDraws:
   extra: Float[Array, 's n k r 2']  # taken whatever the logit is
 
 
-def draw_points(
-  key: jax.Array, sets: int, frames: int, targets: int, points: int
-) -> PointDraws:
+def draw_points(key: jax.Array, sets: int, frames: int, targets: int, points: int) -> PointDraws:
   """Fresh draws: `points` for the matcher, 3 points candidates and 0.25 points extra a pair."""
   keys = jax.random.split(key, 3)
   extra = points - int(UNCERTAIN_SHARE * points)
@@ -91,9 +89,7 @@ def set_loss(
   class_loss = -jnp.sum(weight * picked) / jnp.maximum(jnp.sum(weight), 1e-12)
 
   matched = mask_logits[frame, query]  # n k h w
-  points = _loss_points(
-    jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form
-  )
+  points = _loss_points(jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form)
   logits = sample(matched[:, :, None], points, form)[:, :, 0]
   truth = sample_targets(targets, points)
   cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)

@@ -23,6 +23,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
 def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   for pattern, spec in PARTITION_RULES:
     if re.search(pattern, path):

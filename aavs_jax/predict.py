@@ -14,12 +14,10 @@ import cv2
 import jax
 import ml_collections
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from aavs_jax.evaluate import Predictor, load_trained, write_json
 from aavs_jax.logging import say
-from aavs_jax.mesh import make_mesh
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import overlay, overlay_binary
 from aavs_jax.video import Window, read_windows, write_overlay_video
@@ -202,18 +200,18 @@ def load_models(
     UserError: no model, a model of the other stage, or two that do not fit together.
   """
   if stage1 is None and stage2 is None:
-    raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
+    raise UserError('no model is given: name a work folder of `aavs train` with --stage1.')
   locate = classify = None
   if stage1 is not None:
     config1, locate = _load_model(stage1, 'binary')
   if stage2 is not None:
     config2, classify = _load_model(stage2, 'semantic')
     if config2.use_prior and locate is None:
-      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1')
+      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1.')
     if config2.use_prior and config1.data.eval_size != config2.data.eval_size:
       raise UserError(
         f'data.eval_size is {config1.data.eval_size} in {stage1} and {config2.data.eval_size} in '
-        f'{stage2}: name the stage 1 whose masks {stage2} was trained for'
+        f'{stage2}: name the stage 1 whose masks {stage2} was trained for.'
       )
 
   def answer(frames, log_mel):
@@ -236,11 +234,9 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
     role, other = ('stage1', 'stage2') if task == 'binary' else ('stage2', 'stage1')
     raise UserError(
       f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: '
-      f'name it with --{other}'
+      f'name it with --{other}.'
     )
   predictor = Predictor(aavs(config))
-  # A copy on every device; the frames of a batch are spread over them.
-  params = jax.device_put(params, NamedSharding(make_mesh(), PartitionSpec()))
   devices = jax.device_count()
   count = -(-_BATCH_FRAMES // devices) * devices
 

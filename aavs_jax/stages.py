@@ -70,8 +70,7 @@ def trainable_paths(config: ml_collections.ConfigDict, params: Mapping, phase: i
   paths = [
     path
     for path in params
-    if matches(path, config.train.trainable)
-    and not (first_of_two and matches(path, SWIN_ADAPTERS))
+    if matches(path, config.train.trainable) and not (first_of_two and matches(path, SWIN_ADAPTERS))
   ]
   if not paths:
     raise UserError(

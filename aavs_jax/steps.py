@@ -45,5 +45,3 @@ def train_step(
 def predict_step(params: Params, batch: Batch, *, method: Method) -> jax.Array:
   """Predictions of the final set, see Method.predict."""
   return method.predict(method.apply(params, batch))
-
-

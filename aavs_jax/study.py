@@ -71,7 +71,10 @@ def run_study(
 
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   """Both stages and all evaluations of one seed; returns the evaluations by name."""
-  stage1, stage2 = config.stage1.copy_and_resolve_references(), config.stage2.copy_and_resolve_references()
+  stage1, stage2 = (
+    config.stage1.copy_and_resolve_references(),
+    config.stage2.copy_and_resolve_references(),
+  )
   for stage in (stage1, stage2):
     stage.seed = seed
     stage.data.root = data
@@ -87,9 +90,7 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   train(stage2, folder / 'stage2')
 
   say('[5] evaluation on the test split')
-  plan = {
-    f'stage1_{audio}': ('stage1', {'audio': audio}) for audio in evaluate.AUDIO
-  }
+  plan = {f'stage1_{audio}': ('stage1', {'audio': audio}) for audio in evaluate.AUDIO}
   plan['stage2_masks'] = ('stage2', {'maps': folder / 'eval' / 'stage2_masks'})
   plan['stage2_oracle'] = ('stage2', {'oracle': True})
   if config.end_to_end:

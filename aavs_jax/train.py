@@ -62,6 +62,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       f'{config.train.epochs} epochs: lower it, or use 0 for a single phase'
     )
 
+  frames = config.data.batch_items * items[0].frames
+  if frames % jax.device_count():
+    raise UserError(
+      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which the '
+      f'{jax.device_count()} devices cannot share evenly: use a multiple of the devices'
+    )
+
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
   method = aavs(config)
   mesh = make_mesh()
@@ -170,9 +177,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       if step % eval_every == 0 or step in (total, boundary):
         look(0)
         with clock.paused():
-          result = evaluate.score(
-            config, predictor, state.params, val_clips
-          )['overall']
+          result = evaluate.score(config, predictor, state.params, val_clips)['overall']
         scores = {name: float(result[name]) for name in ('miou', 'fscore')}
         writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
         say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
@@ -280,7 +285,7 @@ class _Clock:
     return result
 
   def eta(self, step: int, total: int) -> float:
-    """Seconds left at the pace of the last interval; the first one, with compilation, overstates."""
+    """Seconds left at the pace of the last interval; the first, with compilation, overstates."""
     steps_taken = step - self._last_step if self._last_step is not None else step
     self._last_step = step
     return self._elapsed / max(steps_taken, 1) * (total - step)

@@ -20,7 +20,7 @@ Batch = Mapping[str, jax.Array]
 #   frames          uint8 [n h w 3]    RGB at the model's input size
 #   log_mel         float32 [n 96 64]  VGGish example of the frame's second
 #   labels          uint8 [n h w]      class ids (binary stage: 0 or 1), 255 = ignored
-#   target_classes  int32 [n k]        the label values present in the frame, ascending, -1 = padding
+#   target_classes  int32 [n k]        label values present in the frame, ascending, -1 = padding
 #   prior           uint8 [n e e]      0 or 255: what sounds (stage 2 only)
 #   weight          float32 [n]        1, or 0 for padding and frames without loss
 # Batches of evaluation have, instead of labels and target_classes,
@@ -30,7 +30,7 @@ Batch = Mapping[str, jax.Array]
 
 @flax.struct.dataclass
 class Outputs:
-  """All prediction sets of the decoder, before its first layer and after each; the last is final."""
+  """All prediction sets: before the decoder's first layer and after each; the last is final."""
 
   mask_logits: Float[Array, 's n q h w']  # at stride 4
   class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class

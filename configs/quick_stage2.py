@@ -1,4 +1,4 @@
-"""The quickstart's stage 2: starts from stage 1's weights, as the published one from Mask2Former's."""
+"""The quickstart's stage 2: starts from stage 1, as the published one from Mask2Former."""
 
 from configs import quick_stage1
 

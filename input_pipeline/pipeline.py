@@ -115,9 +115,7 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
   return batch
 
 
-def load_eval_item(
-  clip: Clip, sound: Clip | None, item: Item, task: Task
-) -> dict[str, np.ndarray]:
+def load_eval_item(clip: Clip, sound: Clip | None, item: Item, task: Task) -> dict[str, np.ndarray]:
   """One item of evaluation: as in training, but with the metric's ground truth `target`.
 
   The prior is stage 1's masks from task.masks, or the ground truth if that is ''.

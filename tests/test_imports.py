@@ -54,15 +54,15 @@ def _rank(name):
   return None
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'input_pipeline').glob('*.py')), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+  'path', sorted((ROOT / 'input_pipeline').glob('*.py')), ids=lambda p: p.stem
+)
 def test_input_pipeline_knows_nothing_of_the_model(path):
   banned = ('jax', 'flax', 'optax', 'orbax', 'aavs_jax', 'tensorflow', 'torch')
   assert not [name for name in _imported(path) if name.split('.')[0] in banned]
 
 
-@pytest.mark.parametrize(
-  'path', sorted((ROOT / 'aavs_jax').glob('[!_]*.py')), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize('path', sorted((ROOT / 'aavs_jax').glob('[!_]*.py')), ids=lambda p: p.stem)
 def test_arrows_point_one_way(path):
   own = RANK[path.stem]
   for name in _imported(path):

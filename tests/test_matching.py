@@ -54,7 +54,7 @@ def test_cost_follows_its_formula():
     p, t = 1 / (1 + np.exp(-masks[0, q])), truth[0, k]
     entropy = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
     dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
-    expected = -2 * probability[[1, 0][k]] + 5 * entropy + 5 * dice
+    expected = -probability[[1, 0][k]] + 5 * entropy + 5 * dice
     assert found[0, q, k] == pytest.approx(expected, rel=1e-5)
 
 

@@ -34,7 +34,9 @@ def test_sample_is_bilinear_with_zeros_outside(form):
 
 def test_forms_of_deformable_attention_agree_in_value_and_gradient():
   rng = np.random.default_rng(1)
-  values = [jnp.asarray(rng.standard_normal((2, h, w, 2, 4)), jnp.float32) for h, w in [(3, 4), (6, 8)]]
+  values = [
+    jnp.asarray(rng.standard_normal((2, h, w, 2, 4)), jnp.float32) for h, w in [(3, 4), (6, 8)]
+  ]
   locations = jnp.asarray(rng.uniform(-0.1, 1.1, (2, 9, 2, 2, 4, 2)), jnp.float32)
   weights = jax.nn.softmax(jnp.asarray(rng.standard_normal((2, 9, 2, 2, 4)), jnp.float32))
 

@@ -1,1 +1,1 @@
-"""The AAVS network, one idea a file; every module is a Flax Linen module, pure in init and apply."""
+"""The AAVS network, one idea a file; every module is Flax Linen, pure in init and apply."""

@@ -47,5 +47,7 @@ class AdaptedProjection(nn.Module):
     # Computed in both variants so that both have the same parameters; dead code to the compiler
     # where it is replaced.
     projected = nn.Dense(h.shape[-1], dtype=self.dtype, name='projection')(h)
-    adapter = Adapter(residual=False, kernel_init=self.kernel_init, dtype=self.dtype, name='adapter')
+    adapter = Adapter(
+      residual=False, kernel_init=self.kernel_init, dtype=self.dtype, name='adapter'
+    )
     return adapter(projected if self.variant == 'after' else h)

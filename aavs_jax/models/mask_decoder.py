@@ -128,9 +128,7 @@ class MaskDecoder(nn.Module):
     prior: Float[Array, 'n e e'] | None,
   ) -> Outputs:
     n, _, _, hidden = mask_features.shape
-    level_embedding = self.param(
-      'level_embedding', nn.initializers.xavier_uniform(), (3, hidden)
-    )
+    level_embedding = self.param('level_embedding', nn.initializers.xavier_uniform(), (3, hidden))
     if self.use_prior:
       small = nn.initializers.normal(0.02)
       silent, uncertain, sounding = (
@@ -161,9 +159,7 @@ class MaskDecoder(nn.Module):
       x = norm(x)
       e = embed[2](nn.relu(embed[1](nn.relu(embed[0](x)))))
       # Logits are float32 from here on: losses and thresholds read them.
-      masks = jnp.einsum(
-        'nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32
-      )
+      masks = jnp.einsum('nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32)
       return masks, classify(x.astype(jnp.float32))
 
     x = queries.astype(self.dtype)

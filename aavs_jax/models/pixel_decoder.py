@@ -1,4 +1,4 @@
-"""Pixel decoder: a deformable encoder over strides 32, 16, 8 and one upsampling step to stride 4."""
+"""Pixel decoder: a deformable encoder over strides 32, 16, 8 and one step up to stride 4."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -146,9 +146,7 @@ class Swin(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, frames: Float[Array, 'n h w 3'], train: bool
-  ) -> list[Float[Array, 'n y x d']]:
+  def __call__(self, frames: Float[Array, 'n h w 3'], train: bool) -> list[Float[Array, 'n y x d']]:
     height, width = frames.shape[1:3]
     x = jnp.pad(frames, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0))).astype(self.dtype)
     x = nn.Conv(
