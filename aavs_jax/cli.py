@@ -1,7 +1,6 @@
 """The `aavs` command; every sub-command is a thin wrapper of a function of the library."""
 
 import argparse
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -120,6 +119,18 @@ def _report(args) -> None:
   say(f'open {write_report(args.workdir, args.data, args.out)}')
 
 
+def _bench(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.bench import bench
+  from aavs_jax.logging import say
+
+  config = config_lib.load(args.config, args.overrides)
+  result = bench(args.what, config, args.frames, args.phase, args.repeats)
+  say(f'{args.what} of {args.config}, phase {args.phase}, {args.frames} frames, {config.dtype}')
+  for name, value in result.items():
+    say(f'  {name:20} {value:12,.2f}')
+
+
 def _quickstart(args) -> None:
   from aavs_jax.config import load_study
   from aavs_jax.study import run_study
@@ -132,7 +143,6 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='aavs', description='Audio-visual segmentation in JAX: Stepping Stones with AAVS.'
   )
-  parser.add_argument('--version', action='version', version=importlib.metadata.version('aavs_jax'))
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
@@ -231,6 +241,18 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--out', help='HTML file (WORKDIR/report.html)')
 
   sub = command(
+    'bench',
+    _bench,
+    'time the real steps on a batch of noise',
+    'aavs bench step --config configs/avss_stage1.py --phase 2',
+  )
+  sub.add_argument('what', choices=('predict', 'step'))
+  sub.add_argument('--config', required=True)
+  sub.add_argument('--frames', type=int, default=5)
+  sub.add_argument('--phase', type=int, default=2, choices=(1, 2), help='(%(default)s)')
+  sub.add_argument('--repeats', type=int, default=3)
+
+  sub = command(
     'quickstart',
     _quickstart,
     'both stages end to end, with evaluation and report',
@@ -252,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   args, rest = parser.parse_known_args(argv)
   args.overrides = [text for text in rest if text.startswith('--config.')]
   unknown = [text for text in rest if text not in args.overrides]
-  if unknown or (args.overrides and args.command not in ('train', 'quickstart')):
+  if unknown or (args.overrides and args.command not in ('train', 'bench', 'quickstart')):
     parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
   _keep_compiled()
   _quiet_libraries()

@@ -26,15 +26,18 @@ _ALPHA = 0.75  # of overlays: a class must be told by its colour, whatever lies 
 _SUBSETS = ('v1s', 'v1m', 'v2')
 _STAGES = {'stage1': 'Stage 1: where does it sound?', 'stage2': 'Stage 2: what sounds?'}
 # What makes an artefact that is not there yet; WORKDIR is replaced by the folder's name.
+_EVAL = 'aavs eval --data DATA --out WORKDIR/eval'
 _COMMANDS = {
-  'stage1': 'aavs train --stage=1 --workdir=WORKDIR',
-  'stage2': 'aavs train --stage=2 --workdir=WORKDIR',
-  'masks': 'aavs masks --workdir=WORKDIR',
-  'eval/stage1_true': 'aavs evaluate --stage=1 --audio=true --workdir=WORKDIR',
-  'eval/stage1_other': 'aavs evaluate --stage=1 --audio=other --workdir=WORKDIR',
-  'eval/stage1_silence': 'aavs evaluate --stage=1 --audio=silence --workdir=WORKDIR',
-  'eval/stage2_masks': 'aavs evaluate --stage=2 --prior=stage1 --workdir=WORKDIR',
-  'eval/stage2_oracle': 'aavs evaluate --stage=2 --prior=oracle --workdir=WORKDIR',
+  'stage1': 'aavs train --config configs/quick_stage1.py --data DATA --workdir WORKDIR/stage1',
+  'stage2': 'aavs train --config configs/quick_stage2.py --data DATA --workdir WORKDIR/stage2 '
+  '--config.data.masks=WORKDIR/masks --config.train.init=WORKDIR/stage1',
+  'masks': 'aavs masks --workdir WORKDIR/stage1 --data DATA --out WORKDIR/masks',
+  'eval/stage1_true': f'{_EVAL}/stage1_true.json --workdir WORKDIR/stage1',
+  'eval/stage1_other': f'{_EVAL}/stage1_other.json --workdir WORKDIR/stage1 --audio other',
+  'eval/stage1_silence': f'{_EVAL}/stage1_silence.json --workdir WORKDIR/stage1 --audio silence',
+  'eval/stage2_masks': f'{_EVAL}/stage2_masks.json --workdir WORKDIR/stage2 '
+  '--maps WORKDIR/eval/stage2_masks',
+  'eval/stage2_oracle': f'{_EVAL}/stage2_oracle.json --workdir WORKDIR/stage2 --oracle',
 }
 
 Scores = Mapping[str, Mapping[str, float]]  # 'all' or a subset -> miou, fscore, ...

@@ -11,20 +11,20 @@ from aavs_jax.types import Batch, Params
 def train_step(
   state: TrainState,
   batch: Batch,
+  key: jax.Array,
   *,
   method: Method,
   optimizer: optax.GradientTransformation,
-  seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on one batch.
 
-  Random numbers come from the seed and the step alone, so a restarted run draws the same ones.
+  Random numbers come from the run's key and the step alone, so a restarted run draws the same ones.
 
   Returns:
     The next state, and float32 scalars: loss, the final prediction set's weighted class, mask and
     dice terms, and the norm of the gradient before clipping.
   """
-  key = jax.random.fold_in(jax.random.key(seed), state.step)
+  key = jax.random.fold_in(key, state.step)
   drop_path_key, points_key = jax.random.split(key)
 
   def loss_of(trained):

@@ -79,7 +79,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   start = None
   if config.train.init and (latest is None or boundary):
     start, _ = checkpoint.load_params(config.train.init)
-  fresh = jax.jit(method.init)(jax.random.key(config.seed))
+  key = jax.random.key(config.seed)
+  fresh = jax.jit(method.init)(key)
   first, lacking = stages.first_params(fresh, start)
 
   @functools.cache
@@ -97,7 +98,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       sharding,
     )
     step = jax.jit(
-      functools.partial(steps.train_step, method=method, optimizer=optimizer, seed=config.seed),
+      functools.partial(steps.train_step, method=method, optimizer=optimizer),
       donate_argnums=0,
       out_shardings=(sharding, None),
     )
@@ -164,7 +165,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         batch = next(batches)
       clips = batch.pop('clip')
       clock.frames += len(clips)
-      state, metrics = train_step(state, global_batch(batch, batch_sharding(mesh)))
+      state, metrics = train_step(state, global_batch(batch, batch_sharding(mesh)), key)
       step += 1
       in_flight.append((step, clips, metrics))
       look(_LAG)

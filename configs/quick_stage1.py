@@ -15,12 +15,12 @@ def get_config():
   config.model.swin.embed_dim = 32
   config.model.swin.depths = (1, 1, 2, 1)
   config.model.swin.heads = (1, 2, 4, 8)
-  config.model.swin.window = 3
+  config.model.swin.window = 6
   config.model.swin.mlp_ratio = 2
   config.model.swin.drop_path = 0.0
   config.model.hidden = 64
   config.model.heads = 4
-  config.model.encoder_layers = 2
+  config.model.encoder_layers = 1
   config.model.encoder_ffn = 128
   config.model.decoder_layers = 3
   config.model.decoder_ffn = 128
@@ -34,10 +34,10 @@ def get_config():
   config.optimizer.clip_norm = 1.0
   config.optimizer.warmup_steps = 50
   config.optimizer.schedule = 'cosine'
-  config.train.epochs = 8.0
+  config.train.epochs = 2.5
   config.train.phase2_epoch = 0
   config.train.trainable = (r'.*',)
-  config.train.eval_every_epochs = 1.0
+  config.train.eval_every_epochs = 0.5
   config.train.checkpoint_every_steps = 100
   config.train.log_every_steps = 20
   return config

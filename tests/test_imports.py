@@ -32,6 +32,7 @@ RANK = {
   'predict': 8,
   'train': 8,
   'report': 8,
+  'bench': 8,
   'study': 9,
   'cli': 10,
 }

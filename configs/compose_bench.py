@@ -1,0 +1,12 @@
+"""The longer run on made clips: three seeds, Stepping Stones against training end to end."""
+
+from configs import quickstart
+
+
+def get_config():
+  config = quickstart.get_config()
+  config.seeds = (0, 1, 2)
+  config.end_to_end = True
+  config.stage1.train.epochs = 3.0
+  config.stage2.train.epochs = 2.0
+  return config

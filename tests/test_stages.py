@@ -1,0 +1,100 @@
+"""What each phase starts from and trains."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aavs_jax import stages
+from configs import avss_stage1, avss_stage2, quick_stage1
+from input_pipeline.errors import UserError
+
+
+def _params(**shapes):
+  return {
+    path.replace('__', '/'): jnp.full(shape, i + 1.0)
+    for i, (path, shape) in enumerate(shapes.items())
+  }
+
+
+NAMES = dict(
+  aavs__backbone__stage0_block0__adapter__up__kernel=(2,),
+  aavs__backbone__stage0_block0__fc1__kernel=(2,),
+  aavs__pixel_decoder__layer0__attention__output__adapter__up__kernel=(2,),
+  aavs__queries__features=(3,),
+  aavs__queries__positions=(3,),
+  aavs__decoder__class_predictor__linear__kernel=(2,),
+  aavs__decoder__silent_key=(2,),
+  aavs__audio_projection__up__linear__kernel=(2,),
+  vggish__conv0__kernel=(2,),
+)
+SWIN = 'aavs/backbone/stage0_block0/adapter/up/kernel'
+
+
+def test_published_stages_train_what_the_release_trains():
+  params = _params(**NAMES)
+  both = {
+    'aavs/pixel_decoder/layer0/attention/output/adapter/up/kernel',
+    'aavs/queries/positions',
+    'aavs/decoder/class_predictor/linear/kernel',
+    'aavs/audio_projection/up/linear/kernel',
+  }
+  for config, own in [
+    (avss_stage1.get_config(), {'aavs/queries/features'}),
+    (avss_stage2.get_config(), {'aavs/decoder/silent_key'}),
+  ]:
+    assert set(stages.trainable_paths(config, params, 1)) == both | own
+    assert set(stages.trainable_paths(config, params, 2)) == both | own | {SWIN}
+  assert set(stages.trainable_paths(quick_stage1.get_config(), params, 1)) == set(params)
+
+
+def test_nothing_to_train_is_refused():
+  config = avss_stage1.get_config()
+  config.train.trainable = ('no_such_path',)
+  with pytest.raises(UserError, match='no_such_path'):
+    stages.trainable_paths(config, _params(**NAMES), 1)
+
+
+def test_phases_begin_as_in_the_release():
+  config = avss_stage1.get_config()
+  first = _params(**NAMES)
+  begin = stages.params_of_phase(config, 1, first, None)
+  np.testing.assert_array_equal(begin[SWIN], 0)
+  best = {path: value + 10 for path, value in begin.items()}
+  second = stages.params_of_phase(config, 2, first, best)
+  np.testing.assert_array_equal(second[SWIN], first[SWIN])
+  others = [path for path in first if path != SWIN]
+  assert all((second[path] == best[path]).all() for path in others)
+
+
+def test_the_boundary_is_where_the_release_has_it():
+  for config, epoch in [(avss_stage1.get_config(), 30), (avss_stage2.get_config(), 20)]:
+    assert config.train.epochs == 60
+    phases = [stages.phase_at(config, step, 10) for step in range(600)]
+    assert phases.index(2) == epoch * 10 and phases == sorted(phases)
+  assert {stages.phase_at(quick_stage1.get_config(), s, 10) for s in range(80)} == {1}
+
+
+class TestStart:
+  def fresh(self):
+    return {
+      'aavs': {'queries': {'features': jnp.zeros((4, 2))}, 'fc': {'kernel': jnp.zeros((2, 3))}}
+    }
+
+  def test_fills_all_but_what_is_specific_to_a_stage(self):
+    start = {'aavs/queries/features': np.ones((6, 2)), 'aavs/fc/kernel': np.ones((2, 3))}
+    params, lacking = stages.first_params(self.fresh(), start)
+    assert lacking == ['aavs/queries/features']
+    np.testing.assert_array_equal(params['aavs/fc/kernel'], 1)
+    np.testing.assert_array_equal(params['aavs/queries/features'], 0)
+
+  @pytest.mark.parametrize(
+    ('start', 'words'),
+    [
+      ({}, 'aavs/fc/kernel is missing'),
+      ({'aavs/fc/kernel': np.ones((2, 4))}, r'of shape \(2, 4\), the model has \(2, 3\)'),
+      ({'aavs/fc/kernel': np.ones((2, 3)), 'aavs/x': np.ones(1)}, 'aavs/x is unknown'),
+    ],
+  )
+  def test_anything_else_is_refused_by_name(self, start, words):
+    with pytest.raises(UserError, match=words):
+      stages.first_params(self.fresh(), start)
