@@ -1,5 +1,6 @@
 """What a run says: one line a step on the terminal, JSON lines in a file, progress with an ETA."""
 
+import contextlib
 import json
 import sys
 import time
@@ -53,6 +54,38 @@ class Progress:
   def __exit__(self, kind, *_):
     if kind is not None and self._terminal:
       print()
+
+
+class Clock:
+  """Frames per second, the share of time spent waiting for input, and the time left."""
+
+  def __init__(self, step: int):
+    self.frames = 0  # taken since the last reading; the loop adds to it
+    self._step = step
+    self._since = time.monotonic()
+    self._waited = 0.0
+
+  @contextlib.contextmanager
+  def waiting(self):
+    """Time inside is time without input."""
+    started = time.monotonic()
+    yield
+    self._waited += time.monotonic() - started
+
+  @contextlib.contextmanager
+  def paused(self):
+    """Time inside is not training: validation, compilation."""
+    started = time.monotonic()
+    yield
+    self._since += time.monotonic() - started
+
+  def read(self, step: int, total: int) -> tuple[float, float, float]:
+    """Frames a second, share of waiting, and seconds to `total`, at the pace since last reading."""
+    elapsed = max(time.monotonic() - self._since, 1e-9)
+    left = elapsed / max(step - self._step, 1) * (total - step)
+    result = self.frames / elapsed, self._waited / elapsed, left
+    self.frames, self._waited, self._step, self._since = 0, 0.0, step, time.monotonic()
+    return result
 
 
 class Writer:

@@ -12,7 +12,7 @@ import numpy as np
 
 from aavs_jax import checkpoint, evaluate, stages, steps
 from aavs_jax import config as config_lib
-from aavs_jax.logging import Writer, duration, say
+from aavs_jax.logging import Clock, Writer, duration, say
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
@@ -128,8 +128,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     processes=jax.process_count(),
   )
   predictor = evaluate.Predictor(method)
+  compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
   in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
-  clock = _Clock()
+  clock = Clock(step)
   stop = _StopSignal()
 
   def look(keep: int) -> None:
@@ -160,12 +161,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         state = phase_tools(2)[3](params, step=step)
         say(f'phase 2 from step {step}: the best weights so far, Swin adapters anew')
       train_step, schedule, _, _ = phase_tools(phase)
-
       with clock.waiting():
         batch = next(batches)
       clips = batch.pop('clip')
       clock.frames += len(clips)
-      state, metrics = train_step(state, global_batch(batch, batch_sharding(mesh)), key)
+      batch = global_batch(batch, batch_sharding(mesh))
+      if (phase, len(clips)) not in compiled:
+        with clock.paused():
+          compiled[phase, len(clips)] = _compile(train_step, state, batch, key)
+      state, metrics = compiled[phase, len(clips)](state, batch, key)
       step += 1
       in_flight.append((step, clips, metrics))
       look(_LAG)
@@ -231,13 +235,18 @@ def _announce(config, workdir, params, lacking, abstract: TrainState, clips, tot
     say(f'  not in {config.train.init}, so initialised anew: {", ".join(lacking)}')
   if step:
     say(f'  going on from step {step}')
-  else:
-    say('  the first step compiles the model, which takes a while')
+
+
+def _compile(step, *arguments):
+  started = time.monotonic()
+  say(f'  compiling the training step for {arguments[1]["frames"].shape[0]} frames ...')
+  compiled = step.lower(*arguments).compile()
+  say(f'  compiled in {duration(time.monotonic() - started)}')
+  return compiled
 
 
 def _log(writer, clock, metrics, lr, phase, step, total, steps_per_epoch) -> None:
-  rate, wait = clock.rates()
-  eta = clock.eta(step, total)
+  rate, wait, eta = clock.read(step, total)
   writer.write(
     'train',
     step=step,
@@ -254,53 +263,6 @@ def _log(writer, clock, metrics, lr, phase, step, total, steps_per_epoch) -> Non
     f'mask {metrics["loss_mask"]:.3f} dice {metrics["loss_dice"]:.3f})  {rate:.1f} frames/s'
     f'  {duration(eta)} left'
   )
-
-
-class _Clock:
-  """Frames per second, the share of time spent waiting for input, and the time left."""
-
-  def __init__(self):
-    self.frames = 0
-    self._since = time.monotonic()
-    self._waited = 0.0
-    self._pace = None  # seconds a step, of the last log interval
-    self._last_step = None
-
-  def waiting(self):
-    return _Timer(self._add_wait)
-
-  def paused(self):
-    return _Timer(self._add_pause)
-
-  def _add_wait(self, seconds):
-    self._waited += seconds
-
-  def _add_pause(self, seconds):
-    self._since += seconds
-
-  def rates(self) -> tuple[float, float]:
-    """Frames a second and share of waiting since the last call."""
-    self._elapsed = max(time.monotonic() - self._since, 1e-9)
-    result = self.frames / self._elapsed, self._waited / self._elapsed
-    self.frames, self._waited, self._since = 0, 0.0, time.monotonic()
-    return result
-
-  def eta(self, step: int, total: int) -> float:
-    """Seconds left at the pace of the last interval; the first, with compilation, overstates."""
-    steps_taken = step - self._last_step if self._last_step is not None else step
-    self._last_step = step
-    return self._elapsed / max(steps_taken, 1) * (total - step)
-
-
-class _Timer:
-  def __init__(self, add):
-    self._add = add
-
-  def __enter__(self):
-    self._started = time.monotonic()
-
-  def __exit__(self, *_):
-    self._add(time.monotonic() - self._started)
 
 
 class _StopSignal:

@@ -10,8 +10,8 @@ CLASS_NAMES = (
   'guzheng', 'hair-dryer', 'handpan', 'harmonica', 'harp', 'helicopter', 'hen', 'horse', 'keyboard',
   'leopard', 'lion', 'man', 'marimba', 'missile-rocket', 'motorcycle', 'mower', 'parrot', 'piano',
   'pig', 'pipa', 'saw', 'saxophone', 'sheep', 'sitar', 'sorna', 'squirrel', 'tabla', 'tank',
-  'tiger', 'tractor', 'train', 'trombone', 'truck', 'trumpet', 'tuba', 'ukulele', 'utv', 'vacuum-cleaner',
-  'violin', 'wolf', 'woman',
+  'tiger', 'tractor', 'train', 'trombone', 'truck', 'trumpet', 'tuba', 'ukulele', 'utv',
+  'vacuum-cleaner', 'violin', 'wolf', 'woman',
 )  # fmt: skip
 NUM_CLASSES = len(CLASS_NAMES)
 IGNORE = 255  # label value that belongs to no target

@@ -2,12 +2,17 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax.matching import match, matching_cost, sample_targets
+from aavs_jax import matching
+from aavs_jax.matching import sample_targets
 from aavs_jax.types import Targets
+
+match = jax.jit(matching.match)
+matching_cost = jax.jit(matching.matching_cost)
 
 
 def _cost(rng, queries, targets, classes):
@@ -19,12 +24,11 @@ def _cost(rng, queries, targets, classes):
 
 def test_match_is_the_best_of_all_assignments():
   rng = np.random.default_rng(0)
-  for _ in range(20):
-    cost = _cost(rng, 6, 3, [0, 1, 3])
-    found = np.asarray(match(cost))[0]
+  costs = np.stack([_cost(rng, 6, 3, [0, 1, 3])[0] for _ in range(20)])
+  for cost, found in zip(costs, np.asarray(match(costs))):
     best = min(
       itertools.permutations(range(6), 3),
-      key=lambda queries: sum(cost[0, q, k] for k, q in enumerate(queries)),
+      key=lambda queries: sum(cost[q, k] for k, q in enumerate(queries)),
     )
     assert tuple(found) == best
 

@@ -1,9 +1,12 @@
 """Batches: what is in them, their order, and that evaluation sees every frame once."""
 
 import itertools
+import os
+import pathlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from aavs_jax import config as config_lib
 from input_pipeline import avsbench, labels, masks, pipeline
@@ -157,8 +160,6 @@ class TestMasks:
     ],
   )
   def test_damage_is_named(self, clip, written, damage, words):
-    import pathlib
-
     root, _ = written
     path = pathlib.Path(masks.mask_path(root, clip, 2))
     damage(path)
@@ -169,15 +170,11 @@ class TestMasks:
 
   def test_a_failed_write_leaves_the_old_masks(self, clip, written):
     root, maps = written
-    with pytest.raises(TypeError):
+    with pytest.raises(AttributeError):
       masks.write_clip_masks(root, clip, [maps[0], 'not an array'])
     assert masks.is_complete(root, clip, 8)
-    import os
-
     assert os.listdir(os.path.join(root, clip.subset)) == [clip.uid]
 
 
 def _resave(path, change):
-  from PIL import Image
-
   Image.fromarray(change(np.array(Image.open(path)))).save(path)

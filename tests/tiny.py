@@ -1,4 +1,4 @@
-"""The quickstart's configs shrunk until they compile in seconds: `--config tests/tiny.py:stage1`."""
+"""The quickstart's configs, small enough to compile in seconds: --config tests/tiny.py:stage1."""
 
 from configs import quick_stage1, quick_stage2
 
