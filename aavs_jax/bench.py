@@ -51,7 +51,7 @@ def bench(
     compile_seconds, median_seconds, frames_per_second, peak_memory_gb (of the process, host
     memory) and trained_parameters.
   """
-  method, mesh = aavs(config), make_mesh()
+  method, mesh = aavs(config), make_mesh(config.mesh.fsdp)
   batch = global_batch(random_batch(config, frames), batch_sharding(mesh))
   key = jax.random.key(config.seed)
   params = flatten(jax.jit(method.init)(key))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,21 @@ from aavs_jax.state import TrainState
 from input_pipeline.errors import UserError
 
 _METRIC = 'miou'
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path):
+  """Turns what Orbax and TensorStore raise on damaged files into one sentence."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'the checkpoint {path} cannot be read ({type(error).__name__}: {text}): remove it to go on '
+      'from the one before, or train again'
+    ) from error
 
 
 def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
@@ -32,7 +48,8 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy, best_fn=metric, cleanup_tmp_directories=True
   )
-  return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+  with _readable(folder):
+    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
 
 
 def save(
@@ -52,13 +69,15 @@ def save(
 def saved_phase(manager: ocp.CheckpointManager, step: int) -> int:
   """Which phase the checkpoint of a step belongs to; it decides what the state looks like."""
   args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-  return manager.restore(step, args=args)['meta']['phase']
+  with _readable(Path(manager.directory) / str(step)):
+    return manager.restore(step, args=args)['meta']['phase']
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
   """State of a step, with the shapes and shardings of `abstract`, whatever mesh saved it."""
   args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-  return manager.restore(step, args=args)['state']
+  with _readable(Path(manager.directory) / str(step)):
+    return manager.restore(step, args=args)['state']
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
@@ -85,32 +104,28 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     folder = folder / 'checkpoints'
   if not folder.is_dir():
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
-  with contextlib.closing(
-    ocp.CheckpointManager(
-      epath.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(read_only=True)
-    )
-  ) as manager:
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with (
+    _readable(folder),
+    ocp.CheckpointManager(epath.Path(folder).absolute(), options=options) as manager,
+  ):
     step = best_step(manager)
     step = manager.latest_step() if step is None else step
     if step is None:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
-    try:
-      # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
-      path = folder.absolute() / str(step) / 'state'
-      with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        keep = {name: tree[name] for name in ('trained', 'frozen') if tree.get(name)}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)
-        loaded = reader.restore(
-          path,
-          args=ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True),
-        )
-    except (OSError, ValueError, KeyError) as error:
-      raise UserError(
-        f'the checkpoint {folder / str(step)} cannot be read ({type(error).__name__}: '
-        f'{" ".join(str(error).split())[:200]}): remove it, or train again'
-      ) from error
+    # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
+    loaded = read_arrays(folder.absolute() / str(step) / 'state', ('trained', 'frozen'))
   return {**loaded.get('trained', {}), **loaded.get('frozen', {})}, step
+
+
+def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+  """Numpy arrays of the state saved at a path, or of some of its fields."""
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(path).item_metadata.tree
+    keep = {name: tree[name] for name in names or tree if tree.get(name)}
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)
+    args = ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True)
+    return reader.restore(path, args=args)
 
 
 def read_json(path: Path) -> Any:

@@ -108,7 +108,13 @@ def _predict(args) -> None:
   from aavs_jax.logging import say
   from aavs_jax.predict import predict
 
-  out = predict(args.source, stage1=args.stage1, stage2=args.stage2, out=args.out)
+  out = predict(
+    args.source,
+    stage1=args.stage1,
+    stage2=args.stage2,
+    out=args.out,
+    progress=lambda seconds: say(f'  {seconds} s of the source done'),
+  )
   say(f'masks and overlays in {out}')
 
 

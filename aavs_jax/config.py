@@ -1,6 +1,7 @@
 """Loading, overriding and checking configs; every refusal is one sentence."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
   check(config.stage1)
   check(config.stage2)
+  if not config.seeds:
+    raise UserError('config.seeds is empty: give at least one, such as (0,)')
   return config
 
 
@@ -45,7 +48,10 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = ' '.join(str(error).split())
-    raise UserError(f'config override not accepted: {text}') from error
+    raise UserError(f'{path} with {list(overrides)} is not accepted: {text}') from error
+  except Exception as error:  # the file is a program and may fail in any way
+    text = ' '.join(str(error).split())
+    raise UserError(f'{path} cannot be run as a config: {type(error).__name__}: {text}') from error
   return values.config
 
 
@@ -85,11 +91,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     tuple(data.subsets),
     f'use some of {tuple(FRAMES)}',
   )
+  stages = len(model.swin.depths)
+  need(stages == 4, 'model.swin.depths', model.swin.depths, 'give the blocks of four stages')
+  need(len(model.swin.heads) == 4, 'model.swin.heads', model.swin.heads, 'give four numbers')
+  need(model.hidden % 32 == 0, 'model.hidden', model.hidden, 'use a multiple of 32')
   for key, width, heads in [
     ('model.heads', model.hidden, model.heads),
     *[('model.swin.heads', model.swin.embed_dim * 2**i, h) for i, h in enumerate(model.swin.heads)],
   ]:
-    need(width % heads == 0, key, heads, f'it must divide the width {width}')
+    need(heads > 0 and width % heads == 0, key, heads, f'it must divide the width {width}')
   need(len(config.vggish.conv_widths) == 6, 'vggish.conv_widths', config.vggish.conv_widths, 'six')
   need(
     config.optimizer.schedule in ('constant', 'cosine'),
@@ -97,6 +107,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     config.optimizer.schedule,
     "use 'constant' or 'cosine'",
   )
+  need(data.item_frames in (0, 1, 5), 'data.item_frames', data.item_frames, 'use 0, 1 or 5')
+  need(config.seed >= 0, 'seed', config.seed, 'use a whole number of at least 0')
+  need(config.mesh.fsdp > 0, 'mesh.fsdp', config.mesh.fsdp, 'use 1 or a divisor of the devices')
+  need(train.phase2_epoch >= 0, 'train.phase2_epoch', train.phase2_epoch, 'use 0 or more')
+  for pattern in train.trainable:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      need(False, 'train.trainable', pattern, f'not a regular expression ({error})')
   for key in ('batch_items', 'threads', 'max_targets', 'image_size', 'eval_size'):
     need(data[key] > 0, f'data.{key}', data[key], 'use a positive number')
   for key in ('epochs', 'eval_every_epochs', 'checkpoint_every_steps', 'log_every_steps'):

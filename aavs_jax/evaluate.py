@@ -25,6 +25,7 @@ from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
 
 AUDIO = ('true', 'other', 'silence')
+_NOTE = 'source.json'  # in a folder of masks: which model wrote them
 _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest stays on the host
 
 
@@ -183,8 +184,19 @@ def evaluate(
 
   Returns:
     What was written.
+
+  Raises:
+    UserError: a prior for a model without one, or two of them; a data set as `maps`; faults of
+      model, masks or data.
   """
+  if oracle and mask_folder:
+    raise UserError(f'--oracle and --masks {mask_folder} are two priors: give one of them')
+  if maps is not None:
+    masks.refuse_data_set(maps)
   config, params, step = load_trained(workdir)
+  if (oracle or mask_folder) and not config.use_prior:
+    given = '--oracle' if oracle else f'--masks {mask_folder}'
+    raise UserError(f'{given} is given, but the model of {workdir} takes no prior: leave it out')
   if mask_folder:
     config.data.masks = str(mask_folder)
   clips = avsbench.read_index(data, split, config.data.subsets)
@@ -215,8 +227,10 @@ def evaluate(
     'audio': audio,
     'prior': prior,
     'checkpoint_step': step,
+    'checkpoint_digest': digest(params),
+    'masks_digest': masks_digest(config.data.masks) if prior == 'stage1' else None,
     'clips': len(clips),
-    'frames': sum(clip.num_frames for clip in clips),
+    'frames': sum(len(clip.labelled_frames) for clip in clips),
     **summary,
   }
   write_json(out, result)
@@ -233,14 +247,19 @@ def write_masks(
 
   Returns:
     Number of clips written now.
+
+  Raises:
+    UserError: the model is not of stage 1; `out` is a data set, holds masks of another model or
+      something else in their place; faults of model or data.
   """
+  masks.refuse_data_set(out)
   config, params, step = load_trained(workdir)
   if config.task != 'binary':
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
   clips = [
     clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
   ]
-  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': _digest(params)})
+  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(params)})
   size = config.data.eval_size
   todo = [clip for clip in clips if not masks.is_complete(str(out), clip, size)]
   if not todo:
@@ -261,17 +280,23 @@ def write_masks(
   return len(todo)
 
 
-def _digest(params: Params) -> str:
+def digest(params: Params) -> str:
   """What tells the parameters of two models apart, however similar their folders are."""
-  digest = hashlib.sha256()
+  total = hashlib.sha256()
   for value in jax.tree.leaves(params):
-    digest.update(np.asarray(value).tobytes())
-  return digest.hexdigest()[:16]
+    total.update(np.asarray(value).tobytes())
+  return total.hexdigest()[:16]
+
+
+def masks_digest(folder: str | Path) -> str | None:
+  """Digest of the model whose masks a folder holds; None if `write_masks` did not write them."""
+  note = Path(folder) / _NOTE
+  return checkpoint.read_json(note).get('digest') if note.exists() else None
 
 
 def _claim_masks(folder: Path, source: dict) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
-  note = folder / 'source.json'
+  note = folder / _NOTE
   if note.exists():
     found = checkpoint.read_json(note)
     if found.get('digest') != source['digest']:
@@ -280,7 +305,12 @@ def _claim_masks(folder: Path, source: dict) -> None:
         f'{found.get("step")}): remove it or name another folder'
       )
     return
-  folder.mkdir(parents=True, exist_ok=True)
+  for subset in avsbench.FRAMES:
+    if (folder / subset).exists():
+      raise UserError(
+        f'{folder} holds {subset} but no {_NOTE}, so it is unknown which model wrote it: remove it '
+        'or name another folder'
+      )
   write_json(note, source)
 
 

@@ -7,6 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+try:
+  from tensorboardX import SummaryWriter
+except ImportError:
+  SummaryWriter = None
+
 
 def duration(seconds: float) -> str:
   """1:02:03 or 2:03."""
@@ -64,6 +69,7 @@ class Clock:
     self._step = step
     self._since = time.monotonic()
     self._waited = 0.0
+    self._validation = 0.0  # how long the last one took
 
   @contextlib.contextmanager
   def waiting(self):
@@ -74,33 +80,53 @@ class Clock:
 
   @contextlib.contextmanager
   def paused(self):
-    """Time inside is not training: validation, compilation."""
+    """Time inside is not training, such as compilation."""
     started = time.monotonic()
     yield
     self._since += time.monotonic() - started
 
-  def read(self, step: int, total: int) -> tuple[float, float, float]:
-    """Frames a second, share of waiting, and seconds to `total`, at the pace since last reading."""
+  @contextlib.contextmanager
+  def validating(self):
+    """Time inside is a validation."""
+    started = time.monotonic()
+    with self.paused():
+      yield
+    self._validation = time.monotonic() - started
+
+  def read(self, step: int, total: int, validations: int) -> tuple[float, float, float]:
+    """Frames a second, share of waiting, and seconds left.
+
+    Left are total - step steps at the pace since the last reading, and so many validations.
+    """
     elapsed = max(time.monotonic() - self._since, 1e-9)
-    left = elapsed / max(step - self._step, 1) * (total - step)
+    left = elapsed / max(step - self._step, 1) * (total - step) + validations * self._validation
     result = self.frames / elapsed, self._waited / elapsed, left
     self.frames, self._waited, self._step, self._since = 0, 0.0, step, time.monotonic()
     return result
 
 
 class Writer:
-  """Appends metrics to metrics.jsonl, one JSON object a line."""
+  """Appends metrics to metrics.jsonl, one JSON object a line, and to TensorBoard's files.
+
+  The latter where the extra `tensorboard` is installed.
+  """
 
   def __init__(self, folder: Path, resume_step: int):
     self._path = folder / 'metrics.jsonl'
     if self._path.exists():
       # A killed run may have logged steps after its last checkpoint; they are taken again.
       kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_step]
-      self._path.write_text(''.join(f'{line}\n' for line in kept))
+      working = self._path.with_suffix('.writing')
+      working.write_text(''.join(f'{line}\n' for line in kept))
+      working.replace(self._path)
+    self._board = SummaryWriter(str(folder)) if SummaryWriter else None
 
   def write(self, kind: str, **values: Any) -> None:
     with self._path.open('a') as file:
       file.write(json.dumps({'kind': kind, **values, 'time': round(time.time(), 3)}) + '\n')
+    if self._board:
+      for name, value in values.items():
+        self._board.add_scalar(f'{kind}/{name}', value, values['step'])
 
 
 def _step(line: str) -> float:

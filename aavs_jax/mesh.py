@@ -6,16 +6,26 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from input_pipeline.errors import UserError
+
 # First match wins; an array no rule matches follows the FSDP rule below.
 PARTITION_RULES = ((r'relative_position_bias_table|norm|bias|_key$', PartitionSpec()),)
 FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to copy than to gather
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-  """A mesh of all devices with the axes data and fsdp; -1 takes what is left."""
-  if data == -1:
-    data = jax.device_count() // fsdp
-  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1) -> Mesh:
+  """A mesh of all devices; parameters are spread over groups of `fsdp` of them.
+
+  Raises:
+    UserError: the devices do not divide into such groups.
+  """
+  devices = jax.device_count()
+  if devices % fsdp:
+    raise UserError(
+      f'config.mesh.fsdp is {fsdp}, which does not divide the {devices} devices: use a divisor'
+    )
+  shape = (devices // fsdp, fsdp)
+  return jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

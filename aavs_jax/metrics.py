@@ -125,21 +125,33 @@ def class_values(sums: FrameSums) -> tuple[np.ndarray, np.ndarray]:
     return iou_sum / count, f_sum / count
 
 
-def semantic_scores(sums: FrameSums) -> dict[str, float]:
-  """The four semantic scores of summed `semantic_frame_sums`.
+def _occurring_mean(values: np.ndarray) -> float:
+  """Mean over the classes that occur, that is, are not NaN; 0 if none does."""
+  occurring = values[~np.isnan(values)]
+  return float(occurring.mean()) if occurring.size else 0.0
 
-  As in the release, the mean runs over all C classes and one that never occurs counts as 0; the
-  scores of a small test set are therefore low.
+
+def semantic_scores(sums: FrameSums) -> dict[str, float]:
+  """The six semantic scores of summed `semantic_frame_sums`.
+
+  The published mean, as in the release, runs over all C classes and one that never occurs counts
+  as 0; the scores of a small test set are therefore low. The mean over the classes that occur, in
+  prediction or target, tells there how good the model is.
 
   Returns:
-    miou, fscore, and miou_no_background, fscore_no_background (class 0 left out).
+    miou, fscore: published; miou_no_background, fscore_no_background: the same without class 0;
+    miou_occurring, fscore_occurring: over the classes that occur, background included.
   """
-  iou, f = (np.nan_to_num(values) for values in class_values(sums))
+  values = class_values(sums)
+  iou, f = (np.nan_to_num(v) for v in values)
+  iou_occurring, f_occurring = (_occurring_mean(v) for v in values)
   return {
     'miou': float(iou.mean()),
     'fscore': float(f.mean()),
     'miou_no_background': float(iou[1:].mean()),
     'fscore_no_background': float(f[1:].mean()),
+    'miou_occurring': iou_occurring,
+    'fscore_occurring': f_occurring,
   }
 
 
@@ -199,7 +211,7 @@ def summarise_semantic(per_clip_sums: Mapping[ClipKey, FrameSums]) -> dict:
 
   def clip_scores(key: ClipKey) -> dict[str, float]:
     iou, f = class_values(per_clip_sums[key])
-    return {'miou': float(np.nanmean(iou)), 'fscore': float(np.nanmean(f))}
+    return {'miou': _occurring_mean(iou), 'fscore': _occurring_mean(f)}
 
   groups = _by_subset(list(per_clip_sums))
   ordered = [key for keys in groups.values() for key in keys]
@@ -235,18 +247,25 @@ def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
 
   Returns:
     Lines joined by newlines. One row a file: name, audio, prior, then mIoU / F in percent over all
-    clips and over each subset that occurs in any of the files.
+    clips and over each subset that occurs in any of the files. With a semantic file among them,
+    also mIoU / F over all clips as the mean over the classes that occur.
   """
   subsets = list(_by_subset([(name, '') for result in results for name in result['subsets']]))
 
-  def cell(scores: Mapping | None) -> str:
-    return '-' if scores is None else f'{100 * scores["miou"]:.1f} / {100 * scores["fscore"]:.1f}'
+  def cell(scores: Mapping | None, suffix: str = '') -> str:
+    if scores is None or f'miou{suffix}' not in scores:
+      return '-'
+    return f'{100 * scores[f"miou{suffix}"]:.1f} / {100 * scores[f"fscore{suffix}"]:.1f}'
 
-  rows = [['name', 'audio', 'prior', 'all', *subsets]]
+  # Of the binary task both classes occur: there is one mean only.
+  with_occurring = any(result['task'] == 'semantic' for result in results)
+  occurring = ['occurring classes'] if with_occurring else []
+  rows = [['name', 'audio', 'prior', 'all', *occurring, *subsets]]
   for result in results:
-    scores = [result['overall'], *(result['subsets'].get(name) for name in subsets)]
     name, prior = result.get('name', result['task']), result['prior'] or '-'
-    rows.append([name, result['audio'], prior, *map(cell, scores)])
+    rows.append([name, result['audio'], prior, cell(result['overall'])])
+    rows[-1] += [cell(result['overall'], '_occurring') for _ in occurring]
+    rows[-1] += [cell(result['subsets'].get(name)) for name in subsets]
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
   def line(row: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ _COLUMNS = 5  # frames shown of a clip
 _ALPHA = 0.75  # of overlays: a class must be told by its colour, whatever lies below
 _SUBSETS = ('v1s', 'v1m', 'v2')
 _STAGES = {'stage1': 'Stage 1: where does it sound?', 'stage2': 'Stage 2: what sounds?'}
-# What makes an artefact that is not there yet; WORKDIR is replaced by the folder's name.
+# What makes an artefact that is not there yet; WORKDIR is replaced by the folder's path.
 _EVAL = 'aavs eval --data DATA --out WORKDIR/eval'
 _COMMANDS = {
   'stage1': 'aavs train --config configs/quick_stage1.py --data DATA --workdir WORKDIR/stage1',
@@ -146,9 +147,10 @@ def _section(heading: str, content: str) -> str:
 
 def _missing(workdir: Path, names: Sequence[str]) -> str:
   """A line for each artefact that is not there, with the command that makes it."""
+  place = shlex.quote(str(workdir.resolve()))
   return ''.join(
     f'<p class="missing">Not there yet: {_text(name)}. Make it with '
-    f'<code>{_text(_COMMANDS[name].replace("WORKDIR", workdir.name))}</code></p>'
+    f'<code>{_text(_COMMANDS[name].replace("WORKDIR", place))}</code></p>'
     for name in names
   )
 
@@ -228,11 +230,16 @@ def _summary(evaluations: Mapping[str, Mapping | None]) -> str:
       f'of {_percent(_scores(stage1)[group]["miou"])} on {where}: the difference is what it hears.'
     )
   if stage2:
-    miou = stage2['overall']['miou']
-    tiles.append((_percent(miou), 'stage 2: mIoU over classes'))
-    sentences.append(f'Stage 2 names the sources with a mIoU of {_percent(miou)}')
+    miou, published = (stage2['overall'][key] for key in ('miou_occurring', 'miou'))
+    published = f'{_percent(published)} over all {len(stage2["per_class"])}, as published'
+    tiles.append((_percent(miou), f'stage 2: mIoU over the classes that occur ({published})'))
+    sentences.append(
+      'Stage 2 names the sources with a mIoU, over the classes that occur, of '
+      f'{_percent(miou)} ({published})'
+    )
     if oracle:
-      sentences[-1] += f', and of {_percent(oracle["overall"]["miou"])} given the true masks'
+      miou = oracle['overall']['miou_occurring']
+      sentences[-1] += f', and of {_percent(miou)} given the true masks'
     sentences[-1] += '.'
   if not sentences:
     sentences.append('Nothing of this run has been evaluated yet.')
@@ -270,12 +277,19 @@ def _naming(workdir: Path, evaluations: Mapping[str, Mapping | None]) -> str:
   if not there:
     return missing
   rows = [(labels[name], _scores(result), _percent) for name, result in there.items()]
-  plain = _score_table(rows, {'miou': 'mIoU', 'fscore': 'F'})
-  without = {'miou_no_background': 'mIoU', 'fscore_no_background': 'F'}
+  classes = len(next(iter(there.values()))['per_class'])
+
+  def table(suffix: str) -> str:
+    return _score_table(rows, {f'miou{suffix}': 'mIoU', f'fscore{suffix}': 'F'})
+
   return (
     '<p>Stage 2 given the masks that stage 1 predicts, and given the true ones. The mean runs over '
-    'all classes; one that never occurs among the clips of a column counts as 0.</p>'
-    f'{plain}<h3>Without the background class</h3>{_score_table(rows, without)}{missing}'
+    'the classes that occur among the clips of a column, in truth or prediction, background '
+    f'included.</p>{table("_occurring")}'
+    f'<h3>Over all {classes} classes, as published</h3>'
+    '<p>A class that never occurs among the clips of a column counts as 0, so a test set of few '
+    f'classes scores low.</p>{table("")}'
+    f'<h3>The same without the background class</h3>{table("_no_background")}{missing}'
   )
 
 

@@ -1,12 +1,16 @@
 """Stepping Stones: what each stage starts from, what trains in each of its two phases."""
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from aavs_jax import checkpoint
+from aavs_jax import config as config_lib
 from aavs_jax.state import flatten, matches
 from input_pipeline.errors import UserError
 
@@ -19,6 +23,25 @@ STAGE_SPECIFIC = (
 )
 
 Flat = dict[str, jax.Array]
+
+
+def load_start(config: ml_collections.ConfigDict) -> Flat:
+  """Flat parameters of the checkpoint that config.train.init names.
+
+  Raises:
+    UserError: it cannot be read, or it was trained with values that no shape shows and that give
+      its parameters another meaning.
+  """
+  start, _ = checkpoint.load_params(config.train.init)
+  other = config_lib.from_json(Path(config.train.init) / 'config.json')
+  for key in ('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'):
+    ours, theirs = (functools.reduce(getattr, key.split('.'), c) for c in (config, other))
+    if ours != theirs:
+      raise UserError(
+        f'config.{key} is {ours!r}, but {config.train.init} was trained with {theirs!r}: '
+        'start from a checkpoint of the same config.model'
+      )
+  return start
 
 
 def first_params(fresh: Mapping, start: Mapping | None) -> tuple[Flat, list[str]]:

@@ -1,15 +1,18 @@
 """Stepping Stones end to end: clips, stage 1, its masks, stage 2, evaluations, report."""
 
+import functools
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import evaluate, metrics
+from aavs_jax import checkpoint, evaluate, metrics
 from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
+from aavs_jax.state import merge
 from aavs_jax.train import train
 from input_pipeline.compose import compose
 from input_pipeline.errors import UserError
@@ -29,15 +32,24 @@ def run_study(
     fresh: remove what an earlier run of a study left in workdir first.
 
   Returns:
-    The report of the first seed.
+    The report of the first seed; each seed has one, in its folder.
+
+  Raises:
+    UserError: workdir holds something else, or a study with other settings; `data` is inside a
+      workdir that is to be removed; faults of config or data.
   """
-  workdir = Path(workdir)
+  # However they are written, the same folders are the same study.
+  workdir = Path(workdir).resolve()
+  data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
+  _refuse_foreign(workdir)
   if fresh and workdir.exists():
-    if not (workdir / _MARK).exists():
-      raise UserError(f'{workdir} was not made by a study, so --fresh will not delete it')
-    shutil.rmtree(workdir)
-  _claim(workdir, {'data': str(data), 'config': json.loads(config.to_json_best_effort())})
+    if data and Path(data).is_relative_to(workdir):
+      raise UserError(
+        f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
+      )
+    _remove(workdir)
+  _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
 
   say('[1] clips')
   if not data:
@@ -52,21 +64,17 @@ def run_study(
         size=tuple(config.image),
         progress=lambda done, _: progress.advance_to(done),
       )
-  results = []
-  for seed in config.seeds:
-    folder = workdir if len(config.seeds) == 1 else workdir / f'seed{seed}'
-    results.append(_run_seed(config, folder, data, seed))
+  alone = len(config.seeds) == 1
+  folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
+  results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
   say('[6] report')
-  report = None
-  for seed in config.seeds:
-    folder = workdir if len(config.seeds) == 1 else workdir / f'seed{seed}'
-    report = report or write_report(folder, data)
+  reports = [write_report(folder, data) for folder in folders.values()]
   if config.end_to_end:
     comparison = _compare(results)
     evaluate.write_json(workdir / 'comparison.json', comparison)
     say(_format_comparison(comparison))
-  say(f'done in {duration(time.monotonic() - started)}; open {report}')
-  return report
+  say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, reports))}')
+  return reports[0]
 
 
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
@@ -98,15 +106,31 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
     say('    the same model end to end on semantic labels, for as many frames')
     train(single, folder / 'end_to_end')
     plan['end_to_end'] = ('end_to_end', {})
+
+  @functools.cache
+  def model(stage):
+    flat, step = checkpoint.load_params(folder / stage)
+    return {'checkpoint_step': step, 'checkpoint_digest': evaluate.digest(merge(flat, {}))}
+
   results = {}
   for name, (stage, options) in plan.items():
     out = folder / 'eval' / f'{name}.json'
-    if out.exists():
-      results[name] = json.loads(out.read_text())
-      continue
-    results[name] = evaluate.evaluate(folder / stage, data=data, out=out, **options)
+    prior = evaluate.masks_digest(folder / 'masks') if name == 'stage2_masks' else None
+    results[name] = _reusable(out, {**model(stage), 'masks_digest': prior}) or evaluate.evaluate(
+      folder / stage, data=data, out=out, **options
+    )
   say(metrics.format_table(list(results.values())))
   return results
+
+
+def _reusable(path: Path, origin: dict) -> dict | None:
+  """The evaluation in a file; None if it is missing, damaged or not of this model and masks."""
+  try:
+    result = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  same = isinstance(result, dict) and all(result.get(key) == origin[key] for key in origin)
+  return result if same else None
 
 
 def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
@@ -124,9 +148,8 @@ def _compare(results: list[dict[str, dict]]) -> dict:
   table = {}
   for name in ('stage2_masks', 'stage2_oracle', 'end_to_end'):
     rows = [result[name]['overall'] for result in results]
-    table[name] = {
-      key: [row[key] for row in rows] for key in ('miou', 'fscore', 'miou_no_background')
-    }
+    keys = ('miou', 'fscore', 'miou_no_background', 'miou_occurring')
+    table[name] = {key: [row[key] for row in rows] for key in keys}
   table['listening_v1m'] = {
     'difference': [
       r['stage1_true']['subsets']['v1m']['miou'] - r['stage1_other']['subsets']['v1m']['miou']
@@ -145,11 +168,27 @@ def _format_comparison(table: dict) -> str:
   return '\n'.join(lines)
 
 
+def _refuse_foreign(workdir: Path) -> None:
+  """UserError for a folder that holds something, but no study."""
+  if workdir.exists() and any(workdir.iterdir()) and not (workdir / _MARK).exists():
+    raise UserError(
+      f'{workdir} holds files but no {_MARK}, so it was not made by a study: name a new or empty '
+      'folder with --workdir'
+    )
+
+
+def _remove(workdir: Path) -> None:
+  """Deletes a study's folder; killed half-way, it leaves no half study under the old name."""
+  hidden = Path(tempfile.mkdtemp(dir=workdir.parent, prefix='.removing-'))
+  workdir.rename(hidden / workdir.name)
+  shutil.rmtree(hidden)
+
+
 def _claim(workdir: Path, settings: dict) -> None:
   mark = workdir / _MARK
   settings = json.loads(json.dumps(settings))
   if mark.exists():
-    if json.loads(mark.read_text()) != settings:
+    if checkpoint.read_json(mark) != settings:
       raise UserError(
         f'{workdir} holds a study with other settings (see {mark}): name another --workdir, or '
         'start anew with --fresh'

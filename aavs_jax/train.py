@@ -12,18 +12,22 @@ import numpy as np
 
 from aavs_jax import checkpoint, evaluate, stages, steps
 from aavs_jax import config as config_lib
-from aavs_jax.logging import Clock, Writer, duration, say
+from aavs_jax.logging import Clock, Progress, Writer, duration, say
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import TrainState, create
-from input_pipeline import avsbench, pipeline
+from input_pipeline import avsbench, masks, pipeline
 from input_pipeline.errors import UserError
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2
-# Keys in which a restarted run may differ from its beginning: they change no weight.
-_FREE_KEYS = ('train.log_every_steps', 'train.keep_checkpoints', 'data.threads', 'data.root')
+# Keys in which a restarted run may differ from its beginning: they change no weight, given that the
+# clips are compared one by one and that the masks are checked.
+_FREE_KEYS = (
+  'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'mesh.',
+  'data.threads', 'data.root', 'data.masks',
+)  # fmt: skip
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -37,7 +41,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
   Raises:
     UserError: the config, the data or the folder is at fault.
-    FloatingPointError: the loss is not finite; names the step, the clips and the last checkpoint.
+    FloatingPointError: loss or gradient is not finite; names step, clips and last checkpoint.
   """
   workdir = Path(workdir)
   config_lib.check(config)
@@ -48,7 +52,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     )
   train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
   val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
-  _claim(workdir, config)
 
   # How long: epochs over items, in steps.
   items = pipeline.make_items(train_clips, config.data.item_frames)
@@ -56,12 +59,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   total = max(1, round(config.train.epochs * steps_per_epoch))
   eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
   boundary = round(config.train.phase2_epoch * steps_per_epoch)
-  if boundary >= total:
+  if config.train.phase2_epoch and not 0 < boundary < total:
     raise UserError(
-      f'config.train.phase2_epoch is {config.train.phase2_epoch}, but training ends after '
-      f'{config.train.epochs} epochs: lower it, or use 0 for a single phase'
+      f'config.train.phase2_epoch is {config.train.phase2_epoch}, step {boundary} of {total}: let '
+      'phase 2 begin after the first step and before the last, or use 0 for a single phase'
     )
-
   frames = config.data.batch_items * items[0].frames
   if frames % jax.device_count():
     raise UserError(
@@ -71,14 +73,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
   method = aavs(config)
-  mesh = make_mesh()
+  mesh = make_mesh(config.mesh.fsdp)
   manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
   latest = manager.latest_step()
+  _claim(workdir, config, train_clips + val_clips, begun=latest is not None)
   if latest == total:
     return _result(manager, workdir)
-  start = None
-  if config.train.init and (latest is None or boundary):
-    start, _ = checkpoint.load_params(config.train.init)
+  if config.use_prior:
+    for clip in val_clips:  # now, not after the first epoch
+      for t in range(clip.num_frames):
+        masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
+  start = stages.load_start(config) if config.train.init and (latest is None or boundary) else None
   key = jax.random.key(config.seed)
   fresh = jax.jit(method.init)(key)
   first, lacking = stages.first_params(fresh, start)
@@ -114,7 +119,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     state = checkpoint.restore(manager, latest, phase_tools(phase)[2])
   step = int(state.step)
   writer = Writer(workdir, step)
-  _announce(config, workdir, first, lacking, phase_tools(phase)[2], len(train_clips), total, step)
+  _announce(config, workdir, lacking, phase_tools(phase)[2], len(train_clips), total, step)
 
   batches = pipeline.training_batches(
     train_clips,
@@ -134,13 +139,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   stop = _StopSignal()
 
   def look(keep: int) -> None:
-    """Stops on a loss that is not finite, in all but the newest `keep` steps."""
+    """Stops on a loss or gradient that is not finite, in all but the newest `keep` steps."""
     while len(in_flight) > keep:
       at, clips, metrics = in_flight.popleft()
-      if not np.isfinite(metrics['loss']):
+      # A gradient that is not finite spoils the parameters, though this step's loss is still good.
+      loss, norm = float(metrics['loss']), float(metrics['gradient_norm'])
+      if not np.isfinite([loss, norm]).all():
         saved = manager.latest_step()
         raise FloatingPointError(
-          f'the loss of step {at} is {metrics["loss"]} on clips '
+          f'the loss of step {at} is {loss} and its gradient {norm} on clips '
           f'{", ".join(train_clips[i].uid for i in dict.fromkeys(clips.tolist()))}; the last good '
           f'checkpoint is {"none" if saved is None else workdir / "checkpoints" / str(saved)}: '
           'lower optimizer.lr or look at these clips'
@@ -178,11 +185,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         values = {name: float(value) for name, value in metrics.items()}
         lr = float(schedule(step - 1 - (boundary if phase == 2 else 0)))
         look(0)
-        _log(writer, clock, values, lr, phase, step, total, steps_per_epoch)
+        validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
+        clock_values = clock.read(step, total, validations)
+        _log(writer, clock_values, values, lr, phase, step, total, steps_per_epoch)
       if step % eval_every == 0 or step in (total, boundary):
         look(0)
-        with clock.paused():
-          result = evaluate.score(config, predictor, state.params, val_clips)['overall']
+        with clock.validating(), Progress('validation', len(val_clips), 'clips') as progress:
+          result = evaluate.score(config, predictor, state.params, val_clips, progress=progress)
+          result = result['overall']
         scores = {name: float(result[name]) for name in ('miou', 'fscore')}
         writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
         say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
@@ -192,7 +202,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       if stop.received:
         manager.wait_until_finished()
         say(f'stopped by a signal at step {step}; the same command goes on from there')
-        raise SystemExit(0)
+        # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
+        raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
   return _result(manager, workdir)
 
 
@@ -205,13 +216,19 @@ def _result(manager, workdir: Path) -> dict[str, float]:
   return result
 
 
-def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
-  """Saves the resolved config, or compares with the one the folder was begun with."""
-  path = workdir / 'config.json'
-  if not path.exists():
-    workdir.mkdir(parents=True, exist_ok=True)
+def _claim(workdir: Path, config: ml_collections.ConfigDict, clips, begun: bool) -> None:
+  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved."""
+  path, listing = workdir / 'config.json', workdir / 'clips.json'
+  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips]
+  if not begun:
     evaluate.write_json(path, config.to_dict())
+    evaluate.write_json(listing, found)
     return
+  if checkpoint.read_json(listing) != found:
+    raise UserError(
+      f'{workdir} was begun with other clips than those of {config.data.root} (see {listing}): '
+      'use the same data set or another --workdir'
+    )
   changed = [
     line
     for line in config_lib.differences(config_lib.from_json(path), config)
@@ -224,13 +241,18 @@ def _claim(workdir: Path, config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _announce(config, workdir, params, lacking, abstract: TrainState, clips, total, step) -> None:
-  trained = stages.count(abstract.trained)
+def _announce(config, workdir, lacking, abstract: TrainState, clips, total, step) -> None:
+  trained, frozen = stages.count(abstract.trained) / 1e6, stages.count(abstract.frozen) / 1e6
   say(
-    f'{config.task} task, {stages.count(params) / 1e6:.2f} M parameters, {trained / 1e6:.2f} M of '
-    f'them trained, {clips} clips, {total} steps, {jax.device_count()} '
-    f'{jax.devices()[0].platform} device{"s" * (jax.device_count() > 1)}; work folder {workdir}'
+    f'  {config.task} task, {trained + frozen:.2f} M parameters, {trained:.2f} M of them trained, '
+    f'{clips} clips, {total} steps, {jax.device_count()} {jax.devices()[0].platform} '
+    f'device{"s" * (jax.device_count() > 1)}; work folder {workdir}'
   )
+  if frozen and not config.train.init:
+    say(
+      f'  WARNING: {frozen:.2f} M parameters stay at their random initialisation, since '
+      'config.train.init names no start'
+    )
   if lacking:
     say(f'  not in {config.train.init}, so initialised anew: {", ".join(lacking)}')
   if step:
@@ -245,8 +267,8 @@ def _compile(step, *arguments):
   return compiled
 
 
-def _log(writer, clock, metrics, lr, phase, step, total, steps_per_epoch) -> None:
-  rate, wait, eta = clock.read(step, total)
+def _log(writer, clock_values, metrics, lr, phase, step, total, steps_per_epoch) -> None:
+  rate, wait, eta = clock_values
   writer.write(
     'train',
     step=step,
@@ -268,7 +290,7 @@ def _log(writer, clock, metrics, lr, phase, step, total, steps_per_epoch) -> Non
 class _StopSignal:
   """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once."""
 
-  received = False
+  received = 0
 
   def __enter__(self):
     self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -277,7 +299,7 @@ class _StopSignal:
   def _note(self, number, frame):
     if self.received:
       raise KeyboardInterrupt
-    self.received = True
+    self.received = number
 
   def __exit__(self, *_):
     for number, handler in self._before.items():

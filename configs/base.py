@@ -12,6 +12,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.dtype = 'float32'  # of the computation; parameters and optimiser stay float32
 
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.fsdp = 1  # devices that share one copy of the parameters
+
   config.data = ml_collections.ConfigDict()
   config.data.root = ''  # a folder in the AVSBench-semantic layout
   config.data.masks = ''  # stage 1's masks, the prior of validation and test in stage 2

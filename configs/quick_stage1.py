@@ -38,6 +38,6 @@ def get_config():
   config.train.phase2_epoch = 0
   config.train.trainable = (r'.*',)
   config.train.eval_every_epochs = 0.5
-  config.train.checkpoint_every_steps = 100
+  config.train.checkpoint_every_steps = 150
   config.train.log_every_steps = 20
   return config

@@ -1,6 +1,7 @@
 """Stage 1's masks on disk, the prior of stage 2: MASKS/{v1s,v1m,v2}/UID/{0..}.png, 0 or 255."""
 
 import os
+import re
 import shutil
 import tempfile
 
@@ -15,16 +16,32 @@ def mask_path(root: str, clip: Clip, t: int) -> str:
   return os.path.join(root, clip.subset, clip.uid, f'{t}.png')
 
 
+def refuse_data_set(root: str | os.PathLike) -> None:
+  """Raises UserError if maps written below root would take the place of a data set's clips."""
+  index = os.path.join(root, 'metadata.csv')
+  if os.path.exists(index):
+    raise UserError(f'{index} says that {root} is a data set: name another folder for the maps')
+
+
 def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
-  """Writes one clip's maps, uint8 [T, e, e], as grey PNGs; all of them appear at once or none."""
+  """Writes one clip's maps, uint8 [T, e, e], as grey PNGs; all of them appear at once or none.
+
+  Maps that are there already are replaced. Raises UserError if anything else is in their folder.
+  """
   parent = os.path.join(root, clip.subset)
+  final = os.path.join(parent, clip.uid)
+  for name in sorted(os.listdir(final)) if os.path.isdir(final) else ():
+    if not re.fullmatch(r'\d+\.png', name):
+      raise UserError(
+        f'{final} holds {name}, which is no map, so it is not replaced: name another folder for '
+        'the maps'
+      )
   os.makedirs(parent, exist_ok=True)
   working = tempfile.mkdtemp(dir=parent, prefix='.writing-')
   try:
     os.chmod(working, 0o755)
     for t, mask in enumerate(masks):
       Image.fromarray(mask).save(os.path.join(working, f'{t}.png'))
-    final = os.path.join(parent, clip.uid)
     if os.path.isdir(final):
       shutil.rmtree(final)
     os.rename(working, final)

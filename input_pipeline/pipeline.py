@@ -6,6 +6,7 @@ and v2's ten frames are two items).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -42,14 +43,14 @@ class Item:
 
 def make_items(clips: Sequence[Clip], item_frames: int) -> list[Item]:
   """All clips cut into items of item_frames frames, or one item a clip if item_frames is 0."""
+  if item_frames not in (0, 1, 5):
+    raise UserError(
+      f'data.item_frames={item_frames} does not divide clips of 5 and of 10 frames: use 5, 1 or 0 '
+      '(whole clips)'
+    )
   items = []
   for index, clip in enumerate(clips):
     length = item_frames or clip.num_frames
-    if clip.num_frames % length:
-      raise UserError(
-        f'item_frames={length} does not divide the {clip.num_frames} frames of the clips of '
-        f'{clip.subset}: use 5, 1 or 0 (whole clips)'
-      )
     items += [Item(index, first, length) for first in range(0, clip.num_frames, length)]
   return items
 
@@ -72,6 +73,22 @@ def _to_prior(ids: np.ndarray, size: int) -> np.ndarray:
   return labels.resize_ids(sounding.astype(np.uint8) * 255, size)
 
 
+def _to_targets(ids: np.ndarray, task: Task) -> np.ndarray:
+  """Class ids at the model's size; in the binary task 1 stands for all that sound."""
+  if not task.semantic:
+    ids = np.where(ids == labels.IGNORE, labels.IGNORE, ids > 0).astype(np.uint8)
+  return labels.resize_ids(ids, task.image_size)
+
+
+def _is_silent(clip: Clip, known: dict[int, np.ndarray], task: Task) -> bool:
+  """Whether nothing sounds in any frame of a clip; `known` has the targets read already by time."""
+  unread = (t for t in clip.labelled_frames if t not in known)
+  maps = itertools.chain(
+    known.values(), (_to_targets(avsbench.load_label_ids(clip, t), task) for t in unread)
+  )
+  return not any((targets == 1).any() for targets in maps)
+
+
 def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
   """One item of training: arrays with a leading axis of its frames (keys: aavs_jax.types.Batch).
 
@@ -87,9 +104,7 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
     ids = avsbench.load_label_ids(clip, t)
     if task.use_prior:
       priors[t] = _to_prior(ids, task.eval_size)
-    if not task.semantic:
-      ids = np.where(ids == labels.IGNORE, labels.IGNORE, ids > 0).astype(np.uint8)
-    maps[t] = labels.resize_ids(ids, task.image_size)
+    maps[t] = _to_targets(ids, task)
   classes = np.full((item.frames, task.max_targets), -1, np.int32)
   for i, t in enumerate(times):
     present = np.unique(maps[t])
@@ -100,8 +115,9 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
         f'{task.max_targets}: raise data.max_targets'
       )
     classes[i, : len(present)] = present
-  # The release skips a multi-source clip in which nothing sounds at all (stage 1).
-  silent = not task.semantic and clip.subset == 'v1m' and not (classes == 1).any()
+  # The release skips a multi-source clip in which nothing sounds at all (stage 1), be the item all
+  # of it or one frame.
+  silent = not task.semantic and clip.subset == 'v1m' and _is_silent(clip, maps, task)
   batch = {
     'frames': frames,
     'log_mel': log_mel,
@@ -118,25 +134,32 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
 def load_eval_item(clip: Clip, sound: Clip | None, item: Item, task: Task) -> dict[str, np.ndarray]:
   """One item of evaluation: as in training, but with the metric's ground truth `target`.
 
-  The prior is stage 1's masks from task.masks, or the ground truth if that is ''.
+  The prior is stage 1's masks from task.masks, or the ground truth if that is ''. Frames without a
+  label (v1s/train) have weight 0, and zeros for what would come from the label.
   """
   times, frames, log_mel = _frames_and_sound(clip, sound, item, task, training=False)
   targets, priors = [], []
+  nothing = np.zeros((task.eval_size, task.eval_size), np.uint8)
   for t in times:
-    if task.semantic:
+    labelled = t in clip.labelled_frames
+    if not labelled:
+      targets.append(nothing)
+    elif task.semantic:
       targets.append(labels.resize_ids(avsbench.load_label_ids(clip, t), task.eval_size))
     else:
       colours = avsbench.load_label_rgb(clip, t)
       targets.append(labels.binary_metric_target(colours, task.eval_size).astype(np.uint8))
     if task.use_prior and task.masks:
       priors.append(masks.read_mask(task.masks, clip, t, task.eval_size))
-    elif task.use_prior:
+    elif task.use_prior and labelled:
       priors.append(_to_prior(avsbench.load_label_ids(clip, t), task.eval_size))
+    elif task.use_prior:
+      priors.append(nothing)
   batch = {
     'frames': frames,
     'log_mel': log_mel,
     'target': np.stack(targets),
-    'weight': np.ones(item.frames, np.float32),
+    'weight': np.isin(times, clip.labelled_frames).astype(np.float32),
     'clip': np.full(item.frames, item.clip, np.int32),
     'frame': np.asarray(times, np.int32),
   }

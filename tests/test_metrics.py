@@ -1,5 +1,6 @@
 """Metrics against the release's numbers, and against slow computations of its formulas."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -160,12 +161,26 @@ def test_semantic_summary_fields():
   # The data set's mean runs over all four classes: (2.5/3 + 0 + 2/3 + 0) / 4.
   assert summary['overall']['miou'] == pytest.approx((2.5 / 3 + 2 / 3) / 4)
   assert summary['overall']['miou_no_background'] == pytest.approx((2 / 3) / 3)
+  # Only two of the four occur, and in v2 both are right.
+  assert summary['overall']['miou_occurring'] == pytest.approx((2.5 / 3 + 2 / 3) / 2)
+  f_background = (2 + 1.3 * 0.5 / (0.3 * 0.5 + 1)) / 3
+  assert summary['overall']['fscore_occurring'] == pytest.approx((f_background + 2 / 3) / 2)
+  assert summary['subsets']['v2']['miou_occurring'] == pytest.approx(1)
+  assert summary['subsets']['v1s']['miou_occurring'] == pytest.approx((1.5 / 2 + 1 / 2) / 2)
   assert summary['subsets']['v1s']['clips'] == 2
   assert summary['subsets']['v2']['miou'] == pytest.approx(0.5)
   assert [row['name'] for row in summary['per_class']] == list(CLASS_NAMES[:4])
   assert [row['frames'] for row in summary['per_class']] == [3, 0, 3, 0]
   assert summary['per_class'][1]['iou'] is None
   assert summary['per_class'][2]['iou'] == pytest.approx(2 / 3)
+
+
+def test_clip_without_a_pixel_that_counts_scores_0():
+  ignored = np.full((2, 4, 4), IGNORE, np.uint8)
+  sums = metrics.semantic_frame_sums(np.zeros_like(ignored), ignored, 4)
+  summary = metrics.summarise_semantic({('v2', 'a'): sums})
+  assert set(summary['overall'].values()) == {0}
+  assert summary['per_clip'][0]['miou'] == 0
 
 
 def test_binary_summary_per_subset():
@@ -193,3 +208,21 @@ def test_table_is_aligned_and_complete():
   assert lines[3].split()[:3] == ['binary', 'silence', '-']
   markdown = metrics.format_table(results, markdown=True).splitlines()
   assert all(line.count('|') == 7 for line in markdown)
+
+
+def test_table_of_semantic_files_shows_the_mean_over_classes_that_occur():
+  scores = {'miou': 1.0, 'fscore': 1.0}
+  binary = {
+    'name': 'stage 1', 'task': 'binary', 'audio': 'silence', 'prior': None, 'overall': scores,
+    'subsets': {name: {'clips': 1, **scores} for name in ('v1s', 'v1m', 'v2')},
+  }  # fmt: skip
+  occurring = {**scores, 'miou': 0.086, 'miou_occurring': 0.684, 'fscore_occurring': 0.75}
+  semantic = {
+    **binary, 'name': 'end to end', 'task': 'semantic', 'prior': 'oracle', 'overall': occurring
+  }  # fmt: skip
+  lines = metrics.format_table([binary, semantic]).splitlines()
+  assert len({len(line) for line in lines}) == 1 and len(lines[0]) <= 100
+  columns = [[part.strip() for part in re.split('  +', line)] for line in lines]
+  assert columns[0][3:5] == ['all', 'occurring classes']
+  assert columns[2][3:5] == ['100.0 / 100.0', '-']
+  assert columns[3][3:5] == ['8.6 / 100.0', '68.4 / 75.0']

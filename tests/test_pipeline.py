@@ -1,8 +1,10 @@
 """Batches: what is in them, their order, and that evaluation sees every frame once."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -129,6 +131,71 @@ def test_mixed_lengths_and_large_batches_are_refused(tiny_stage1, train_clips):
     _stream(train_clips, task, 1, batch_items=99)
   with pytest.raises(UserError, match='item_frames=3'):
     pipeline.make_items(train_clips, 3)
+  # Ten divides v2's clips, but no others.
+  with pytest.raises(UserError, match='use 5, 1 or 0'):
+    pipeline.make_items([clip for clip in train_clips if clip.subset == 'v2'], 10)
+
+
+def test_frames_without_a_label_do_not_count_in_evaluation(train_clips, tmp_path):
+  clip = next(clip for clip in train_clips if clip.subset == 'v1s')
+  for semantic in (False, True):
+    task = pipeline.Task(semantic, 32, 32, 4, semantic, '')
+    batch = pipeline.load_eval_item(clip, clip, pipeline.Item(0, 0, 5), task)
+    assert batch['weight'].tolist() == [1, 0, 0, 0, 0]
+    assert batch['target'][0].any() and not batch['target'][1:].any()
+    assert batch['frame'].tolist() == [0, 1, 2, 3, 4]
+    if semantic:
+      assert batch['prior'][0].any() and not batch['prior'][1:].any()
+    assert (batch['frames'][0] != batch['frames'][4]).any()  # and not the first one five times
+
+
+def test_the_prior_of_evaluation_is_that_of_the_masks_or_the_truth(data_root, tmp_path):
+  clip = avsbench.read_index(data_root, 'test', ['v2'])[0]
+  masks.write_clip_masks(str(tmp_path), clip, np.full((10, 24, 24), 255, np.uint8))
+  item = pipeline.Item(0, 5, 5)
+  for folder in (str(tmp_path), ''):
+    task = pipeline.Task(True, 32, 24, 4, True, folder)
+    batch = pipeline.load_eval_item(clip, clip, item, task)
+    truth = np.stack(
+      [labels.resize_ids(avsbench.load_label_ids(clip, t), 24) for t in range(5, 10)]
+    )
+    assert np.array_equal(batch['target'], truth)
+    assert (truth == 0).any() and (truth > 0).any()
+    assert np.array_equal(batch['prior'], np.full_like(truth, 255) if folder else 255 * (truth > 0))
+
+
+def test_evaluation_hears_the_clip_it_is_given_or_silence(data_root):
+  clip, other = avsbench.read_index(data_root, 'test', ['v1m'])
+  task = pipeline.Task(False, 32, 32, 2, False, '')
+  item = pipeline.Item(0, 0, 5)
+  sound = {c.uid: avsbench.load_log_mel(c) for c in (clip, other)}
+  assert not np.array_equal(sound[clip.uid], sound[other.uid])
+  for c in (clip, other):
+    heard = pipeline.load_eval_item(clip, c, item, task)
+    assert np.array_equal(heard['log_mel'], sound[c.uid])
+    assert np.array_equal(heard['frames'][3], avsbench.load_frame(clip, 3, 32))
+  heard = pipeline.load_eval_item(clip, None, item, task)
+  assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == pipeline.SILENCE).all()
+
+
+@pytest.mark.parametrize('item_frames', [1, 5])
+def test_only_a_clip_in_which_nothing_ever_sounds_has_no_weight(data_root, tmp_path, item_frames):
+  clip = avsbench.read_index(data_root, 'train', ['v1m'])[0]
+  shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)
+  clip = dataclasses.replace(clip, root=str(tmp_path))
+
+  def weights(task):
+    items = pipeline.make_items([clip], item_frames)
+    parts = [pipeline.load_training_item(clip, item, task) for item in items]
+    return np.concatenate([part['weight'] for part in parts]).tolist()
+
+  binary, semantic = (pipeline.Task(s, 32, 32, 4, False, '') for s in (False, True))
+  for t in range(5):
+    _resave(clip.label_ids_path(t), lambda ids: np.zeros_like(ids))
+  assert weights(binary) == [0] * 5
+  assert weights(semantic) == [1] * 5
+  _resave(clip.label_ids_path(3), lambda ids: np.full_like(ids, 8))
+  assert weights(binary) == [1] * 5
 
 
 class TestMasks:
@@ -174,6 +241,18 @@ class TestMasks:
       masks.write_clip_masks(root, clip, [maps[0], 'not an array'])
     assert masks.is_complete(root, clip, 8)
     assert os.listdir(os.path.join(root, clip.subset)) == [clip.uid]
+
+  def test_a_folder_of_something_else_is_not_replaced(self, clip, written):
+    root, maps = written
+    note = pathlib.Path(root, clip.subset, clip.uid, 'audio.wav')
+    note.write_bytes(b'sound')
+    with pytest.raises(UserError, match=r'holds audio\.wav, which is no map'):
+      masks.write_clip_masks(root, clip, 255 - maps)
+    assert note.read_bytes() == b'sound'
+    assert np.array_equal(masks.read_mask(root, clip, 2, 8), maps[2])
+    note.unlink()
+    masks.write_clip_masks(root, clip, 255 - maps)
+    assert np.array_equal(masks.read_mask(root, clip, 2, 8), 255 - maps[2])
 
 
 def _resave(path, change):

@@ -42,9 +42,11 @@ def make_data(root, clips):
 
 def make_evaluation(task, clips, level, **more):
   def scores(value):
-    names = ['miou', 'fscore']
-    names += ['miou_no_background', 'fscore_no_background'] if task == 'semantic' else []
-    return dict.fromkeys(names, value)
+    if task == 'binary':
+      return {'miou': value, 'fscore': value}
+    # Half the classes occur.
+    means = {'': value / 2, '_no_background': value / 3, '_occurring': value}
+    return {name + suffix: v for suffix, v in means.items() for name in ('miou', 'fscore')}
 
   subsets = sorted({subset for subset, _ in clips})
   result = {
@@ -197,6 +199,17 @@ def test_numbers_of_the_learning_table(page):
   assert re.findall(r'<th colspan="2">(\w+)</th>', table) == ['all', 'v1s', 'v1m', 'v2']
 
 
+def test_naming_leads_with_the_classes_that_occur(page):
+  lead = page[: page.index('<h2>')]
+  assert '<b>48.0</b><span>stage 2: mIoU over the classes that occur (24.0 over all 71' in lead
+  assert 'of 48.0 (24.0 over all 71, as published), and of 63.0 given the true masks' in lead
+  section = page[page.index('Does it name') :].split('</section>')[0]
+  tables = section.split('<table')[1:]
+  assert 'Over all 71 classes, as published' in tables[0].split('</table>')[1]
+  firsts = [re.search(r'masks of stage 1</th><td>([^<]*)<', table)[1] for table in tables]
+  assert firsts == ['48.0', '24.0', '16.0']
+
+
 def test_text_is_escaped(page):
   assert '<b>bold' not in page
   assert '&lt;b&gt;bold &amp; free' in page
@@ -243,6 +256,7 @@ def test_empty_workdir_says_what_to_run(run, tmp_path):
   page = write_report(tmp_path, run[1]).read_text(encoding='utf-8')
   check(page)
   assert page.count('<code>aavs ') >= 8
+  assert f'aavs masks --workdir {tmp_path}/stage1 ' in page
 
 
 def test_few_clips_are_shown_once_each(tmp_path):

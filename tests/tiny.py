@@ -25,7 +25,8 @@ def get_config(stage='stage1'):
   config.vggish.embedding = 8
   config.loss.points = 16
   config.optimizer.warmup_steps = 2
-  config.train.epochs = 3.0
+  config.train.epochs = 2.0
+  config.train.eval_every_epochs = 1.0
   config.train.checkpoint_every_steps = 4
   config.train.log_every_steps = 1
   return config

@@ -1,0 +1,248 @@
+"""Scoring a split and handing over masks: what the model is fed, and what is written or refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
+
+from aavs_jax import checkpoint, evaluate, metrics
+from aavs_jax.methods import aavs
+from aavs_jax.state import create, flatten, merge
+from input_pipeline import avsbench, labels, masks, pipeline
+from input_pipeline.errors import UserError
+from tests import tiny
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_once(tmp_path_factory):
+  """Every call compiles its model anew; from the second time on it comes from here."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('compiled')))
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache.reset_cache()
+
+
+def save_random(folder, config, seed):
+  """A work folder as training leaves it, of a model with random weights."""
+  rng = np.random.default_rng(seed)
+  abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
+  params = {
+    path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
+    for path, leaf in abstract.items()
+  }
+  evaluate.write_json(folder / 'config.json', config.to_dict())
+  manager = checkpoint.make_manager(folder / 'checkpoints', 1)
+  checkpoint.save(manager, create(params, list(params)[:3], optax.sgd(1.0)), 1, {'miou': 0.5})
+  manager.wait_until_finished()
+  manager.close()
+  return folder
+
+
+@pytest.fixture(scope='module')
+def stage1(tmp_path_factory):
+  return save_random(tmp_path_factory.mktemp('models') / 'stage1', tiny.get_config('stage1'), 1)
+
+
+@pytest.fixture(scope='module')
+def stage2(tmp_path_factory):
+  return save_random(tmp_path_factory.mktemp('models') / 'stage2', tiny.get_config('stage2'), 2)
+
+
+@pytest.fixture(scope='module')
+def model1(stage1):
+  """Config, parameters and the compiled model, shared by the tests of this module."""
+  config, params, _ = evaluate.load_trained(stage1)
+  return config, params, evaluate.Predictor(aavs(config))
+
+
+@pytest.fixture(scope='module')
+def clips(data_root):
+  return avsbench.read_index(data_root, 'test')
+
+
+@pytest.fixture(scope='module')
+def handed_over(stage1, data_root, tmp_path_factory):
+  """Stage 1's masks of val and test, to be copied before they are changed."""
+  out = tmp_path_factory.mktemp('masks') / 'masks'
+  return out, evaluate.write_masks(stage1, data=data_root, out=out)
+
+
+@pytest.fixture
+def written(handed_over, tmp_path):
+  return shutil.copytree(handed_over[0], tmp_path / 'masks')
+
+
+def _contents(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def _with(config, **data):
+  config = config.copy_and_resolve_references()
+  config.data.update(data)
+  return config
+
+
+def _directly(model, clip):
+  """What a model says of a clip, five frames at a time, read without the pipeline."""
+  config, params, predictor = model
+  size = config.data.image_size
+  frames = np.stack([avsbench.load_frame(clip, t, size) for t in range(clip.num_frames)])
+  batch = {'frames': frames, 'log_mel': avsbench.load_log_mel(clip)}
+  parts = [
+    predictor(params, {name: value[start : start + 5] for name, value in batch.items()})
+    for start in range(0, clip.num_frames, 5)
+  ]
+  return np.concatenate(parts)
+
+
+def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_predictions(model1, clips):
+  config, params, predictor = model1
+  found = [
+    evaluate.score(_with(config, batch_items=n), predictor, params, clips)['per_clip']
+    for n in (1, 3)
+  ]
+  assert len(found[0]) == len(clips)
+  for one, three in zip(*found):
+    assert one == pytest.approx(three, abs=1e-4)
+  by_clip = {(row['subset'], row['uid']): row for row in found[0]}
+  shares = []
+  for clip in clips:
+    scores = _directly(model1, clip)
+    shares.append((scores.argmax(1) > 0).mean())
+    target = np.stack([
+      labels.binary_metric_target(avsbench.load_label_rgb(clip, t), config.data.eval_size)
+      for t in range(clip.num_frames)
+    ])  # fmt: skip
+    expected = metrics.binary_clip_metrics(scores, target)
+    row = by_clip[clip.subset, clip.uid]
+    assert (row['miou'], row['fscore']) == pytest.approx(expected, abs=1e-4)
+  assert len(np.unique(shares)) > 1  # predictions say something
+
+
+@pytest.mark.parametrize('audio', evaluate.AUDIO)
+def test_the_model_hears_what_it_should(model1, clips, audio):
+  config, params, predictor = model1
+  clips = [clip for clip in clips if clip.subset != 'v2']  # one v2 clip has no other
+  heard = {}
+
+  def listen(params, batch):
+    real = batch['weight'] > 0
+    for index, t, log_mel in zip(*(batch[key][real] for key in ('clip', 'frame', 'log_mel'))):
+      heard[int(index), int(t)] = log_mel
+    return predictor(params, batch)
+
+  evaluate.score(config, listen, params, clips, audio=audio)
+  assert len(heard) == 5 * len(clips)
+  others = pipeline.other_sounds(clips)
+  for (index, t), log_mel in heard.items():
+    own, other = (avsbench.load_log_mel(c)[t] for c in (clips[index], others[index]))
+    assert not np.array_equal(own, other)
+    expected = {'true': own, 'other': other, 'silence': np.full_like(own, pipeline.SILENCE)}
+    np.testing.assert_array_equal(log_mel, expected[audio])
+
+
+def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_root, tmp_path):
+  result = evaluate.evaluate(
+    stage1, data=data_root, out=tmp_path / 'r.json', split='train', maps=tmp_path / 'maps'
+  )
+  train = avsbench.read_index(data_root, 'train')
+  assert result['clips'] == len(train)
+  assert result['frames'] == sum(1 if c.subset == 'v1s' else c.num_frames for c in train)
+  clip = next(c for c in train if c.subset == 'v1s')
+  colours = avsbench.load_label_rgb(clip, 0)
+  target = labels.binary_metric_target(colours, model1[0].data.eval_size)
+  expected = metrics.binary_clip_metrics(_directly(model1, clip)[:1], target[None])
+  row = next(r for r in result['per_clip'] if (r['subset'], r['uid']) == ('v1s', clip.uid))
+  assert (row['miou'], row['fscore']) == pytest.approx(expected, abs=1e-4)
+
+
+def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root, tmp_path):
+  flat, step = checkpoint.load_params(stage2)
+  options = dict(data=data_root, out=tmp_path / 'r.json')
+  result = evaluate.evaluate(stage2, mask_folder=str(written), **options)
+  assert json.loads((tmp_path / 'r.json').read_text()) == result
+  assert result['checkpoint_step'] == step == 1
+  assert result['checkpoint_digest'] == evaluate.digest(merge(flat, {}))
+  model_of_masks = evaluate.digest(merge(checkpoint.load_params(stage1)[0], {}))
+  assert result['masks_digest'] == model_of_masks != result['checkpoint_digest']
+  oracle = evaluate.evaluate(stage2, oracle=True, **options)
+  assert oracle['masks_digest'] is None and oracle['prior'] == 'oracle'
+  assert oracle['per_clip'] != result['per_clip']  # so the prior reaches the model
+
+
+def test_priors_that_make_no_sense_are_refused(stage1, stage2, data_root, tmp_path):
+  options = dict(data=data_root, out=tmp_path / 'r.json')
+  with pytest.raises(UserError, match=r'--oracle is given, but the model of .*stage1 takes no'):
+    evaluate.evaluate(stage1, oracle=True, **options)
+  with pytest.raises(UserError, match=r'--masks here is given, but the model of .*stage1'):
+    evaluate.evaluate(stage1, mask_folder='here', **options)
+  with pytest.raises(UserError, match='--oracle and --masks here are two priors'):
+    evaluate.evaluate(stage2, oracle=True, mask_folder='here', **options)
+  assert not (tmp_path / 'r.json').exists()
+
+
+class TestWriteMasks:
+  def test_the_set_is_complete_and_the_models_own(self, handed_over, model1, data_root):
+    out, count = handed_over
+    found = [c for split in ('val', 'test') for c in avsbench.read_index(data_root, split)]
+    assert count == len(found)
+    expected = {f'{c.subset}/{c.uid}/{t}.png' for c in found for t in range(c.num_frames)}
+    assert set(_contents(out)) == expected | {'source.json'}
+    values = set()
+    for clip in found:
+      binary = _directly(model1, clip).argmax(1) * 255
+      for t in range(clip.num_frames):
+        with Image.open(masks.mask_path(str(out), clip, t)) as image:
+          assert image.mode == 'L'
+          mask = np.asarray(image)
+        values |= set(np.unique(mask).tolist())
+        # Two batch sizes may round a tie to either side.
+        assert (mask != binary[t]).mean() < 0.01
+    assert values == {0, 255}
+
+  def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root):
+    before = _contents(written)
+    assert evaluate.write_masks(stage1, data=data_root, out=written) == 0
+    path = next(written.glob('v2/*/7.png'))
+    path.write_bytes(path.read_bytes()[:30])
+    assert evaluate.write_masks(stage1, data=data_root, out=written) == 1
+    assert _contents(written) == before
+
+  def test_masks_of_two_models_are_not_mixed(self, written, data_root, tmp_path):
+    other = save_random(tmp_path / 'other', tiny.get_config('stage1'), 3)
+    before = _contents(written)
+    with pytest.raises(UserError, match='holds masks of another model'):
+      evaluate.write_masks(other, data=data_root, out=written)
+    (written / 'source.json').unlink()
+    with pytest.raises(UserError, match=r'holds v1s but no source\.json'):
+      evaluate.write_masks(other, data=data_root, out=written)
+    assert _contents(written) == {k: v for k, v in before.items() if k != 'source.json'}
+
+  def test_what_is_no_mask_is_not_replaced(self, stage1, written, data_root, clips):
+    clip = clips[0]
+    folder = written / clip.subset / clip.uid
+    (folder / '0.png').unlink()
+    (folder / 'notes.txt').write_text('mine')
+    before = _contents(written)
+    with pytest.raises(UserError, match=r'holds notes\.txt, which is no map'):
+      evaluate.write_masks(stage1, data=data_root, out=written)
+    assert _contents(written) == before
+
+  def test_a_data_set_is_not_overwritten(self, stage1, data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / 'data')
+    before = _contents(root)
+    with pytest.raises(UserError, match=r'metadata\.csv says that'):
+      evaluate.write_masks(stage1, data=str(root), out=root)
+    with pytest.raises(UserError, match=r'metadata\.csv says that'):
+      evaluate.evaluate(stage1, data=str(root), out=tmp_path / 'r.json', maps=root)
+    (root / 'metadata.csv').rename(tmp_path / 'metadata.csv')
+    with pytest.raises(UserError, match=r'but no source\.json'):
+      evaluate.write_masks(stage1, data=data_root, out=root)
+    (tmp_path / 'metadata.csv').rename(root / 'metadata.csv')
+    assert _contents(root) == before

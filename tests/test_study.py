@@ -1,0 +1,117 @@
+"""A study: whose folders it takes, and (slow) both stages end to end, run twice."""
+
+import json
+import os
+import pathlib
+
+import pytest
+
+from aavs_jax import study
+from configs import quickstart
+from input_pipeline.errors import UserError
+from tests import tiny
+
+EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')
+
+
+def _contents(folder):
+  return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, fresh):
+  folder = tmp_path / 'photos'
+  folder.mkdir()
+  (folder / 'cat.jpg').write_bytes(b'miaow')
+  with pytest.raises(UserError, match=r'photos holds files but no study\.json'):
+    study.run_study(quickstart.get_config(), folder, fresh=fresh)
+  assert _contents(tmp_path) == {'photos/cat.jpg': b'miaow'}
+
+
+def test_fresh_does_not_delete_the_data_it_was_given(tmp_path, monkeypatch):
+  workdir = tmp_path / 'run'
+  (workdir / 'data').mkdir(parents=True)
+  (workdir / 'data' / 'metadata.csv').write_text('uid,label,split\n')
+  (workdir / 'study.json').write_text('{}')
+  before = _contents(tmp_path)
+  monkeypatch.chdir(workdir)
+  for data in (str(workdir / 'data'), 'data', '../run/data', str(workdir)):
+    with pytest.raises(UserError, match='which --fresh deletes'):
+      study.run_study(quickstart.get_config(), '.', data=data, fresh=True)
+  assert _contents(tmp_path) == before
+
+
+def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
+  workdir = tmp_path / 'run'
+  (workdir / 'stage1').mkdir(parents=True)
+  (workdir / 'study.json').write_text('{"data": "elsewhere"}')
+  (workdir / 'stage1' / 'config.json').write_text('{}')
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  # The new study stops at its data set, after it has claimed the folder.
+  with pytest.raises(UserError, match=r'empty/metadata\.csv'):
+    study.run_study(quickstart.get_config(), workdir, data=str(empty), fresh=True)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'run']
+  assert [p.name for p in workdir.iterdir()] == ['study.json']
+  with pytest.raises(UserError, match='holds a study with other settings'):
+    study.run_study(quickstart.get_config(), workdir)
+
+
+@pytest.mark.parametrize(
+  'text',
+  [None, '', '{"checkpoint_step": 4', '[]', '{"checkpoint_step": 4, "masks_digest": null}',
+   '{"checkpoint_step": 5, "checkpoint_digest": "a", "masks_digest": null}',
+   '{"checkpoint_step": 4, "checkpoint_digest": "b", "masks_digest": null}',
+   '{"checkpoint_step": 4, "checkpoint_digest": "a", "masks_digest": "c"}'],
+)  # fmt: skip
+def test_only_evaluations_of_the_same_model_and_masks_are_reused(tmp_path, text):
+  origin = {'checkpoint_step': 4, 'checkpoint_digest': 'a', 'masks_digest': None}
+  path = tmp_path / 'e.json'
+  if text is not None:
+    path.write_text(text)
+  assert study._reusable(path, origin) is None
+  path.write_text(json.dumps({**origin, 'overall': {}}))
+  assert study._reusable(path, origin) == {**origin, 'overall': {}}
+
+
+@pytest.mark.slow
+def test_a_study_runs_end_to_end_and_is_not_repeated(tmp_path):
+  config = quickstart.get_config()
+  few = {'v1s': 2, 'v1m': 2, 'v2': 2}
+  config.clips = dict(train={'v1s': 4, 'v1m': 4, 'v2': 2}, val=few, test=few)
+  config.num_classes = 4
+  config.image = (96, 72)
+  config.stage1, config.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
+  workdir = tmp_path / 'run'
+  report = study.run_study(config, workdir)
+  assert report == workdir / 'report.html' and '<svg' in report.read_text()
+  paths = {name: workdir / 'eval' / f'{name}.json' for name in EVALUATIONS}
+  results = {name: json.loads(path.read_text()) for name, path in paths.items()}
+  assert {name: (r['audio'], r['prior']) for name, r in results.items()} == {
+    'stage1_true': ('true', None),
+    'stage1_other': ('other', None),
+    'stage1_silence': ('silence', None),
+    'stage2_masks': ('true', 'stage1'),
+    'stage2_oracle': ('true', 'oracle'),
+  }
+  assert all(r['clips'] == 6 and r['frames'] == 40 for r in results.values())
+  assert len(list(workdir.glob('masks/v*/*/*.png'))) == 80
+  assert len(list(workdir.glob('eval/stage2_masks/v*/*/*.png'))) == 40
+
+  def stamps():
+    kept = [*paths.values(), *workdir.glob('stage*/metrics.jsonl'), *workdir.glob('masks/*/*/*')]
+    return {path: path.stat().st_mtime_ns for path in kept}
+
+  before = stamps()
+  # The same folder by another name.
+  study.run_study(config, pathlib.Path(os.path.relpath(workdir)))
+  assert stamps() == before
+
+  paths['stage1_other'].write_text(paths['stage1_other'].read_text()[:-40])
+  stale = {**results['stage2_masks'], 'masks_digest': 'another'}
+  paths['stage2_masks'].write_text(json.dumps(stale))
+  before = stamps()
+  study.run_study(config, workdir)
+  changed = {path for path, stamp in stamps().items() if stamp != before[path]}
+  assert changed == {paths['stage1_other'], paths['stage2_masks']}
+  assert json.loads(paths['stage2_masks'].read_text()) == results['stage2_masks']
