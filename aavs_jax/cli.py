@@ -66,10 +66,9 @@ def _train(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.train import train
 
-  overrides = list(args.overrides)
+  config = config_lib.load(args.config, args.overrides)
   if args.data:
-    overrides.append(f'--config.data.root={args.data}')
-  config = config_lib.load(args.config, overrides)
+    config.data.root = args.data
   if not config.data.root:
     raise UserError('no data set: name its folder with --data ROOT')
   train(config, args.workdir)

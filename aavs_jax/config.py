@@ -48,7 +48,8 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = ' '.join(str(error).split())
-    raise UserError(f'{path} with {list(overrides)} is not accepted: {text}') from error
+    given = ' '.join(overrides) or 'no overrides'
+    raise UserError(f'{path} with {given} is not accepted: {text}') from error
   except Exception as error:  # the file is a program and may fail in any way
     text = ' '.join(str(error).split())
     raise UserError(f'{path} cannot be run as a config: {type(error).__name__}: {text}') from error

@@ -28,8 +28,12 @@ def compile_once(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-def save_random(folder, config, seed):
+def save_random(folder, stage, seed):
   """A work folder as training leaves it, of a model with random weights."""
+  config = tiny.get_config(stage)
+  config.data.batch_items = 1
+  config.model.swin.depths = (1, 0, 0, 0)
+  config.model.encoder_layers = 0
   rng = np.random.default_rng(seed)
   abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
   params = {
@@ -46,12 +50,13 @@ def save_random(folder, config, seed):
 
 @pytest.fixture(scope='module')
 def stage1(tmp_path_factory):
-  return save_random(tmp_path_factory.mktemp('models') / 'stage1', tiny.get_config('stage1'), 1)
+  # Of many seeds the masks are empty; of this one they depend on the clip and its sound.
+  return save_random(tmp_path_factory.mktemp('models') / 'stage1', 'stage1', 9)
 
 
 @pytest.fixture(scope='module')
 def stage2(tmp_path_factory):
-  return save_random(tmp_path_factory.mktemp('models') / 'stage2', tiny.get_config('stage2'), 2)
+  return save_random(tmp_path_factory.mktemp('models') / 'stage2', 'stage2', 19)
 
 
 @pytest.fixture(scope='module')
@@ -167,7 +172,7 @@ def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root
   options = dict(data=data_root, out=tmp_path / 'r.json')
   result = evaluate.evaluate(stage2, mask_folder=str(written), **options)
   assert json.loads((tmp_path / 'r.json').read_text()) == result
-  assert result['checkpoint_step'] == step == 1
+  assert result['checkpoint_step'] == step
   assert result['checkpoint_digest'] == evaluate.digest(merge(flat, {}))
   model_of_masks = evaluate.digest(merge(checkpoint.load_params(stage1)[0], {}))
   assert result['masks_digest'] == model_of_masks != result['checkpoint_digest']
@@ -202,8 +207,7 @@ class TestWriteMasks:
           assert image.mode == 'L'
           mask = np.asarray(image)
         values |= set(np.unique(mask).tolist())
-        # Two batch sizes may round a tie to either side.
-        assert (mask != binary[t]).mean() < 0.01
+        np.testing.assert_array_equal(mask, binary[t])
     assert values == {0, 255}
 
   def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root):
@@ -215,7 +219,7 @@ class TestWriteMasks:
     assert _contents(written) == before
 
   def test_masks_of_two_models_are_not_mixed(self, written, data_root, tmp_path):
-    other = save_random(tmp_path / 'other', tiny.get_config('stage1'), 3)
+    other = save_random(tmp_path / 'other', 'stage1', 3)
     before = _contents(written)
     with pytest.raises(UserError, match='holds masks of another model'):
       evaluate.write_masks(other, data=data_root, out=written)

@@ -1,8 +1,9 @@
 """Matching, loss and gradients against the released PyTorch code, with its random draws."""
 
 import numpy as np
-import parity
 import pytest
+
+from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
 FORMS = pytest.mark.parametrize('form', ('gather', 'dense'))

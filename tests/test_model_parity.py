@@ -1,10 +1,10 @@
 """The model against the released PyTorch code: intermediates, predictions, score maps."""
 
 import numpy as np
-import parity
 import pytest
 
 from aavs_jax.postprocess import class_scores
+from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
 FORMS = pytest.mark.parametrize('form', ('gather', 'dense'))

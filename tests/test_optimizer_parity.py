@@ -5,11 +5,11 @@ import functools
 import jax
 import numpy as np
 import optax
-import parity
 import pytest
 
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.stages import params_of_phase, trainable_paths
+from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
 

@@ -11,7 +11,6 @@ import soundfile
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
-from test_video import COLOURS, decode, write_video
 
 from aavs_jax import checkpoint
 from aavs_jax.evaluate import Predictor, load_trained, write_json
@@ -25,6 +24,7 @@ from configs import quick_stage1, quick_stage2
 from input_pipeline import audio
 from input_pipeline.errors import UserError
 from input_pipeline.labels import CLASS_NAMES
+from tests.test_video import COLOURS, decode, write_video
 
 RATE = audio.SAMPLE_RATE
 

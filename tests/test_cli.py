@@ -1,0 +1,120 @@
+"""The command line: what is wrong is said in one sentence, with exit status 2."""
+
+import shutil
+
+import pytest
+
+from aavs_jax import cli
+from aavs_jax import config as config_lib
+from input_pipeline.errors import UserError
+
+COMMANDS = (
+  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'report', 'bench', 'quickstart',
+)  # fmt: skip
+
+
+def _refusal(capsys, *arguments):
+  """The one line that a command prints when it refuses."""
+  assert cli.main(arguments) == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1 and lines[0].startswith('aavs: ')
+  return lines[0]
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_shows_an_example(command, capsys):
+  with pytest.raises(SystemExit) as end:
+    cli.main([command, '--help'])
+  assert end.value.code == 0
+  assert f'example:\n  aavs {command} ' in capsys.readouterr().out
+
+
+def test_an_unknown_argument_is_refused(capsys):
+  with pytest.raises(SystemExit) as end:
+    cli.main(['report', 'x', '--data', 'y', '--nonsense'])
+  assert end.value.code == 2 and '--nonsense' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('override', 'words'),
+  [
+    ('--config.optimizer.lrr=1', 'lrr'),
+    ('--config.train.epochs=many', 'many'),
+    ('--config.task=audio', "config.task is 'audio'"),
+    ('--config.model.heads=0', 'config.model.heads is 0'),
+    ('--config.model.hidden=48', 'config.model.hidden is 48'),
+    ('--config.data.item_frames=3', 'config.data.item_frames is 3'),
+    ('--config.data.max_targets=50', 'config.data.max_targets is 50'),
+    ('--config.train.phase2_epoch=-1', 'config.train.phase2_epoch is -1'),
+    ("--config.train.trainable=('(',)", 'not a regular expression'),
+    ('--config.seed=-1', 'config.seed is -1'),
+  ],
+)
+def test_faults_of_a_config_are_named(override, words, capsys, data_root, tmp_path):
+  line = _refusal(
+    capsys, 'train', '--config', 'tests/tiny.py:stage1', '--data', data_root,
+    '--workdir', str(tmp_path / 'run'), override,
+  )  # fmt: skip
+  assert words in line and not (tmp_path / 'run').exists()
+
+
+def _train(capsys, data, workdir, config='tests/tiny.py:stage1'):
+  return _refusal(
+    capsys, 'train', '--config', config, '--data', str(data), '--workdir', str(workdir)
+  )
+
+
+def test_faults_of_files_are_named(capsys, data_root, tmp_path):
+  assert 'no_such.py' in _train(capsys, data_root, tmp_path / 'run', 'no_such.py')
+  broken = tmp_path / 'broken.py'
+  broken.write_text('def get_config(:')
+  assert 'broken.py cannot be run' in _train(capsys, data_root, tmp_path / 'run', str(broken))
+  assert 'a study' in _train(capsys, data_root, tmp_path / 'run', 'configs/quickstart.py')
+  assert 'no_data' in _train(capsys, tmp_path / 'no_data', tmp_path / 'run')
+  assert 'README.md' in _train(capsys, 'README.md', tmp_path / 'run')
+
+  copy = tmp_path / 'copy'
+  shutil.copytree(data_root, copy)
+  table = copy / 'metadata.csv'
+  table.write_text(table.read_text().replace(',val,', ',test,'))
+  assert 'val' in _train(capsys, copy, tmp_path / 'run')
+  table.write_text(table.read_text().replace('label', 'lable', 1))
+  assert 'label' in _train(capsys, copy, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_without_a_model_is_refused(capsys, data_root, tmp_path):
+  for arguments in (
+    ['masks', '--workdir', str(tmp_path), '--data', data_root, '--out', str(tmp_path / 'm')],
+    ['eval', '--workdir', str(tmp_path), '--data', data_root, '--out', str(tmp_path / 'e.json')],
+    ['predict', data_root, '--stage1', str(tmp_path), '--out', str(tmp_path / 'p')],
+  ):
+    _refusal(capsys, *arguments)
+  assert not list(tmp_path.iterdir())
+
+
+def test_compose_and_check_data_agree(capsys, tmp_path):
+  few = ['--train', '2,1,1', '--val', '1,1,1', '--test', '1,1,1', '--classes', '3']
+  assert cli.main(['compose', str(tmp_path / 'd'), *few, '--size', '64x48']) == 0
+  assert cli.main(['check-data', str(tmp_path / 'd'), '--json', str(tmp_path / 'c.json')]) == 0
+  next((tmp_path / 'd' / 'v2').iterdir()).joinpath('audio.wav').unlink()
+  assert cli.main(['check-data', str(tmp_path / 'd')]) == 1
+  assert 'audio.wav' in capsys.readouterr().out
+  assert 'not three whole numbers' in _refusal(capsys, 'compose', str(tmp_path), '--train', '3')
+
+
+def test_debug_shows_the_traceback(tmp_path):
+  with pytest.raises(UserError):
+    cli.main(['check-data', str(tmp_path), '--debug'])
+
+
+def test_the_published_configs_are_sound_and_differ_as_the_recipe_says():
+  base = config_lib.load('configs/base.py')
+  assert config_lib.differences(base, config_lib.load('configs/avss_stage1.py')) == []
+  stage2 = config_lib.differences(base, config_lib.load('configs/avss_stage2.py'))
+  assert {line.split(' ')[0] for line in stage2} == {
+    'task', 'num_classes', 'use_prior', 'data.max_targets', 'model.num_queries',
+    'model.adapter_variant', 'optimizer.clip_norm', 'train.phase2_epoch', 'train.trainable',
+  }  # fmt: skip
+  for path in ('configs/quickstart.py', 'configs/compose_bench.py'):
+    config_lib.load_study(path)

@@ -1,0 +1,79 @@
+"""What the recorded runs do not show: frames of weight 0 and padded targets take no part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aavs_jax.losses import PointDraws, draw_points, loss
+from aavs_jax.types import Outputs, Targets
+
+run = jax.jit(loss, static_argnames='form')
+SETS, FRAMES, QUERIES, CLASSES, POINTS = 2, 3, 5, 4, 8
+
+
+@pytest.fixture(scope='module')
+def case():
+  rng = np.random.default_rng(0)
+  outputs = Outputs(
+    jnp.asarray(rng.standard_normal((SETS, FRAMES, QUERIES, 6, 6)), jnp.float32),
+    jnp.asarray(rng.standard_normal((SETS, FRAMES, QUERIES, CLASSES + 1)), jnp.float32),
+  )
+  labels = jnp.asarray(rng.integers(0, 2, (FRAMES, 12, 12)) * 2, jnp.uint8)
+  targets = Targets(labels, jnp.asarray([[0, 2]] * FRAMES), jnp.ones(FRAMES))
+  return outputs, targets, draw_points(jax.random.key(0), SETS, FRAMES, 2, POINTS)
+
+
+def _frames(tree, chosen, axis):
+  return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(chosen), axis=axis), tree)
+
+
+def test_frames_of_weight_0_take_no_part(case):
+  outputs, targets, draws = case
+  masked = targets.replace(weight=jnp.asarray([1.0, 0.0, 1.0]))
+  total, _ = run(outputs, masked, draws, form='gather')
+  alone, _ = run(
+    _frames(outputs, [0, 2], 1), _frames(targets, [0, 2], 0), _frames(draws, [0, 2], 1),
+    form='gather',
+  )  # fmt: skip
+  whole, _ = run(outputs, targets, draws, form='gather')
+  assert total == pytest.approx(float(alone), rel=1e-5)
+  assert abs(float(total) - float(whole)) > 1e-3
+
+
+def test_padded_targets_take_no_part(case):
+  outputs, targets, draws = case
+  padded = targets.replace(classes=jnp.asarray([[0, 2, -1, -1]] * FRAMES))
+  more = draw_points(jax.random.key(9), SETS, FRAMES, 4, POINTS)
+  more = PointDraws(
+    matcher=draws.matcher,
+    candidates=more.candidates.at[:, :, :2].set(draws.candidates),
+    extra=more.extra.at[:, :, :2].set(draws.extra),
+  )
+  total, terms = run(outputs, targets, draws, form='gather')
+  with_padding, padded_terms = run(outputs, padded, more, form='gather')
+  assert float(with_padding) == pytest.approx(float(total), rel=1e-5)
+  np.testing.assert_array_equal(padded_terms['query'][:, :, :2], terms['query'])
+
+
+def test_a_batch_without_any_weight_has_no_loss(case):
+  outputs, targets, draws = case
+  empty = targets.replace(weight=jnp.zeros(FRAMES))
+  assert float(run(outputs, empty, draws, form='gather')[0]) == 0
+
+
+def test_perfect_predictions_have_almost_no_loss(case):
+  _, targets, draws = case
+  truth = np.stack([targets.labels[:, ::2, ::2] == value for value in (0, 2)], 1)
+  masks = np.full((SETS, FRAMES, QUERIES, 6, 6), -50.0, np.float32)
+  classes = np.zeros((SETS, FRAMES, QUERIES, CLASSES + 1), np.float32)
+  classes[..., CLASSES] = 50
+  for query, (value, mask) in enumerate(zip((0, 2), truth.transpose(1, 0, 2, 3))):
+    masks[:, :, query] = np.where(mask, 50, -50)
+    classes[:, :, query] = 50 * np.eye(CLASSES + 1)[value]
+  # Truth at the resolution of the logits, so that both are sampled alike.
+  labels = jnp.where(jnp.asarray(truth[:, 1]), 2, 0).astype(jnp.uint8)
+  exact = targets.replace(labels=labels)
+  _, terms = run(Outputs(jnp.asarray(masks), jnp.asarray(classes)), exact, draws, form='gather')
+  assert float(terms['class'].max()) < 1e-6
+  np.testing.assert_array_equal(terms['query'], np.tile([0, 1], (SETS, FRAMES, 1)))
