@@ -4,14 +4,18 @@ import collections
 import functools
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from aavs_jax import checkpoint, evaluate, stages, steps
 from aavs_jax import config as config_lib
+from aavs_jax.interrupt import StopSignal
 from aavs_jax.logging import Clock, Progress, Writer, duration, say
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
@@ -28,6 +32,15 @@ _FREE_KEYS = (
   'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'mesh.',
   'data.threads', 'data.root', 'data.masks',
 )  # fmt: skip
+
+
+class _Phase(NamedTuple):
+  """What a phase needs; all of it follows from the config."""
+
+  step: Callable  # jitted train step
+  schedule: optax.Schedule  # learning rate by step of the phase
+  abstract: TrainState  # shapes and shardings of its state
+  begin: Callable  # (flat parameters, step=0) -> state
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -108,18 +121,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       out_shardings=(sharding, None),
     )
     begin = jax.jit(make_state, static_argnames='step', out_shardings=sharding)
-    return step, schedule, abstract, begin
+    return _Phase(step, schedule, abstract, begin)
 
   # Where to begin: the latest checkpoint, or the first parameters.
   if latest is None:
-    state = phase_tools(1)[3](stages.params_of_phase(config, 1, first, None))
+    state = phase_tools(1).begin(stages.params_of_phase(config, 1, first, None))
     phase = 1
   else:
     phase = checkpoint.saved_phase(manager, latest)
-    state = checkpoint.restore(manager, latest, phase_tools(phase)[2])
+    state = checkpoint.restore(manager, latest, phase_tools(phase).abstract)
   step = int(state.step)
   writer = Writer(workdir, step)
-  _announce(config, workdir, lacking, phase_tools(phase)[2], len(train_clips), total, step)
+  _announce(config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step)
 
   batches = pipeline.training_batches(
     train_clips,
@@ -136,7 +149,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
   in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
   clock = Clock(step)
-  stop = _StopSignal()
+  stop = StopSignal()
 
   def look(keep: int) -> None:
     """Stops on a loss or gradient that is not finite, in all but the newest `keep` steps."""
@@ -163,11 +176,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         phase = 2
         manager.wait_until_finished()
         best = checkpoint.best_step(manager)
-        best = checkpoint.restore(manager, best, phase_tools(1)[2])
+        best = checkpoint.restore(manager, best, phase_tools(1).abstract)
         params = stages.params_of_phase(config, 2, first, {**best.trained, **best.frozen})
-        state = phase_tools(2)[3](params, step=step)
+        state = phase_tools(2).begin(params, step=step)
         say(f'phase 2 from step {step}: the best weights so far, Swin adapters anew')
-      train_step, schedule, _, _ = phase_tools(phase)
       with clock.waiting():
         batch = next(batches)
       clips = batch.pop('clip')
@@ -175,7 +187,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       batch = global_batch(batch, batch_sharding(mesh))
       if (phase, len(clips)) not in compiled:
         with clock.paused():
-          compiled[phase, len(clips)] = _compile(train_step, state, batch, key)
+          compiled[phase, len(clips)] = _compile(phase_tools(phase).step, state, batch, key)
       state, metrics = compiled[phase, len(clips)](state, batch, key)
       step += 1
       in_flight.append((step, clips, metrics))
@@ -183,7 +195,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
       if step % config.train.log_every_steps == 0 or step == total:
         values = {name: float(value) for name, value in metrics.items()}
-        lr = float(schedule(step - 1 - (boundary if phase == 2 else 0)))
+        lr = float(phase_tools(phase).schedule(step - 1 - (boundary if phase == 2 else 0)))
         look(0)
         validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
         clock_values = clock.read(step, total, validations)
@@ -285,22 +297,3 @@ def _log(writer, clock_values, metrics, lr, phase, step, total, steps_per_epoch)
     f'mask {metrics["loss_mask"]:.3f} dice {metrics["loss_dice"]:.3f})  {rate:.1f} frames/s'
     f'  {duration(eta)} left'
   )
-
-
-class _StopSignal:
-  """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once."""
-
-  received = 0
-
-  def __enter__(self):
-    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def _note(self, number, frame):
-    if self.received:
-      raise KeyboardInterrupt
-    self.received = number
-
-  def __exit__(self, *_):
-    for number, handler in self._before.items():
-      signal.signal(number, handler)

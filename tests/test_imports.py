@@ -11,6 +11,7 @@ RANK = {
   'input_pipeline': 0,
   'configs': 0,
   'types': 1,
+  'interrupt': 1,
   'logging': 1,
   'overlay': 1,
   'metrics': 1,
