@@ -43,7 +43,7 @@ def make_workdir(folder, config, seed, **changes):
   """A work folder as training leaves it, of a model as small as it can be, with random weights."""
   config.data.image_size = 32
   config.data.eval_size = 16
-  config.model.swin.update(embed_dim=8, depths=(1, 0, 0, 0), heads=(1, 1, 2, 2))
+  config.model.swin.update(embed_dim=8, depths=(1, 0, 0, 0), heads=(1, 1, 2, 2), window=3)
   config.model.hidden = 32
   config.model.heads = 2
   config.model.encoder_layers = 0
