@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -114,15 +113,11 @@ def released_name(path: str) -> str:
   raise KeyError(f'no released name for the parameter {path}')
 
 
-def to_released_layout(path: str, value: np.ndarray) -> np.ndarray:
-  """PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width]."""
-  if path.endswith('kernel'):
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-  return value
-
-
 def from_released_layout(path: str, value: np.ndarray) -> np.ndarray:
-  """The inverse of to_released_layout."""
+  """A released array in our layout.
+
+  PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width].
+  """
   if path.endswith('kernel'):
     return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
   return value
@@ -158,12 +153,3 @@ def released_to_params(source: Mapping[str, np.ndarray], template: Params) -> Pa
       'convert it with the config of its own stage and size'
     )
   return traverse_util.unflatten_dict(filled, sep='/')
-
-
-def params_to_released(params: Params) -> dict[str, np.ndarray]:
-  """Released names and layouts of a parameter tree."""
-  flat = traverse_util.flatten_dict(params, sep='/')
-  return {
-    released_name(path): to_released_layout(path, np.asarray(jax.device_get(value)))
-    for path, value in flat.items()
-  }

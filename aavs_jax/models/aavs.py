@@ -89,9 +89,3 @@ class AAVS(nn.Module):
     levels, mask_features = self.pixel_decoder(self.backbone(frames, train))
     queries, positions = self.queries(self.audio_projection(audio))
     return self.decoder(queries, positions, levels, mask_features, prior)
-
-  def intermediates(self, frames, audio):
-    """Backbone maps, decoder levels, mask features (before any prior) and projected audio."""
-    maps = self.backbone(frames, False)
-    levels, mask_features = self.pixel_decoder(maps)
-    return maps, levels, mask_features, self.audio_projection(audio)
