@@ -1,9 +1,11 @@
 """The training loss: matched, point-sampled, on every prediction set."""
 
+from collections.abc import Callable
+
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from aavs_jax.matching import (
   CLASS_WEIGHT,
@@ -26,23 +28,66 @@ class PointDraws:
   """Every random number of the loss: uniform points (x, y) in 0..1.
 
   The loss is a pure function of predictions, targets and these; training draws them anew each step
-  (draw_points), a parity test passes recorded ones in.
+  (draw_points), a parity test passes recorded ones in. All are of one prediction set.
   """
 
-  matcher: Float[Array, 's n p 2']  # shared by all pairs of a frame
-  candidates: Float[Array, 's n k o 2']  # for each pair
-  extra: Float[Array, 's n k r 2']  # taken whatever the logit is
+  matcher: Float[Array, 'n p 2']  # shared by all pairs of a frame
+  candidates: Float[Array, 'n k o 2']  # for each pair
+  extra: Float[Array, 'n k r 2']  # taken whatever the logit is
 
 
-def draw_points(key: jax.Array, sets: int, frames: int, targets: int, points: int) -> PointDraws:
-  """Fresh draws: `points` for the matcher, 3 points candidates and 0.25 points extra a pair."""
-  keys = jax.random.split(key, 3)
+@flax.struct.dataclass
+class Totals:
+  """What sums over a batch are divided by; known before any prediction."""
+
+  targets: Float[Array, '']
+  class_weight: Float[Array, '']
+
+
+def draw_points(
+  key: jax.Array, index: jax.Array, frames: Int[Array, ' n'], targets: int, points: int
+) -> PointDraws:
+  """Fresh draws: `points` for the matcher, 3 points candidates and 0.25 points extra a pair.
+
+  Each frame has its own stream, so that a part of a batch, or a device's share of it, draws what
+  the whole would.
+
+  Args:
+    key: of the step.
+    index: of the prediction set.
+    frames: place of each frame in the whole batch.
+    targets: pairs of a frame.
+    points: see config.loss.points.
+  """
   extra = points - int(UNCERTAIN_SHARE * points)
-  pairs = (sets, frames, targets)
-  return PointDraws(
-    matcher=jax.random.uniform(keys[0], (sets, frames, points, 2)),
-    candidates=jax.random.uniform(keys[1], (*pairs, OVERSAMPLE * points, 2)),
-    extra=jax.random.uniform(keys[2], (*pairs, extra, 2)),
+
+  def draw(frame):
+    keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), frame), 3)
+    return PointDraws(
+      matcher=jax.random.uniform(keys[0], (points, 2)),
+      candidates=jax.random.uniform(keys[1], (targets, OVERSAMPLE * points, 2)),
+      extra=jax.random.uniform(keys[2], (targets, extra, 2)),
+    )
+
+  return jax.vmap(draw)(frames)
+
+
+def _real(targets: Targets) -> Bool[Array, 'n k']:
+  """Targets that are neither padding nor of a frame without weight."""
+  return (targets.classes >= 0) & (targets.weight > 0)[:, None]
+
+
+def totals(targets: Targets, queries: int) -> Totals:
+  """Of a whole batch, the global one under jit with a sharded batch.
+
+  Every target takes one query, which then weighs 1 in the class loss and not NULL_WEIGHT, so that
+  the weight is known without the matching.
+  """
+  taken = jnp.sum(targets.classes >= 0, -1)
+  weight = targets.weight * (taken + NULL_WEIGHT * (queries - taken))
+  return Totals(
+    jnp.maximum(jnp.sum(_real(targets)), 1).astype(jnp.float32),
+    jnp.maximum(jnp.sum(weight), 1e-12),
   )
 
 
@@ -60,13 +105,10 @@ def set_loss(
   mask_logits: Float[Array, 'n q h w'],
   targets: Targets,
   draws: PointDraws,
-  num_targets: Float[Array, ''],
+  totals: Totals,
   form: str,
 ) -> dict[str, jax.Array]:
-  """Weighted terms of one prediction set, and the matched queries int32 [n, k].
-
-  draws holds one set (no leading s). Terms are 'class', 'mask', 'dice'.
-  """
+  """Weighted terms 'class', 'mask', 'dice' of one prediction set; 'query': matches int32 [n, k]."""
   null = class_logits.shape[-1] - 1
   still_class, still_masks = jax.lax.stop_gradient((class_logits, mask_logits))
   cost = matching_cost(
@@ -76,7 +118,7 @@ def set_loss(
     sample_targets(targets, draws.matcher[:, None]),
   )
   query = match(cost)
-  real = (targets.classes >= 0) & (targets.weight > 0)[:, None]
+  real = _real(targets)
 
   # Class loss over all queries; those without a target should say null.
   frame = jnp.arange(query.shape[0])[:, None]
@@ -86,7 +128,7 @@ def set_loss(
   weight = jnp.where(goal == null, NULL_WEIGHT, 1.0) * targets.weight[:, None]
   log_probability = jax.nn.log_softmax(class_logits, -1)
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
-  class_loss = -jnp.sum(weight * picked) / jnp.maximum(jnp.sum(weight), 1e-12)
+  class_loss = -jnp.sum(weight * picked) / totals.class_weight
 
   matched = mask_logits[frame, query]  # n k h w
   points = _loss_points(jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form)
@@ -98,32 +140,35 @@ def set_loss(
   dice = 1 - (2 * overlap + 1) / (jnp.sum(probability, -1) + jnp.sum(truth, -1) + 1)
   return {
     'class': CLASS_WEIGHT * class_loss,
-    'mask': MASK_WEIGHT * jnp.sum(jnp.where(real, cross_entropy, 0.0)) / num_targets,
-    'dice': DICE_WEIGHT * jnp.sum(jnp.where(real, dice, 0.0)) / num_targets,
+    'mask': MASK_WEIGHT * jnp.sum(jnp.where(real, cross_entropy, 0.0)) / totals.targets,
+    'dice': DICE_WEIGHT * jnp.sum(jnp.where(real, dice, 0.0)) / totals.targets,
     'query': query,
   }
 
 
 def loss(
-  outputs: Outputs, targets: Targets, draws: PointDraws, form: str
+  outputs: Outputs,
+  targets: Targets,
+  draw: Callable[[jax.Array], PointDraws],
+  totals: Totals,
+  form: str,
 ) -> tuple[Float[Array, ''], dict[str, jax.Array]]:
   """Total loss and its weighted terms.
 
   Args:
     outputs: all prediction sets.
-    targets: ground truth; frames of weight 0 take no part. Sums over pairs are divided by the
-      number of targets in the whole batch (the global one under jit with a sharded batch).
-    draws: the random points.
+    targets: ground truth; frames of weight 0 take no part.
+    draw: the random points of a prediction set by its index.
+    totals: of the batch, or of the whole one where this is a part: then the losses of the parts add
+      up to that of the whole.
     form: 'dense' or 'gather', see models.sampling.sample.
 
   Returns:
     The sum over sets and terms, and 'class', 'mask', 'dice' float32 [s], 'query' int32 [s, n, k].
   """
-  real = (targets.classes >= 0) & (targets.weight > 0)[:, None]
-  num_targets = jnp.maximum(jnp.sum(real), 1).astype(jnp.float32)
   # One set after the other: the points of all sets at once would be the peak of memory.
   terms = jax.lax.map(
-    lambda x: set_loss(x[0], x[1], targets, x[2], num_targets, form),
-    (outputs.class_logits, outputs.mask_logits, draws),
+    lambda x: set_loss(x[0], x[1], targets, draw(x[2]), totals, form),
+    (outputs.class_logits, outputs.mask_logits, jnp.arange(outputs.mask_logits.shape[0])),
   )
   return sum(jnp.sum(terms[name]) for name in ('class', 'mask', 'dice')), terms

@@ -1,4 +1,4 @@
-"""A method as four pure functions; the training loop knows nothing else of the model."""
+"""A method as five pure functions; the training loop knows nothing else of the model."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,8 +24,13 @@ class Method(NamedTuple):
   """key -> parameters."""
   apply: Callable[..., Outputs]
   """(params, batch, drop_path_key=None) -> outputs; a key means training."""
-  loss: Callable[[Outputs, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
-  """(outputs, batch, key) -> total and terms."""
+  totals: Callable[[Batch], losses.Totals]
+  """batch -> what its loss is divided by."""
+  loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+  """(outputs, batch, position, totals, key) -> total and terms.
+
+  position int32 [n] tells where each frame stands in the whole batch, of which totals are.
+  """
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
 
@@ -68,15 +73,22 @@ def aavs(config: ml_collections.ConfigDict) -> Method:
       rngs={'drop_path': drop_path_key} if train else None,
     )
 
-  def loss(outputs, batch, key):
-    targets = Targets(batch['labels'], batch['target_classes'], batch['weight'])
-    sets = outputs.mask_logits.shape[0]
-    frames, count = batch['target_classes'].shape
-    draws = losses.draw_points(key, sets, frames, count, config.loss.points)
-    return losses.loss(outputs, targets, draws, form)
+  def targets_of(batch):
+    return Targets(batch['labels'], batch['target_classes'], batch['weight'])
+
+  def totals(batch):
+    return losses.totals(targets_of(batch), config.model.num_queries)
+
+  def loss(outputs, batch, position, totals, key):
+    count = batch['target_classes'].shape[1]
+
+    def draw(index):
+      return losses.draw_points(key, index, position, count, config.loss.points)
+
+    return losses.loss(outputs, targets_of(batch), draw, totals, form)
 
   def predict(outputs):
     scores = class_scores(outputs, image_size, eval_size)
     return scores if config.task == 'binary' else jnp.argmax(scores, 1).astype(jnp.uint8)
 
-  return Method(init, apply, loss, predict)
+  return Method(init, apply, totals, loss, predict)

@@ -1,6 +1,9 @@
 """The jitted steps: pure functions of state and batch."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from aavs_jax.methods import Method
@@ -15,10 +18,13 @@ def train_step(
   *,
   method: Method,
   optimizer: optax.GradientTransformation,
+  accumulate: int = 1,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One optimiser step on one batch.
 
   Random numbers come from the run's key and the step alone, so a restarted run draws the same ones.
+  With accumulate > 1 the frames go through the model in so many parts, one after the other: the
+  same step, but for stochastic depth, in less memory.
 
   Returns:
     The next state, and float32 scalars: loss, the final prediction set's weighted class, mask and
@@ -27,16 +33,38 @@ def train_step(
   key = jax.random.fold_in(key, state.step)
   drop_path_key, points_key = jax.random.split(key)
 
-  def loss_of(trained):
-    outputs = method.apply(merge(trained, state.frozen), batch, drop_path_key)
-    return method.loss(outputs, batch, points_key)
+  position = jnp.arange(len(batch['weight']))
+  totals = method.totals(batch)
 
-  (loss, terms), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
+  def loss_of(trained, batch, position, drop_path_key):
+    outputs = method.apply(merge(trained, state.frozen), batch, drop_path_key)
+    loss, terms = method.loss(outputs, batch, position, totals, points_key)
+    return loss, {f'loss_{name}': terms[name][-1] for name in ('class', 'mask', 'dice')}
+
+  gradient_of = functools.partial(jax.value_and_grad(loss_of, has_aux=True), state.trained)
+  if accumulate == 1:
+    (loss, terms), gradient = gradient_of(batch, position, drop_path_key)
+  else:
+    # Every part takes each accumulate-th frame, so that a sharded batch stays where it is.
+    parts = jax.tree.map(
+      lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), (batch, position)
+    )
+    keys = jax.random.split(drop_path_key, accumulate)
+    nothing = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+      jax.eval_shape(gradient_of, batch, position, drop_path_key),
+    )
+
+    def add(total, part):
+      (batch, position), key = part
+      return jax.tree.map(jnp.add, total, gradient_of(batch, position, key)), None
+
+    ((loss, terms), gradient), _ = jax.lax.scan(add, nothing, (parts, keys))
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   metrics = {
     'loss': loss,
-    **{f'loss_{name}': terms[name][-1] for name in ('class', 'mask', 'dice')},
+    **terms,
     'gradient_norm': optax.global_norm(gradient),
   }
   return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics

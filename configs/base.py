@@ -1,6 +1,10 @@
 """Stage 1 of Stepping Stones on AVSBench-semantic, as released; every other config changes this."""
 
+from collections.abc import Iterable
+
 import ml_collections
+
+RECIPES = ('release', 'paper')  # what the released code does by default; what the paper states
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -9,6 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.task = 'binary'  # 'binary': what sounds; 'semantic': as what
   config.num_classes = 2  # background included, null class not
   config.use_prior = False  # stage 2: a mask of what sounds enters the decoder
+  config.oracle_prior = False  # validation and test take it from the labels, as training does
   config.seed = 0
   config.dtype = 'float32'  # of the computation; parameters and optimiser stay float32
 
@@ -16,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1  # devices that share one copy of the parameters
 
   config.data = ml_collections.ConfigDict()
-  config.data.root = ''  # a folder in the AVSBench-semantic layout
+  config.data.root = ''  # a folder in one of AVSBench's layouts
   config.data.masks = ''  # stage 1's masks, the prior of validation and test in stage 2
   config.data.subsets = ('v1s', 'v1m', 'v2')
   config.data.image_size = 384
@@ -25,6 +30,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.batch_items = 1
   config.data.max_targets = 2  # label values in one frame, at most
   config.data.threads = 4
+  config.data.on_bad_clip = 'error'  # 'skip': training leaves out clips with a file it cannot use
+  config.data.max_bad_clips = 0  # with 'skip': more of them are an error
 
   config.model = ml_collections.ConfigDict()
   config.model.num_queries = 30
@@ -45,7 +52,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.robust_key = True
   config.model.prior_attention = True
   config.model.sampling = 'gather'  # 'dense' on accelerators and for small maps
-  config.model.remat = False  # recompute blocks in the backward pass to save memory
+  # What the backward pass keeps of repeated layers: all ('none'), the outputs of dense layers
+  # ('dots'), nothing ('full'). The rest is computed again, which costs time and saves memory.
+  config.model.remat = 'dots'
 
   config.vggish = ml_collections.ConfigDict()
   config.vggish.conv_widths = (64, 128, 256, 256, 512, 512)
@@ -66,6 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.epochs = 60.0
+  config.train.accumulate = 1  # parts of a batch that go through the model one after the other
   # From this epoch on the Swin adapters train too, from the best weights so far; before it they are
   # zero. 0: one phase, in which all of `trainable` trains.
   config.train.phase2_epoch = 30
@@ -81,3 +91,34 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.keep_checkpoints = 2
   config.train.log_every_steps = 50
   return config
+
+
+def with_recipe(
+  config: ml_collections.ConfigDict, recipe: str, paper_epochs: int
+) -> ml_collections.ConfigDict:
+  """A config as released, or with what the paper's text has otherwise; changed in place.
+
+  Args:
+    config: with the released epochs, learning rate and beginning of phase 2.
+    recipe: one of RECIPES.
+    paper_epochs: how long the paper trains; phase 2 begins after the same share as released.
+
+  Raises:
+    ValueError: no such recipe.
+  """
+  check_variant(recipe, RECIPES)
+  if recipe == 'paper':
+    # The paper says that adapters are trained, 7.5 M parameters, which are the adapters alone. The
+    # class predictor, the audio projection and stage 1's queries begin at random, though, and the
+    # release trains them as well: `trainable` stays.
+    share = config.train.phase2_epoch / config.train.epochs
+    config.train.phase2_epoch = round(share * paper_epochs)
+    config.train.epochs = float(paper_epochs)
+    config.optimizer.lr = 1e-4
+  return config
+
+
+def check_variant(variant: str, known: Iterable[str]) -> None:
+  """Raises ValueError, naming the known ones, if a config file has no such variant."""
+  if variant not in known:
+    raise ValueError(f'there is no variant {variant!r}: use {" or ".join(known)}')

@@ -1,15 +1,30 @@
 """What the recorded runs do not show: frames of weight 0 and padded targets take no part."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax.losses import PointDraws, draw_points, loss
+from aavs_jax import losses
+from aavs_jax.losses import PointDraws, draw_points
 from aavs_jax.types import Outputs, Targets
 
-run = jax.jit(loss, static_argnames='form')
 SETS, FRAMES, QUERIES, CLASSES, POINTS = 2, 3, 5, 4, 8
+
+
+@functools.partial(jax.jit, static_argnames='form')
+def run(outputs, targets, draws, totals=None, *, form):
+  """The loss with draws of all sets (a leading axis)."""
+  totals = losses.totals(targets, QUERIES) if totals is None else totals
+  draw = lambda index: jax.tree.map(lambda leaf: leaf[index], draws)  # noqa: E731
+  return losses.loss(outputs, targets, draw, totals, form)
+
+
+def draw_all(key, targets):
+  of_sets = [draw_points(key, s, jnp.arange(FRAMES), targets, POINTS) for s in range(SETS)]
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_sets)
 
 
 @pytest.fixture(scope='module')
@@ -21,7 +36,7 @@ def case():
   )
   labels = jnp.asarray(rng.integers(0, 2, (FRAMES, 12, 12)) * 2, jnp.uint8)
   targets = Targets(labels, jnp.asarray([[0, 2]] * FRAMES), jnp.ones(FRAMES))
-  return outputs, targets, draw_points(jax.random.key(0), SETS, FRAMES, 2, POINTS)
+  return outputs, targets, draw_all(jax.random.key(0), 2)
 
 
 def _frames(tree, chosen, axis):
@@ -41,10 +56,32 @@ def test_frames_of_weight_0_take_no_part(case):
   assert abs(float(total) - float(whole)) > 1e-3
 
 
+def test_the_losses_of_parts_add_up_to_that_of_the_whole(case):
+  outputs, targets, draws = case
+  targets = targets.replace(classes=jnp.asarray([[0, 2], [2, -1], [0, 2]]))
+  totals = losses.totals(targets, QUERIES)
+  whole, _ = run(outputs, targets, draws, form='gather')
+  parts = [
+    run(_frames(outputs, part, 1), _frames(targets, part, 0), _frames(draws, part, 1), totals,
+        form='gather')[0]
+    for part in ([0, 2], [1])
+  ]  # fmt: skip
+  assert sum(map(float, parts)) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_a_frame_draws_the_same_in_any_part_of_the_batch():
+  key = jax.random.key(0)
+  whole = draw_points(key, 1, jnp.arange(FRAMES), 2, POINTS)
+  part = draw_points(key, 1, jnp.asarray([2]), 2, POINTS)
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[0]), whole, part)
+  assert (whole.matcher[0] != whole.matcher[1]).any()
+  assert (whole.matcher != draw_points(key, 0, jnp.arange(FRAMES), 2, POINTS).matcher).any()
+
+
 def test_padded_targets_take_no_part(case):
   outputs, targets, draws = case
   padded = targets.replace(classes=jnp.asarray([[0, 2, -1, -1]] * FRAMES))
-  more = draw_points(jax.random.key(9), SETS, FRAMES, 4, POINTS)
+  more = draw_all(jax.random.key(9), 4)
   more = PointDraws(
     matcher=draws.matcher,
     candidates=more.candidates.at[:, :, :2].set(draws.candidates),

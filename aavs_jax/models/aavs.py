@@ -37,7 +37,7 @@ class AAVS(nn.Module):
   robust_key: bool = True
   prior_attention: bool = True
   sampling: str = 'gather'
-  remat: bool = False
+  remat: str = 'dots'
   dtype: Any = jnp.float32
 
   def setup(self):

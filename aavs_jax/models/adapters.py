@@ -35,7 +35,7 @@ class AdaptedProjection(nn.Module):
 
   variant 'replace' (stage 1 of the release): the adapter takes the projection's place, whose
   parameters stay in the tree unused. 'after' (stage 2): projection, then adapter. A checkpoint of
-  one variant is meaningless in the other.
+  one variant is meaningless in the other. 'none': the projection alone, as in Mask2Former itself.
   """
 
   variant: str
@@ -44,9 +44,11 @@ class AdaptedProjection(nn.Module):
 
   @nn.compact
   def __call__(self, h: Float[Array, '... d']) -> Float[Array, '... d']:
-    # Computed in both variants so that both have the same parameters; dead code to the compiler
-    # where it is replaced.
+    # Computed in all variants so that all have its parameters; dead code to the compiler where it
+    # is replaced.
     projected = nn.Dense(h.shape[-1], dtype=self.dtype, name='projection')(h)
+    if self.variant == 'none':
+      return projected
     adapter = Adapter(
       residual=False, kernel_init=self.kernel_init, dtype=self.dtype, name='adapter'
     )

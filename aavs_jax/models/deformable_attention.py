@@ -41,20 +41,33 @@ def attend_gather(
   locations: Float[Array, 'n q a l p 2'],
   weights: Float[Array, 'n q a l p'],
 ) -> Float[Array, 'n q a c']:
-  """The same by reading four pixels a point; costs queries x points, so it is for large maps."""
-  total = 0.0
-  for level, value in enumerate(values):
-    n, height, width, heads, channels = value.shape
-    flat = value.transpose(0, 3, 1, 2, 4).reshape(n, heads, height * width, channels)
-    points = locations[:, :, :, level].transpose(0, 2, 1, 3, 4)  # n a q p 2
-    index, corner_weight = corners(points, height, width)
-    weight = weights[:, :, :, level].transpose(0, 2, 1, 3)[..., None] * corner_weight
-    queries = index.shape[2]
-    rows = jnp.take_along_axis(flat, index.reshape(n, heads, -1, 1), axis=2)
-    rows = rows.reshape(n, heads, queries, -1, channels)
-    weight = weight.reshape(n, heads, queries, -1).astype(value.dtype)
-    total = total + jnp.einsum('naqr,naqrc->nqac', weight, rows)
-  return total
+  """The same by reading four pixels a point; costs queries x points, so it is for large maps.
+
+  One head after the other, each computed again in the backward pass: the rows that all heads read
+  are several gigabytes at the published size.
+  """
+
+  @jax.checkpoint
+  def one_head(head):
+    values, locations, weights = head
+    total = 0.0
+    for level, value in enumerate(values):
+      n, height, width, channels = value.shape
+      index, corner_weight = corners(locations[:, :, level], height, width)  # n q p 4
+      weight = (weights[:, :, level, :, None] * corner_weight).astype(value.dtype)
+      rows = jnp.take_along_axis(
+        value.reshape(n, height * width, channels), index.reshape(n, -1, 1), axis=1
+      )
+      weight = weight.reshape(*weight.shape[:2], -1)
+      total = total + jnp.einsum('nqr,nqrc->nqc', weight, rows.reshape(*weight.shape, channels))
+    return total
+
+  heads_first = (
+    [jnp.moveaxis(value, 3, 0) for value in values],
+    jnp.moveaxis(locations, 2, 0),
+    jnp.moveaxis(weights, 2, 0),
+  )
+  return jnp.moveaxis(jax.lax.map(one_head, heads_first), 0, 2)
 
 
 def _offset_bias(heads: int, levels: int, points: int):

@@ -1,5 +1,6 @@
 """Masked-attention decoder, with the three places where the prior mask enters in stage 2."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from aavs_jax.models.adapters import AdaptedProjection
 from aavs_jax.models.pixel_decoder import sine_positions
+from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
 from aavs_jax.types import Outputs
 
@@ -115,7 +117,7 @@ class MaskDecoder(nn.Module):
   robust_key: bool
   prior_attention: bool
   class_predictor: type[nn.Module]
-  remat: bool = False
+  remat: str = 'dots'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -162,24 +164,39 @@ class MaskDecoder(nn.Module):
       masks = jnp.einsum('nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32)
       return masks, classify(x.astype(jnp.float32))
 
+    def blocked_at(masks, level):
+      return seeing(blocked_outside(masks, levels[level].shape[1:3]))
+
+    def call(layer, level, carry):
+      x, blocked = carry
+      x = layer(x, query_positions, memory[level], memory_positions[level], blocked)
+      masks, classes = predict(x)
+      return (x, blocked_at(masks, (level + 1) % len(levels))), (masks, classes)
+
     x = queries.astype(self.dtype)
-    predictions = [predict(x)]
-    layer = nn.remat(DecoderLayer) if self.remat else DecoderLayer
-    for i in range(self.layers):
-      level = i % len(levels)
-      size = levels[level].shape[1:3]
-      if i == 0 and self.use_prior and self.prior_attention:
-        blocked = (resize(prior, size) < 0.5).reshape(n, 1, -1)
-        blocked = jnp.broadcast_to(blocked, (n, x.shape[1], blocked.shape[-1]))
-      else:
-        blocked = blocked_outside(predictions[-1][0], size)
-      blocked &= ~jnp.all(blocked, -1, keepdims=True)
-      x = layer(self.heads, self.ffn, self.adapter_variant, self.dtype, name=f'layer{i}')(
-        x, query_positions, memory[level], memory_positions[level], blocked
-      )
-      predictions.append(predict(x))
-    masks, classes = zip(*predictions)
+    first = predict(x)
+    if self.use_prior and self.prior_attention:
+      blocked = (resize(prior, levels[0].shape[1:3]) < 0.5).reshape(n, 1, -1)
+      blocked = seeing(jnp.broadcast_to(blocked, (n, x.shape[1], blocked.shape[-1])))
+    else:
+      blocked = blocked_at(first[0], 0)
+    layer = functools.partial(DecoderLayer, self.heads, self.ffn, self.adapter_variant, self.dtype)
+    _, predictions = run_layers(
+      self,
+      [layer] * self.layers,
+      [f'layer{i}' for i in range(self.layers)],
+      call,
+      (x, blocked),
+      period=len(levels),
+      remat=self.remat,
+    )
+    masks, classes = zip(first, *predictions)
     return Outputs(jnp.stack(masks), jnp.stack(classes))
+
+
+def seeing(blocked: Bool[Array, 'n q k']) -> Bool[Array, 'n q k']:
+  """The same, but a query with everything blocked is unblocked everywhere."""
+  return blocked & ~jnp.all(blocked, -1, keepdims=True)
 
 
 def blocked_outside(

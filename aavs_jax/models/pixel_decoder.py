@@ -1,5 +1,6 @@
 """Pixel decoder: a deformable encoder over strides 32, 16, 8 and one step up to stride 4."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from aavs_jax.models.deformable_attention import DeformableAttention
+from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
 
 
@@ -62,7 +64,7 @@ class PixelDecoder(nn.Module):
   ffn: int
   adapter_variant: str
   sampling: str
-  remat: bool = False
+  remat: str = 'dots'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -87,17 +89,24 @@ class PixelDecoder(nn.Module):
     x = jnp.concatenate(tokens, 1)
     positions = jnp.concatenate(positions)
     reference = jnp.asarray(np.concatenate(reference), jnp.float32)
-    layer = nn.remat(EncoderLayer, static_argnums=(4,)) if self.remat else EncoderLayer
-    for i in range(self.layers):
-      x = layer(
-        self.heads,
-        self.points,
-        self.ffn,
-        self.adapter_variant,
-        self.sampling,
-        self.dtype,
-        name=f'layer{i}',
-      )(x, positions, reference, tuple(shapes))
+    layer = functools.partial(
+      EncoderLayer,
+      self.heads,
+      self.points,
+      self.ffn,
+      self.adapter_variant,
+      self.sampling,
+      self.dtype,
+    )
+    x, _ = run_layers(
+      self,
+      [layer] * self.layers,
+      [f'layer{i}' for i in range(self.layers)],
+      lambda layer, _, x: (layer(x, positions, reference, tuple(shapes)), None),
+      x,
+      period=1,
+      remat=self.remat,
+    )
 
     outputs, start = [], 0
     for height, width in shapes:

@@ -1,5 +1,6 @@
 """Swin transformer with adapters A1 and A3 in every block."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from aavs_jax.models.adapters import Adapter
+from aavs_jax.models.repeat import run_layers
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 
@@ -142,7 +144,7 @@ class Swin(nn.Module):
   window: int
   mlp_ratio: int
   drop_path: float
-  remat: bool = False
+  remat: str = 'dots'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -153,19 +155,30 @@ class Swin(nn.Module):
       self.embed_dim, (4, 4), (4, 4), padding='VALID', dtype=self.dtype, name='patch_embed'
     )(x)
     x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='patch_norm')(x)
-    block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
     maps = []
     for stage, (depth, heads) in enumerate(zip(self.depths, self.heads)):
-      for i in range(depth):
-        x = block(
+      blocks = [
+        functools.partial(
+          SwinBlock,
           heads,
           self.window,
           i % 2 == 1,
           self.mlp_ratio,
           self.drop_path,
           self.dtype,
-          name=f'stage{stage}_block{i}',
-        )(x, train)
+        )
+        for i in range(depth)
+      ]
+      x, _ = run_layers(
+        self,
+        blocks,
+        [f'stage{stage}_block{i}' for i in range(depth)],
+        lambda block, _, x: (block(x, train), None),
+        x,
+        period=2,
+        remat=self.remat,
+        rng='drop_path' if train and self.drop_path > 0 else None,
+      )
       norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f'stage{stage}_norm')
       maps.append(norm(x))
       if stage < len(self.depths) - 1:
