@@ -1,4 +1,6 @@
-"""AVSBench-semantic on disk: the index of its clips, and their frames, labels and sound.
+"""AVSBench on disk: the index of its clips, and their frames, labels and sound.
+
+AVSBench-semantic (the older layout is in avsbench_object.py):
 
 ROOT/metadata.csv                      columns uid, label (the subset) and split; others ignored
 ROOT/SUBSET/UID/frames/T.jpg           one frame a second, T from 0
@@ -8,12 +10,11 @@ ROOT/SUBSET/UID/audio.wav
 """
 
 import collections
-import csv
-import dataclasses
 import functools
 import io
 import logging
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Sequence
@@ -21,69 +22,26 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from input_pipeline import audio, labels
+from input_pipeline import audio, avsbench_object, clips, labels
+from input_pipeline.clips import FRAMES, SPLITS, Clip
 from input_pipeline.errors import UserError
 
-FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames in a clip of each subset
-SPLITS = ('train', 'val', 'test')
-
-_COLUMNS = ('uid', 'label', 'split')
 _MAX_PIXELS = 50_000_000
+_MAX_BYTES = 4 * _MAX_PIXELS  # of an image file
 # Anti-aliased edges give some colours that no class has; a wrong palette gives little else.
 _MAX_UNKNOWN_COLOURS = 0.5
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-  """One clip: where it lies, and what its subset says about it.
-
-  Attributes:
-    root: folder of the data set.
-    uid: name of the clip's folder, unique in its subset.
-    subset: v1s, v1m or v2.
-    split: train, val or test.
-    num_frames: 5 or 10.
-  """
-
-  root: str
-  uid: str
-  subset: str
-  split: str
-  num_frames: int
-
-  @property
-  def folder(self) -> str:
-    return os.path.join(self.root, self.subset, self.uid)
-
-  @property
-  def audio_path(self) -> str:
-    return os.path.join(self.folder, 'audio.wav')
-
-  @property
-  def labelled_frames(self) -> tuple[int, ...]:
-    """Frames that have a label: all, but only the first in the training split of v1s."""
-    only_first = self.subset == 'v1s' and self.split == 'train'
-    return (0,) if only_first else tuple(range(self.num_frames))
-
-  def frame_path(self, t: int) -> str:
-    return os.path.join(self.folder, 'frames', f'{t}.jpg')
-
-  def label_ids_path(self, t: int) -> str:
-    return os.path.join(self.folder, 'labels_semantic', f'{t}.png')
-
-  def label_rgb_path(self, t: int) -> str:
-    return os.path.join(self.folder, 'labels_rgb', f'{t}.png')
-
-
 def read_index(
   root: str | os.PathLike, split: str | None = None, subsets: Sequence[str] = tuple(FRAMES)
 ) -> list[Clip]:
-  """The clips of a data set, in the order of its metadata.csv.
+  """The clips of a data set in either layout, in the order of the tables that list them.
 
-  Every row is checked, also those of other splits and subsets. Whether a clip's files exist shows
-  when they are read.
+  The layout shows in the tables: metadata.csv is that of AVSBench-semantic, s4_meta_data.csv and
+  ms3_meta_data.csv (one of them or both) are those of AVSBench-object. Every row is checked, also
+  those of other splits and subsets. Whether a clip's files exist shows when they are read.
 
   Args:
     root: folder of the data set.
@@ -91,9 +49,9 @@ def read_index(
     subsets: which of v1s, v1m and v2.
 
   Raises:
-    UserError: metadata.csv is missing, is not UTF-8 or not CSV, lacks a column, holds an unknown
-      label or split, an unsafe uid or the same uid twice in a subset; or no clip is left; or
-      `split` or `subsets` is unknown.
+    UserError: there is no table, or those of both layouts; a table is not UTF-8 or not CSV, lacks a
+      column, holds an unknown label or split, an unsafe uid or the same uid twice in a subset; or
+      no clip is left; or `split` or `subsets` is unknown.
   """
   root = os.fspath(root)
   if split is not None and split not in SPLITS:
@@ -102,77 +60,54 @@ def read_index(
     if subset not in FRAMES:
       raise UserError(f'subsets holds {subset!r}; choose from {", ".join(FRAMES)}.')
 
-  path = os.path.join(root, 'metadata.csv')
-  clips, lines = [], {}
-  for line, row in _read_rows(path):
-    uid, subset, row_split = (row[column] for column in _COLUMNS)
-    where = f'{path}, line {line}'
-    if subset not in FRAMES:
-      raise UserError(f'{where}: label is {subset!r}; it must be one of {", ".join(FRAMES)}.')
-    if row_split not in SPLITS:
-      raise UserError(f'{where}: split is {row_split!r}; it must be one of {", ".join(SPLITS)}.')
-    # The uid becomes the name of a folder, here and where predictions are written.
-    if uid in ('', '.', '..') or '/' in uid or '\\' in uid or not uid.isprintable():
-      raise UserError(f'{where}: uid is {uid!r}; it must be the name of a folder in {subset}.')
-    first = lines.setdefault((subset, uid), line)
-    if first != line:
-      raise UserError(
-        f'{where}: uid {uid!r} of {subset} stands in line {first} already; remove one of the two.'
-      )
-    clips.append(Clip(root, uid, subset, row_split, FRAMES[subset]))
-
-  chosen = [clip for clip in clips if clip.subset in subsets and split in (None, clip.split)]
-  if not chosen:
-    counts = collections.Counter(f'{clip.subset} {clip.split}' for clip in clips)
-    found = ', '.join(f'{count} of {name}' for name, count in counts.items()) or 'none at all'
+  table = os.path.join(root, 'metadata.csv')
+  is_semantic = os.path.lexists(table)
+  others = [avsbench_object.table_path(root, subset) for subset in ('v1s', 'v1m')]
+  if is_semantic and any(map(os.path.exists, others)):
     raise UserError(
-      f'{path}: no clip for split {split or "any"} of {", ".join(subsets)} (found: {found}); '
+      f'{root} holds metadata.csv and a table of AVSBench-object; keep each data set in a folder '
+      f'of its own.'
+    )
+  folders = {} if is_semantic else avsbench_object.find_tables(root)
+  if folders:
+    found = avsbench_object.read_clips(folders)
+    tables = ' and '.join(avsbench_object.table_path(folders[s], s) for s in folders)
+  else:
+    found, tables = _read_semantic(root, table), table
+
+  chosen = [clip for clip in found if clip.subset in subsets and split in (None, clip.split)]
+  if not chosen:
+    counts = collections.Counter(f'{clip.subset} {clip.split}' for clip in found)
+    there = ', '.join(f'{count} of {name}' for name, count in counts.items()) or 'none at all'
+    raise UserError(
+      f'{tables}: no clip for split {split or "any"} of {", ".join(subsets)} (found: {there}); '
       f'choose another split or subset, or complete the file.'
     )
   return chosen
 
 
-def _read_rows(path: str) -> list[tuple[int, dict[str, str]]]:
-  """Line numbers and rows, each with a text for every column of `_COLUMNS`."""
-  try:
-    with open(path, 'rb') as file:
-      data = file.read()
-  except OSError as error:
-    raise UserError(
-      f'{path}: cannot be read ({error.strerror}); give the folder that holds metadata.csv.'
-    ) from error
-  try:
-    text = data.decode('utf-8-sig')
-  except UnicodeDecodeError as error:
-    line = error.object[: error.start].count(b'\n') + 1
-    raise UserError(
-      f'{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as '
-      f'UTF-8.'
-    ) from error
+def _read_semantic(root: str, table: str) -> list[Clip]:
+  rows = clips.read_table(table, ('uid', 'label', 'split'))
+  found = []
+  for line, row in rows:
+    where, subset = f'{table}, line {line}', row['label']
+    if subset not in FRAMES:
+      raise UserError(f'{where}: label is {subset!r}; it must be one of {", ".join(FRAMES)}.')
+    split = clips.check_split(where, row['split'])
+    uid = clips.check_name(where, 'uid', row['uid'])
+    found.append(Clip(root, uid, subset, split, FRAMES[subset]))
+  clips.check_unique(found, [line for line, _ in rows])
+  return found
 
-  reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
-  rows = []
-  try:
-    header = reader.fieldnames or []
-    for column in _COLUMNS:
-      if column not in header:
-        raise UserError(
-          f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}; '
-          f'the columns {", ".join(_COLUMNS)} are needed.'
-        )
-    for row in reader:
-      for column in _COLUMNS:
-        if row[column] is None:
-          raise UserError(
-            f'{path}, line {reader.line_num}: the row starting {row[header[0]]!r} ends before '
-            f'column {column!r}; complete it.'
-          )
-      rows.append((reader.line_num, row))
-  except csv.Error as error:
-    raise UserError(
-      f'{path}, line {reader.reader.line_num}: not readable as CSV ({error}); mend the line.'
-    ) from error
-  return rows
+
+def require_classes(clips: Sequence[Clip]) -> None:
+  """Raises UserError if the labels of a clip do not tell classes, as the semantic task needs."""
+  for clip in clips:
+    if clip.label_kind != 'semantic':
+      raise UserError(
+        f'{clip.table}: the labels of AVSBench-object tell what sounds, but not as what; use it '
+        f"for a config with task 'binary', or give a folder of AVSBench-semantic."
+      )
 
 
 def load_frame(clip: Clip, t: int, size: int) -> np.ndarray:
@@ -200,13 +135,16 @@ def load_label_ids(clip: Clip, t: int) -> np.ndarray:
   """Class ids of frame t, uint8 [H, W] in 0..70 or 255 (ignored), at the label's own size.
 
   Read from labels_semantic or, where that has no such file, from the colours of labels_rgb; colours
-  outside the palette then count as background, and how many is logged once for each file.
+  outside the palette then count as background, and how many is logged once for each file. Where the
+  clip's labels are binary, 1 is what sounds and there is no 255.
 
   Raises:
     UserError: both files are missing, or the one is unreadable (see `load_frame`), holds other ids
       or colours instead of grey, or the other holds more than half its pixels in unknown colours.
   """
   path = clip.label_ids_path(t)
+  if clip.label_kind == 'binary':
+    return read_mask(path)[0]
   if os.path.exists(path):
     return _read_ids(path)
   path = clip.label_rgb_path(t)
@@ -227,18 +165,39 @@ def load_label_rgb(clip: Clip, t: int) -> np.ndarray:
   """Palette colours of frame t's label, uint8 [H, W, 3], at the label's own size.
 
   Read from labels_rgb as they are, anti-aliased edges included, or, where that has no such file,
-  made from the ids of labels_semantic (255 becomes black).
+  made from the ids of labels_semantic (255 becomes black). Where the clip's labels are binary, what
+  sounds is white.
 
   Raises:
     UserError: as `load_label_ids`.
   """
   path = clip.label_rgb_path(t)
+  if clip.label_kind == 'binary':
+    return np.repeat(read_mask(path)[0][..., None] * np.uint8(255), 3, axis=-1)
   if os.path.exists(path):
     return np.array(_decode(path))
   path = clip.label_ids_path(t)
   if not os.path.exists(path):
     raise _no_label(clip, t)
   return labels.ids_to_colours(_read_ids(path))
+
+
+def read_mask(path: str) -> tuple[np.ndarray, int]:
+  """A binary label: uint8 [H, W], 1 where something sounds, and its doubtful pixels.
+
+  Those are neither black nor as bright as the brightest one, such as anti-aliased edges; all that
+  is not black sounds.
+
+  Raises:
+    UserError: the file is missing or unreadable, or more than half its pixels are doubtful.
+  """
+  ids, doubtful = labels.mask_to_ids(np.array(_decode(path)))
+  if doubtful > _MAX_UNKNOWN_COLOURS * ids.size:
+    raise UserError(
+      f'{path}: {doubtful} of {ids.size} pixels are neither black nor as bright as the brightest, '
+      f'so it is no binary mask; write 255 where something sounds and 0 elsewhere.'
+    )
+  return ids, doubtful
 
 
 def load_log_mel(clip: Clip) -> np.ndarray:
@@ -249,7 +208,7 @@ def load_log_mel(clip: Clip) -> np.ndarray:
 def _no_label(clip: Clip, t: int) -> UserError:
   return UserError(
     f'{clip.label_ids_path(t)}: missing, and so is {clip.label_rgb_path(t)}; restore one of them, '
-    f'or take {clip.uid} out of metadata.csv.'
+    f'or take {clip.uid} out of {clip.table}.'
   )
 
 
@@ -275,13 +234,24 @@ def _read_ids(path: str) -> np.ndarray:
   return ids
 
 
+def _read_file(path: str) -> bytes:
+  found = os.stat(path)
+  if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+    raise UserError(f'{path}: not a file; put a JPEG or PNG image in this place.')
+  if found.st_size > _MAX_BYTES:
+    raise UserError(f'{path}: {found.st_size} bytes; put an image of less than {_MAX_BYTES} there.')
+  with open(path, 'rb') as file:
+    return file.read()
+
+
 def _decode(path: str, keep_grey: bool = False) -> Image.Image:
   """The whole image, its size checked before a pixel is decoded.
 
   In RGB, unless it is an 8-bit grey one that is to stay so.
   """
   try:
-    with Image.open(path, formats=('JPEG', 'PNG')) as image:
+    # From memory, since Pillow asks a file for as many bytes as a broken header says, gigabytes.
+    with Image.open(io.BytesIO(_read_file(path)), formats=('JPEG', 'PNG')) as image:
       if image.width * image.height > _MAX_PIXELS:
         raise UserError(
           f'{path}: {image.width} x {image.height} pixels; shrink it below {_MAX_PIXELS} pixels.'
@@ -289,6 +259,15 @@ def _decode(path: str, keep_grey: bool = False) -> Image.Image:
       return image.convert('L' if keep_grey and image.mode == 'L' else 'RGB')
   except UserError:
     raise
+  except Image.UnidentifiedImageError as error:
+    raise UserError(
+      f'{path}: the image cannot be read (cannot identify a JPEG or PNG in it); copy or extract it '
+      f'again.'
+    ) from error
+  except Image.DecompressionBombError as error:  # Pillow's own limit, a higher one
+    raise UserError(
+      f'{path}: too large ({str(error).rstrip(".")}); shrink it below {_MAX_PIXELS} pixels.'
+    ) from error
   # What Pillow raises on broken files, apart from OSError, differs from format to format.
   except (
     OSError,
@@ -297,7 +276,6 @@ def _decode(path: str, keep_grey: bool = False) -> Image.Image:
     EOFError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
   ) as error:
     reason = getattr(error, 'strerror', None) or str(error)
     raise UserError(

@@ -15,17 +15,22 @@ import cv2
 import numpy as np
 
 from input_pipeline import audio, avsbench, labels
-from input_pipeline.avsbench import FRAMES, SPLITS, Clip
+from input_pipeline.clips import FRAMES, SPLITS, Clip
 from input_pipeline.errors import UserError
 
-PUBLISHED_CLIPS = {  # AVSBench-semantic: train, val, test
-  'v1s': (3452, 740, 740),
-  'v1m': (296, 64, 64),
+PUBLISHED_CLIPS = {  # train, val, test
+  'v1s': (3452, 740, 740),  # S4 of AVSBench-object
+  'v1m': (296, 64, 64),  # MS3
   'v2': (4750, 500, 750),
 }
 
-_FOLDERS = ('frames', 'labels_semantic', 'labels_rgb')
+_LAYOUTS = {'semantic': 'AVSBench-semantic', 'binary': 'AVSBench-object'}  # by kind of label
+_KINDS = {  # of files, as the report counts them
+  'semantic': ('frames', 'labels_semantic', 'labels_rgb'),
+  'binary': ('frames', 'gt_masks'),
+}
 _MAX_UNKNOWN_COLOURS = 0.5  # of an image, as where the labels are read
+_BINARY_NAMES = ('background', 'sounding')
 _SPECK = 0.001  # of an image: smaller regions may be strays of the annotation
 _MANY_SIZES = 5
 _MANY_FINDINGS = 10  # texts of a kind that are printed
@@ -72,7 +77,7 @@ def check_data(
   workers: int | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> dict:
-  """Reads a whole data set in the layout of AVSBench-semantic and reports on it.
+  """Reads a whole data set in either layout and reports on it.
 
   Args:
     root: folder of the data set.
@@ -83,26 +88,35 @@ def check_data(
   Returns:
     A report that json can write; the same data give the same report:
       root: the folder.
+      layout: AVSBench-semantic or AVSBench-object.
       ok: whether `problems` is empty.
-      counts: for each subset and split {'subset', 'split', 'clips': rows of metadata.csv,
-        'published': clips of the published set, and 'frames', 'labels_semantic', 'labels_rgb':
-        files read without error}.
+      counts: for each subset and split {'subset', 'split', 'clips': rows of the table,
+        'published': clips of the published set, and files read without error, 'frames',
+        'labels_semantic' and 'labels_rgb', or 'frames' and 'gt_masks' of AVSBench-object}; the
+        latter has only the subsets that a table is there for.
       image_sizes: the commonest {'width', 'height', 'frames'}.
       other_sizes: frames of sizes that are not among those.
       classes: for each class {'id', 'name', 'train', 'val', 'test': labelled frames in which it
-        occurs}; class 0 is the background.
-      unknown_colours: {'pixels', 'clips'} of labels_rgb with a colour of no class.
+        occurs}; class 0 is the background, and 1 what sounds where labels are binary.
+      unknown_colours: {'pixels', 'clips'} of labels_rgb with a colour of no class, or of binary
+        masks with a value between the two.
       problems, notes: lists of {'kind', 'clip': 'SUBSET/UID' or None, 'text': one sentence}.
     Problems are files that are missing, unreadable or cut short, sounds too short for a single
     example, labels with unknown colours in more than half an image, and clips of different splits
-    whose first frame and sound are the same bytes. All else that is odd is a note.
+    whose first frame and sound are the same bytes. All else that is odd is a note: sounds shorter
+    than the frames, labels of another size than their frame, unknown colours, regions that may be
+    strays of the annotation, files that are links out of their subset's folder, folders that no
+    row names, numbers of clips that are not the published ones.
 
   Raises:
-    UserError: metadata.csv is missing or bad (see `avsbench.read_index`), or workers is below 1.
+    UserError: the table is missing or bad (see `avsbench.read_index`), or workers is below 1.
   """
   if workers is not None and workers < 1:
     raise UserError(f'workers is {workers}; use at least 1.')
   clips = avsbench.read_index(root)
+  label_kind = clips[0].label_kind
+  kinds = _KINDS[label_kind]
+  subsets = FRAMES if label_kind == 'semantic' else dict.fromkeys(clip.subset for clip in clips)
 
   read, sizes, classes = collections.Counter(), collections.Counter(), collections.Counter()
   unknown = {'pixels': 0, 'clips': 0}
@@ -111,8 +125,8 @@ def check_data(
   with concurrent.futures.ThreadPoolExecutor(workers) as executor:
     for done, result in enumerate(executor.map(_check_clip, clips), 1):
       clip = result.clip
-      for folder, number in result.read.items():
-        read[clip.subset, clip.split, folder] += number
+      for kind, number in result.read.items():
+        read[clip.subset, clip.split, kind] += number
       for class_id, number in result.classes.items():
         classes[class_id, clip.split] += number
       sizes.update(result.sizes)
@@ -126,18 +140,20 @@ def check_data(
         progress(done, len(clips))
 
   problems += _duplicates(same_content.values())
-  notes += _unlisted_folders(os.fspath(root), clips)
+  notes += _unlisted_folders(clips)
   rows = collections.Counter((clip.subset, clip.split) for clip in clips)
   counts = [
     {'subset': subset, 'split': split, 'clips': rows[subset, split], 'published': published}
-    | {folder: read[subset, split, folder] for folder in _FOLDERS}
-    for subset in FRAMES
+    | {kind: read[subset, split, kind] for kind in kinds}
+    for subset in subsets
     for split, published in zip(SPLITS, PUBLISHED_CLIPS[subset], strict=True)
   ]
   notes += _differing_counts(counts)
+  names = labels.CLASS_NAMES if label_kind == 'semantic' else _BINARY_NAMES
   commonest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_MANY_SIZES]
   return {
     'root': os.fspath(root),
+    'layout': _LAYOUTS[label_kind],
     'ok': not problems,
     'counts': counts,
     'image_sizes': [
@@ -146,7 +162,7 @@ def check_data(
     'other_sizes': sizes.total() - sum(number for _, number in commonest),
     'classes': [
       {'id': class_id, 'name': name} | {split: classes[class_id, split] for split in SPLITS}
-      for class_id, name in enumerate(labels.CLASS_NAMES)
+      for class_id, name in enumerate(names)
     ],
     'unknown_colours': unknown,
     'problems': problems,
@@ -163,13 +179,14 @@ def _check_clip(clip: Clip) -> _Result:
   if not os.path.isdir(clip.folder):
     result.problem(
       'missing folder',
-      f'{clip.folder}: a row of metadata.csv names this folder, which does not exist; restore it '
-      f'or remove the row.',
+      f'{clip.folder}: a row of {os.path.basename(clip.table)} names this folder, which does not '
+      f'exist; restore it or remove the row.',
     )
     return result
   frame_sizes = _check_frames(result)
   _check_labels(result, frame_sizes)
   sound_is_good = _check_sound(result)
+  _check_links(result)
   if 0 in frame_sizes and sound_is_good:
     result.digest = _digest(clip.frame_path(0)) + _digest(clip.audio_path)
   return result
@@ -194,41 +211,58 @@ def _check_frames(result: _Result) -> dict[int, tuple[int, int]]:
 
 
 def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> None:
+  clip, binary = result.clip, result.clip.label_kind == 'binary'
   specks = collections.Counter()  # regions of each class that has shown nothing larger so far
   large = set()  # the classes that have
   off_size = []
   unknown_pixels = unknown_images = 0
-  for t in result.clip.labelled_frames:
-    semantic = _read_semantic(result, t)
-    rgb, unknown = _read_colours(result, t)
-    for folder, ids in (('labels_semantic', semantic), ('labels_rgb', rgb)):
+  for t in clip.labelled_frames:
+    semantic = None if binary else _read_semantic(result, t)
+    coloured, unknown = _read_mask(result, t) if binary else _read_colours(result, t)
+    for path, ids in ((clip.label_ids_path(t), semantic), (clip.label_rgb_path(t), coloured)):
       if ids is not None and t in frame_sizes and ids.shape[::-1] != frame_sizes[t]:
         label_size, frame_size = (f'{w}x{h}' for w, h in (ids.shape[::-1], frame_sizes[t]))
-        off_size.append(f'{folder}/{t}.png is {label_size} and its frame {frame_size}')
+        name = '/'.join(path.split(os.sep)[-2:])
+        off_size.append(f'{name} is {label_size} and its frame {frame_size}')
     unknown_pixels += unknown
     unknown_images += unknown > 0
-    ids = rgb if semantic is None else semantic
+    ids = coloured if semantic is None else semantic
     if ids is not None:
       present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[: labels.NUM_CLASSES])
       result.classes.update(present.tolist())
       _find_specks(ids, present[present > 0].tolist(), specks, large)
 
-  folder = result.clip.folder
   if off_size:
     more = f', and so on for {len(off_size) - 1} more' if len(off_size) > 1 else ''
-    result.note('label size', f'{folder}: {off_size[0]}{more}; both are resized when read.')
+    result.note('label size', f'{clip.folder}: {off_size[0]}{more}; both are resized when read.')
   if unknown_pixels:
-    result.note(
-      'unknown colours',
-      f'{folder}/labels_rgb: {unknown_pixels} pixels in {unknown_images} labels have a colour of '
-      f'no class and count as background.',
+    folder = os.path.dirname(clip.label_rgb_path(0))
+    what = (
+      'are between the two values and count as sounding'
+      if binary
+      else 'have a colour of no class and count as background'
     )
+    result.note(
+      'unknown colours', f'{folder}: {unknown_pixels} pixels in {unknown_images} labels {what}.'
+    )
+  names = _BINARY_NAMES if binary else labels.CLASS_NAMES
   for class_id, regions in sorted(specks.items()):
     result.note(
       'stray specks',
-      f'{folder}: class {class_id} ({labels.CLASS_NAMES[class_id]}) occurs only as {regions} '
-      f'regions of less than {_SPECK:.1%} of the image; they may be strays of the annotation.',
+      f'{clip.folder}: class {class_id} ({names[class_id]}) occurs only as {regions} regions of '
+      f'less than {_SPECK:.1%} of the image; they may be strays of the annotation.',
     )
+
+
+def _read_mask(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
+  """What sounds, and how many pixels are between the two values of a binary mask."""
+  path = result.clip.label_ids_path(t)
+  mask = result.attempt(lambda: avsbench.read_mask(path), path)
+  if mask is None:
+    return None, 0
+  result.read['gt_masks'] += 1
+  result.unknown_pixels += mask[1]
+  return mask
 
 
 def _read_semantic(result: _Result, t: int) -> np.ndarray | None:
@@ -309,6 +343,25 @@ def _check_sound(result: _Result) -> bool:
   return True
 
 
+def _check_links(result: _Result) -> None:
+  """Notes files that are links to where a copy of the data set would not have them."""
+  clip = result.clip
+  # The folder of a whole subset may well be a link, to another disk.
+  home = os.path.realpath(clip.subset_folder) + os.sep
+  frames = [clip.frame_path(t) for t in range(clip.num_frames)]
+  ids = [clip.label_ids_path(t) for t in clip.labelled_frames]
+  colours = [clip.label_rgb_path(t) for t in clip.labelled_frames]
+  paths = dict.fromkeys([*frames, *ids, *colours, clip.audio_path])
+  outside = [path for path in paths if not os.path.realpath(path).startswith(home)]
+  if outside:
+    more = f', and so do {len(outside) - 1} more files of the clip' if len(outside) > 1 else ''
+    result.note(
+      'link out of the data set',
+      f'{outside[0]}: leads to {os.path.realpath(outside[0])}, outside {clip.subset_folder}{more}; '
+      f'put the files themselves there if the data set is to be copied.',
+    )
+
+
 def _missing_bytes(path: str) -> int:
   """How many bytes a RIFF file lacks; sound readers take what is there and do not say."""
   with open(path, 'rb') as file:
@@ -332,21 +385,28 @@ def _duplicates(groups: Iterable[list[Clip]]) -> list[dict]:
   return found
 
 
-def _unlisted_folders(root: str, clips: list[Clip]) -> list[dict]:
-  listed = {(clip.subset, clip.uid) for clip in clips}
+def _unlisted_folders(clips: list[Clip]) -> list[dict]:
+  listed = {clip.folder for clip in clips}
+  # Where clips lie, and each subset of AVSBench-semantic, be there a row for it or not.
+  parents = {os.path.dirname(clip.folder): clip for clip in clips}
+  if clips[0].label_kind == 'semantic':
+    for subset in FRAMES:
+      clip = dataclasses.replace(clips[0], subset=subset)
+      parents.setdefault(clip.subset_folder, clip)
   found = []
-  for subset in FRAMES:
-    folder = os.path.join(root, subset)
-    if not os.path.isdir(folder):
+  for parent, clip in sorted(parents.items(), key=lambda item: list(FRAMES).index(item[1].subset)):
+    if not os.path.isdir(parent):
       continue
-    with os.scandir(folder) as entries:
+    with os.scandir(parent) as entries:
       names = sorted(entry.name for entry in entries if entry.is_dir())
     for name in names:
-      if (subset, name) not in listed:
+      folder = os.path.join(parent, name)
+      if folder not in listed:
         # A name on disk need not be text that can be printed.
         shown = name if name.isprintable() else ascii(name)
-        text = f'{os.path.join(folder, shown)}: no row of metadata.csv names this folder.'
-        found.append(_finding('unlisted folder', f'{subset}/{shown}', text))
+        table = os.path.basename(clip.table)
+        text = f'{os.path.join(parent, shown)}: no row of {table} names this folder.'
+        found.append(_finding('unlisted folder', f'{clip.subset}/{shown}', text))
   return found
 
 
@@ -362,8 +422,12 @@ def _differing_counts(counts: list[dict]) -> list[dict]:
 
 def format_check(report: dict) -> str:
   """The report of `check_data` as plain text, several lines; of each kind only the first ten."""
-  heads = ('subset', 'split', 'clips', 'published', *_FOLDERS)
-  parts = [report['root'], '', *_table(heads, report['counts']), '']
+  parts = [
+    f'{report["root"]} ({report["layout"]})',
+    '',
+    *_table(tuple(report['counts'][0]), report['counts']),
+    '',
+  ]
 
   sizes = [f'{row["width"]}x{row["height"]} ({row["frames"]})' for row in report['image_sizes']]
   if report['other_sizes']:

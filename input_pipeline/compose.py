@@ -1,4 +1,4 @@
-"""Composes a data set in the layout of AVSBench-semantic that can only be solved by listening.
+"""Composes a data set in a layout of AVSBench that can only be solved by listening.
 
 Objects of different classes move over a textured background; in each second some of them sound.
 Label t shows the visible pixels of the objects that sound in second t. Objects that stay silent
@@ -16,12 +16,16 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from input_pipeline import compose_scenes, compose_sounds, errors, labels
+from input_pipeline import avsbench_object, compose_scenes, compose_sounds, errors, labels
+from input_pipeline.avsbench_object import ObjectClip
 from input_pipeline.compose_scenes import CLASSES, FRAMES, SPLITS
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _PARTIAL = '.partial'  # folder of what is not yet complete
+_LAYOUTS = ('semantic', 'object')
+_OBJECT_SIZE = 224  # of frames and masks of AVSBench-object
 
 
 def compose(
@@ -32,12 +36,14 @@ def compose(
   size: tuple[int, int] = (160, 120),
   seed: int = 0,
   sprites: str | os.PathLike | None = None,
+  layout: str = 'semantic',
   progress: Callable[[int, int], None] | None = None,
 ) -> pathlib.Path:
   """Writes a data set, or finishes or reuses the one that the same settings wrote before.
 
   The bytes depend on the settings only: on one machine the same call gives the same files. A clip
-  appears under its name when complete; metadata.csv comes last, so that it marks a complete set.
+  appears under its name when complete; the tables that list the clips come last, so that they mark
+  a complete set.
 
   Args:
     root: folder to write; absent, empty, or written by an earlier call with the same settings.
@@ -48,6 +54,8 @@ def compose(
     sprites: folder with CLASS/*.png (alpha) and CLASS/*.wav, *.ogg or *.flac to use instead of
       drawn shapes and synthetic sounds; the classes are those of the folder. Of several pictures
       or recordings of a class the last (by name) occurs in the test split only.
+    layout: 'semantic', as AVSBench-semantic, or 'object', as AVSBench-object: the same clips, of
+      v1s and v1m alone, their pictures resized to 224x224 and their labels binary.
     progress: called with (clips done, clips in all) after each clip.
 
   Returns:
@@ -58,7 +66,7 @@ def compose(
       other than what these settings write.
   """
   root = pathlib.Path(root)
-  _check_settings(clips, num_classes, size, seed)
+  _check_settings(clips, num_classes, size, seed, layout)
   things = (
     compose_scenes.drawn_things(num_classes)
     if sprites is None
@@ -72,7 +80,11 @@ def compose(
     'seed': seed,
     'sprites': None if sprites is None else _digest(pathlib.Path(sprites)),
   }
-  if _is_complete(root, settings):
+  if layout != 'semantic':  # a key that earlier sets have not
+    settings['layout'] = layout
+  counts = settings['clips'].values()
+  tables = {s: root / _table_name(layout, s) for s in FRAMES if any(of[s] for of in counts)}
+  if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
     return root
 
   partial = root / _PARTIAL
@@ -80,26 +92,32 @@ def compose(
   partial.mkdir(parents=True)
   try:
     _write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
-    indices = {name: class_id + 1 for class_id, name in enumerate(labels.CLASS_NAMES)}
-    _write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
+    if layout == 'semantic':
+      indices = {name: class_id + 1 for class_id, name in enumerate(labels.CLASS_NAMES)}
+      _write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
     jobs = [
       (split, subset, index)
       for split in SPLITS
       for subset in FRAMES
       for index in range(settings['clips'][split][subset])
     ]
-    rows = []
+    rows = {path: [] for path in tables.values()}
     for done, (split, subset, index) in enumerate(jobs, 1):
       plan = compose_scenes.plan_clip(things, seed, split, subset, index)
-      rows.append(_metadata_row(plan))
-      folder = root / subset / plan.uid
-      if not folder.exists():  # else an interrupted run wrote it, whole
-        folder.parent.mkdir(exist_ok=True)
-        _write_clip(partial / plan.uid, plan, size)
-        os.rename(partial / plan.uid, folder)
+      if layout == 'semantic':
+        rows[tables[subset]].append(_metadata_row(plan))
+        places, write = [pathlib.Path(subset, plan.uid)], _write_clip
+      else:
+        rows[tables[subset]].append(_object_row(plan))
+        places, write = _object_places(plan), _write_object_clip
+      if not (root / places[-1]).exists():  # else an interrupted run wrote it, whole
+        write(partial, plan, size)
+        for place in places:
+          _move(partial / place, root / place)
       if progress:
         progress(done, len(jobs))
-    _write_metadata(root / 'metadata.csv', rows)
+    for path, listed in rows.items():
+      _write_table(path, listed)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
   return root
@@ -115,12 +133,16 @@ def _digest(folder: pathlib.Path) -> str:
   return total.hexdigest()
 
 
-def _check_settings(clips, num_classes, size, seed) -> None:
+def _check_settings(clips, num_classes, size, seed, layout) -> None:
   for split, counts in clips.items():
     if split not in SPLITS or not set(counts) <= set(FRAMES):
       raise errors.UserError(
         f'clips names {split!r} with {sorted(counts)}; use the splits {list(SPLITS)} and the '
         f'subsets {list(FRAMES)}.'
+      )
+    if layout == 'object' and counts.get('v2'):
+      raise errors.UserError(
+        f"clips[{split!r}]['v2'] is {counts['v2']!r}, but AVSBench-object has no v2; use 0."
       )
     for subset, count in counts.items():
       if not isinstance(count, int) or count < 0:
@@ -133,30 +155,38 @@ def _check_settings(clips, num_classes, size, seed) -> None:
     raise errors.UserError(f'size is {size}; use a width and a height of at least 32 pixels.')
   if seed < 0:
     raise errors.UserError(f'seed is {seed}; use an integer >= 0.')
+  if layout not in _LAYOUTS:
+    raise errors.UserError(f'layout is {layout!r}; use one of {", ".join(_LAYOUTS)}.')
 
 
-def _is_complete(root: pathlib.Path, settings: dict) -> bool:
-  """Whether root already holds this set.
+def _is_ours(root: pathlib.Path, settings: dict) -> bool:
+  """Whether these settings wrote what root holds, be it all of the set or a part.
 
   Raises:
     UserError: root holds something else.
   """
   try:
-    found = json.loads((root / 'compose.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
+    found = dict(json.loads((root / 'compose.json').read_text(encoding='utf-8')))
+  except (OSError, TypeError, ValueError):
     if root.exists() and (not root.is_dir() or any(p.name != _PARTIAL for p in root.iterdir())):
       raise errors.UserError(
         f'{root} holds something that was not composed here (it has no readable compose.json); '
         f'choose another folder for the composed set.'
       ) from None
     return False
-  differing = [key for key in settings if found.get(key) != settings[key]]
+  differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
   if differing:
     raise errors.UserError(
       f'{root} holds a set composed with other settings ({", ".join(differing)} differ, see its '
       f'compose.json); choose another folder or delete this one.'
     )
-  return (root / 'metadata.csv').exists()
+  return True
+
+
+def _table_name(layout: str, subset: str) -> str:
+  if layout == 'semantic':
+    return 'metadata.csv'
+  return os.path.basename(avsbench_object.table_path('', subset))
 
 
 def _metadata_row(plan: compose_scenes.Plan) -> dict[str, str]:
@@ -176,7 +206,15 @@ def _metadata_row(plan: compose_scenes.Plan) -> dict[str, str]:
   }
 
 
-def _write_clip(folder: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
+def _object_row(plan: compose_scenes.Plan) -> dict[str, str]:
+  """A row of s4_meta_data.csv or ms3_meta_data.csv."""
+  if plan.subset == 'v1m':
+    return {'video_id': plan.uid, 'split': plan.split}
+  return {'name': plan.uid, 'category': plan.things[0].name, 'split': plan.split}
+
+
+def _write_clip(partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
+  folder = partial / plan.subset / plan.uid
   frames, targets, audio = compose_scenes.render_clip(plan, size)
   for name in ('frames', 'labels_rgb', 'labels_semantic'):
     (folder / name).mkdir(parents=True)
@@ -188,14 +226,55 @@ def _write_clip(folder: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int
       colours = labels.PALETTE.take(targets[t], axis=0)[..., ::-1]
       cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
       cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
-  with wave.open(str(folder / 'audio.wav'), 'wb') as file:
+  _write_wav(folder / 'audio.wav', audio)
+
+
+def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
+  category = '' if plan.subset == 'v1m' else plan.things[0].name
+  frames = FRAMES[plan.subset]
+  return ObjectClip(str(root), plan.uid, plan.subset, plan.split, frames, category)
+
+
+def _object_places(plan: compose_scenes.Plan) -> list[pathlib.Path]:
+  """Where a clip's sound, masks and frames lie in the data set."""
+  clip = _object_clip(pathlib.Path(), plan)
+  masks = os.path.dirname(clip.label_ids_path(0))
+  return [pathlib.Path(place) for place in (clip.audio_path, masks, clip.folder)]
+
+
+def _write_object_clip(
+  partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]
+) -> None:
+  frames, targets, audio = compose_scenes.render_clip(plan, size)
+  clip = _object_clip(partial, plan)
+  for path in (clip.audio_path, clip.label_ids_path(0), clip.frame_path(0)):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+  side = (_OBJECT_SIZE, _OBJECT_SIZE)
+  for t, frame in enumerate(frames):
+    small = np.array(Image.fromarray(frame).resize(side, Image.Resampling.BILINEAR))
+    cv2.imencode('.png', small[..., ::-1])[1].tofile(clip.frame_path(t))
+    if t in clip.labelled_frames:
+      mask = labels.resize_ids((targets[t] > 0).astype(np.uint8) * 255, _OBJECT_SIZE)
+      cv2.imencode('.png', mask)[1].tofile(clip.label_ids_path(t))
+  _write_wav(clip.audio_path, audio)
+
+
+def _write_wav(path: str | os.PathLike, audio: np.ndarray) -> None:
+  with wave.open(str(path), 'wb') as file:
     file.setnchannels(1)
     file.setsampwidth(2)
     file.setframerate(compose_sounds.RATE)
     file.writeframes(audio.astype('<i2').tobytes())
 
 
-def _write_metadata(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
+def _move(source: pathlib.Path, target: pathlib.Path) -> None:
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if target.is_dir():  # masks of a clip of which an interrupted run did not move the frames
+    shutil.rmtree(target)
+  os.replace(source, target)
+
+
+def _write_table(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
   temporary = path.parent / _PARTIAL / path.name
   with open(temporary, 'w', newline='', encoding='utf-8') as file:
     writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')

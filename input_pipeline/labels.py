@@ -52,6 +52,21 @@ def colours_to_ids(rgb: np.ndarray) -> tuple[np.ndarray, int]:
   return ids, int(known.size - np.count_nonzero(known))
 
 
+def mask_to_ids(rgb: np.ndarray) -> tuple[np.ndarray, int]:
+  """What sounds in a binary mask, which may be grey, of two colours, 0 and 1 or 0 and 255.
+
+  Args:
+    rgb: uint8 [H, W, 3].
+
+  Returns:
+    ids uint8 [H, W], 0 where it is black, else 1; and the number of pixels that are neither black
+    nor as bright as the brightest one.
+  """
+  bright = rgb.max(axis=-1)
+  sounding = bright > 0
+  return sounding.astype(np.uint8), int(np.count_nonzero(sounding & (bright < bright.max())))
+
+
 def ids_to_colours(ids: np.ndarray) -> np.ndarray:
   """Palette colours, uint8 [..., 3], of class ids, integers [...] in 0..70 (255 becomes black)."""
   return PALETTE[np.where(ids == IGNORE, 0, ids)]

@@ -5,6 +5,7 @@ shuffled and read: a whole clip, or five consecutive frames (then every item has
 and v2's ten frames are two items).
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,11 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from input_pipeline import audio, avsbench, labels, masks
+from input_pipeline import avsbench, labels, masks, sounds
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
 
 EVAL_ITEM_FRAMES = 5
-SILENCE = float(np.log(0.01))  # log-mel of digital silence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +55,11 @@ def make_items(clips: Sequence[Clip], item_frames: int) -> list[Item]:
   return items
 
 
-def _frames_and_sound(clip: Clip, sound: Clip | None, item: Item, task: Task, training: bool):
-  """frames and log_mel of an item; sound None is silence, else the clip whose audio is heard."""
+def _frames_and_sound(clip: Clip, sound: sounds.Sound, item: Item, task: Task, training: bool):
   only_first = training and clip.labelled_frames == (0,)
   times = [0 if only_first else item.first + i for i in range(item.frames)]
   distinct = {t: avsbench.load_frame(clip, t, task.image_size) for t in dict.fromkeys(times)}
-  if sound is None:
-    shape = (item.frames, audio.EXAMPLE_FRAMES, audio.MEL_BANDS)
-    log_mel = np.full(shape, SILENCE, np.float32)
-  else:
-    log_mel = avsbench.load_log_mel(sound)[item.first : item.first + item.frames]
+  log_mel = sounds.load_sound(clip, sound)[item.first : item.first + item.frames]
   return times, np.stack([distinct[t] for t in times]), log_mel
 
 
@@ -131,7 +126,9 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
   return batch
 
 
-def load_eval_item(clip: Clip, sound: Clip | None, item: Item, task: Task) -> dict[str, np.ndarray]:
+def load_eval_item(
+  clip: Clip, sound: sounds.Sound, item: Item, task: Task
+) -> dict[str, np.ndarray]:
   """One item of evaluation: as in training, but with the metric's ground truth `target`.
 
   The prior is stage 1's masks from task.masks, or the ground truth if that is ''. Frames without a
@@ -145,6 +142,7 @@ def load_eval_item(clip: Clip, sound: Clip | None, item: Item, task: Task) -> di
     if not labelled:
       targets.append(nothing)
     elif task.semantic:
+      avsbench.require_classes([clip])
       targets.append(labels.resize_ids(avsbench.load_label_ids(clip, t), task.eval_size))
     else:
       colours = avsbench.load_label_rgb(clip, t)
@@ -180,21 +178,49 @@ def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.nda
   }
 
 
-def other_sounds(clips: Sequence[Clip]) -> list[Clip]:
-  """For each clip another one of the same subset, whose audio it gets in the listening test."""
-  result: list[Clip | None] = [None] * len(clips)
-  for subset in {clip.subset for clip in clips}:
-    members = [i for i, clip in enumerate(clips) if clip.subset == subset]
-    if len(members) < 2:
-      raise UserError(
-        f'subset {subset} has one clip in this split, so there is no other audio to play to it: '
-        'leave the subset out or add clips'
-      )
-    # Half way round: neighbours in the list may be cut from the same video.
-    shift = len(members) // 2
-    for place, i in enumerate(members):
-      result[i] = clips[members[(place + shift) % len(members)]]
-  return result
+def find_bad_clips(clips: Sequence[Clip], threads: int) -> list[dict[str, str]]:
+  """Training clips with a file that cannot be used, in order; reads every file that training reads.
+
+  Returns:
+    {'clip': 'SUBSET/UID', 'text': a sentence that names the file and what is wrong with it} each.
+  """
+  with concurrent.futures.ThreadPoolExecutor(threads) as executor:
+    faults = zip(clips, executor.map(_fault, clips))
+    return [{'clip': f'{c.subset}/{c.uid}', 'text': fault} for c, fault in faults if fault]
+
+
+def _fault(clip: Clip) -> str | None:
+  try:
+    for t in clip.labelled_frames:
+      avsbench.read_image(clip.frame_path(t))
+      avsbench.load_label_ids(clip, t)
+    avsbench.load_log_mel(clip)
+  except UserError as error:
+    return str(error)
+  return None
+
+
+def leave_out(clips: Sequence[Clip], bad: Sequence[dict[str, str]], limit: int) -> list[Clip]:
+  """Training clips without bad ones.
+
+  They are found before the first batch and left out of the list of clips, instead of met and
+  replaced on the way: the stream is then that of a data set without them, for any number of
+  threads and processes, and all that a restarted run must remember is which they are.
+
+  Raises:
+    UserError: there are more than `limit` bad ones, or no others.
+  """
+  if len(bad) > limit:
+    raise UserError(
+      f'{len(bad)} of {len(clips)} training clips cannot be used, but data.max_bad_clips is '
+      f'{limit}: mend them (`aavs check-data` lists all faults) or raise it; the first is '
+      f'{bad[0]["text"]}'
+    )
+  names = {row['clip'] for row in bad}
+  good = [clip for clip in clips if f'{clip.subset}/{clip.uid}' not in names]
+  if not good:
+    raise UserError(f'no training clip can be used: mend the data; the first is {bad[0]["text"]}')
+  return good
 
 
 def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -218,6 +244,8 @@ def training_batches(
   The stream is a function of clips, seed and the global batch size: a run restarted at batch
   `start` sees what it would have seen, and so do any number of threads and processes together.
   """
+  if task.semantic:
+    avsbench.require_classes(clips)
   items = make_items(clips, item_frames)
   if batch_items > len(items):
     raise UserError(

@@ -9,7 +9,8 @@ from aavs_jax import config as config_lib
 from input_pipeline.errors import UserError
 
 COMMANDS = (
-  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'report', 'bench', 'quickstart',
+  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'report',
+  'bench', 'aot', 'selftest', 'quickstart',
 )  # fmt: skip
 
 

@@ -3,6 +3,7 @@ import functools
 import hashlib
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,17 @@ def test_the_seed_decides_every_byte(tmp_path):
   }
 
 
+def test_the_bytes_are_those_of_earlier_versions(tmp_path):
+  # Sets that exist are reused and compared, so what the settings mean must not change unnoticed.
+  root = compose.compose(tmp_path / 'set', clips=SMALL, size=SIZE, seed=3)
+  for name, digest in (
+    ('metadata.csv', '2323c9c004097d42'),
+    ('compose.json', 'b17cddf7a75765cb'),
+    ('label2idx.json', 'db9d8dff05a08131'),
+  ):
+    assert hashlib.sha256((root / name).read_bytes()).hexdigest()[:16] == digest
+
+
 def test_a_clip_does_not_depend_on_the_others(tmp_path, root):
   compose.compose(tmp_path / 'few', clips={'test': {'v1m': 1}}, size=SIZE)
   (row,) = rows_of(tmp_path / 'few')
@@ -211,6 +223,90 @@ def test_an_interrupted_set_is_finished_with_the_same_bytes(tmp_path):
   assert tree_hash(tmp_path / 'a') == tree_hash(tmp_path / 'b')
 
 
+OBJECT = {'train': {'v1s': 3, 'v1m': 2}, 'test': {'v1s': 1, 'v1m': 1}}
+
+
+def test_the_object_layout_has_the_same_clips(tmp_path):
+  semantic = compose.compose(tmp_path / 'semantic', clips=OBJECT, size=SIZE, seed=2)
+  root = compose.compose(tmp_path / 'object', clips=OBJECT, size=SIZE, seed=2, layout='object')
+  top = {'compose.json', 's4_meta_data.csv', 's4_data', 'ms3_meta_data.csv', 'ms3_data'}
+  assert {path.name for path in root.iterdir()} == top
+  tables = {}
+  for name in ('s4', 'ms3'):
+    with open(root / f'{name}_meta_data.csv', newline='') as file:
+      tables[name] = list(csv.reader(file))
+  assert tables['s4'].pop(0) == ['name', 'category', 'split']
+  assert tables['ms3'].pop(0) == ['video_id', 'split']
+
+  sounding = 0
+  for row in rows_of(semantic):
+    uid, split, single = row['uid'], row['split'], row['label'] == 'v1s'
+    found = tables['s4' if single else 'ms3'].pop(0)
+    assert found == ([uid, row['a_obj'], split] if single else [uid, split])
+    data = root / ('s4_data' if single else 'ms3_data')
+    place = f'{split}/{row["a_obj"]}/{uid}' if single else f'{split}/{uid}'
+    pictures = data / 'visual_frames' / (place if single else uid)
+    wav = data / 'audio_wav' / f'{place}.wav'
+    old = semantic / row['label'] / uid
+    assert wav.read_bytes() == (old / 'audio.wav').read_bytes()
+    ending = '' if single else '.mp4'
+    assert {p.name for p in pictures.iterdir()} == {f'{uid}{ending}_{t}.png' for t in range(1, 6)}
+    labelled = 1 if single and split == 'train' else 5
+    masks = data / 'gt_masks' / place
+    names = {f'{uid}_{t}.png' for t in range(1, labelled + 1)}
+    assert {p.name for p in masks.iterdir()} == names
+    for t in range(5):
+      frame = cv2.imread(str(pictures / f'{uid}{ending}_{t + 1}.png'), -1)
+      assert frame.shape == (224, 224, 3)
+      jpeg = cv2.resize(cv2.imread(str(old / f'frames/{t}.jpg')), (224, 224))
+      assert np.abs(frame.astype(int) - jpeg).mean() < 6
+      if t < labelled:
+        mask = cv2.imread(str(masks / f'{uid}_{t + 1}.png'), -1)
+        ids = read_ids(semantic, row, t)
+        assert mask.shape == (224, 224) and set(np.unique(mask)) <= {0, 255}
+        rows, columns = ((np.arange(224) + 0.5) * n / 224 for n in ids.shape)
+        nearest = ids[rows.astype(int)[:, None], columns.astype(int)]
+        assert ((mask > 0) == (nearest > 0)).mean() > 0.99  # ties on the edges
+        sounding += mask.any()
+  assert not any(tables.values()) and sounding > 10
+
+
+def test_the_object_layout_is_reproducible_reused_and_finished(tmp_path):
+  make = functools.partial(compose.compose, clips=OBJECT, size=SIZE, layout='object')
+
+  def stop(done, total):
+    if done == 4:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    make(tmp_path / 'a', progress=stop)
+  assert not list((tmp_path / 'a').glob('*.csv'))
+  # As if stopped between the moves of one clip: its sound and masks are there, its frames not.
+  frames = sorted((tmp_path / 'a' / 's4_data' / 'visual_frames').glob('*/*/*'))
+  assert len(frames) == 3
+  shutil.rmtree(frames[1])
+  make(tmp_path / 'a')
+  make(tmp_path / 'b')
+  assert tree_hash(tmp_path / 'a') == tree_hash(tmp_path / 'b')
+  times = {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*')}
+  make(tmp_path / 'a')
+  assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*')}
+  with pytest.raises(UserError, match=r'\(layout differ'):
+    compose.compose(tmp_path / 'a', clips=OBJECT, size=SIZE)
+  compose.compose(tmp_path / 'c', clips=OBJECT, size=SIZE)
+  with pytest.raises(UserError, match=r'\(layout differ'):
+    make(tmp_path / 'c')
+
+
+def test_one_subset_of_the_object_layout(tmp_path):
+  root = compose.compose(tmp_path, clips={'val': {'v1m': 1}}, size=SIZE, layout='object')
+  assert {path.name for path in root.glob('*m*')} == {
+    'compose.json',
+    'ms3_meta_data.csv',
+    'ms3_data',
+  }
+
+
 def test_a_killed_run_leaves_whole_clips_only(tmp_path):
   clips = {'train': {'v2': 40}}
   code = (
@@ -239,6 +335,8 @@ def test_a_killed_run_leaves_whole_clips_only(tmp_path):
     ({'num_classes': 71}, 'num_classes is 71'),
     ({'size': (8, 64)}, 'size is'),
     ({'seed': -1}, 'seed is -1'),
+    ({'layout': 's4'}, "layout is 's4'"),
+    ({'layout': 'object'}, r"clips\['test'\]\['v2'\] is 1, but AVSBench-object has no v2"),
     ({'sprites': 'nowhere'}, 'nowhere does not exist'),
   ],
 )

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aavs_jax import config as config_lib
-from input_pipeline import avsbench, labels, masks, pipeline
+from input_pipeline import avsbench, labels, masks, pipeline, sounds
 from input_pipeline.errors import UserError
 
 
@@ -114,15 +114,6 @@ def test_evaluation_sees_every_frame_once(data_root, tiny_stage1, batch_items, p
   assert sorted(seen) == expected
 
 
-def test_other_sounds_come_from_another_clip_of_the_subset(data_root):
-  clips = avsbench.read_index(data_root, 'train')
-  others = pipeline.other_sounds(clips)
-  assert all(o.subset == c.subset and o.uid != c.uid for c, o in zip(clips, others))
-  assert sorted(o.uid for o in others) == sorted(c.uid for c in clips)
-  with pytest.raises(UserError, match='one clip'):
-    pipeline.other_sounds([clip for clip in clips if clip.subset == 'v2'][:1])
-
-
 def test_mixed_lengths_and_large_batches_are_refused(tiny_stage1, train_clips):
   task = config_lib.task_of(tiny_stage1)
   with pytest.raises(UserError, match='item_frames=5'):
@@ -174,8 +165,8 @@ def test_evaluation_hears_the_clip_it_is_given_or_silence(data_root):
     heard = pipeline.load_eval_item(clip, c, item, task)
     assert np.array_equal(heard['log_mel'], sound[c.uid])
     assert np.array_equal(heard['frames'][3], avsbench.load_frame(clip, 3, 32))
-  heard = pipeline.load_eval_item(clip, None, item, task)
-  assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == pipeline.SILENCE).all()
+  heard = pipeline.load_eval_item(clip, 'silence', item, task)
+  assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == sounds.SILENCE).all()
 
 
 @pytest.mark.parametrize('item_frames', [1, 5])

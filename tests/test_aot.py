@@ -1,0 +1,297 @@
+"""Ahead-of-time compilation: what is read from a compiled module, and what modules may do."""
+
+import importlib.util
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aavs_jax import aot, cli, hlo, mesh, stages
+from configs import avss_stage2
+from tests import tiny
+
+needs_compiler = pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is None, reason='the TPU compiler is not installed'
+)
+
+# Written by hand: a loop of three rounds in which a fusion multiplies a slice of stacked weights,
+# and the products are summed over devices; asynchronous collectives; a loop of unknown length.
+# ruff: noqa: E501
+MODULE = """HloModule step, is_scheduled=true
+
+%slice_fusion (p0: bf16[3,128,256], p1: s32[]) -> bf16[128,256] {
+  %p0 = bf16[3,128,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[]{:T(128)S(6)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %one = bf16[1,128,256]{2,1,0:T(8,128)(2,1)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,128,256}
+  ROOT %flat = bf16[128,256]{1,0:T(8,128)(2,1)} bitcast(%one)
+}
+
+%product (q0: bf16[3,128,256], q1: s32[], q2: f32[4,128]) -> f32[4,256] {
+  %q0 = bf16[3,128,256]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q1 = s32[]{:T(128)S(6)} parameter(1)
+  %q2 = f32[4,128]{1,0:T(4,128)} parameter(2)
+  %kernel = bf16[128,256]{1,0:T(8,128)(2,1)} fusion(%q0, %q1), kind=kLoop, calls=%slice_fusion
+  ROOT %conv = f32[4,256]{1,0:T(4,128)} convolution(%q2, %kernel), dim_labels=bf_io->bf, metadata={op_name="a (b"}
+}
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  %y = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%x, %y)
+}
+
+%body (b: (s32[], f32[4,128], bf16[3,128,256])) -> (s32[], f32[4,128], /*index=2*/bf16[3,128,256]) {
+  %b = (s32[]{:T(128)}, f32[4,128]{1,0:T(4,128)}, /*index=2*/bf16[3,128,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%b), index=0
+  %state = f32[4,128]{1,0:T(4,128)} get-tuple-element(%b), index=1
+  %stack = bf16[3,128,256]{2,1,0:T(8,128)(2,1)} get-tuple-element(%b), index=2
+  %wide = f32[4,256]{1,0:T(4,128)S(1)} fusion(%stack, %i, %state), kind=kOutput, calls=%product
+  %total = f32[4,256]{1,0:T(4,128)S(1)} all-reduce(%wide), replica_groups=mesh['a'=8] {'a'}, to_apply=%add
+  ROOT %next = (s32[]{:T(128)}, f32[4,128]{1,0:T(4,128)}, bf16[3,128,256]{2,1,0:T(8,128)(2,1)}) tuple(%i, %state, %stack)
+}
+
+%condition (c: (s32[], f32[4,128], bf16[3,128,256])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %c = (s32[]{:T(128)}, f32[4,128]{1,0:T(4,128)}, bf16[3,128,256]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %count = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%count, %limit), direction=LT
+}
+
+%searching (s: (pred[])) -> pred[] {
+  %s = (pred[]{:T(512)}) parameter(0)
+  %local = pred[]{:T(512)} get-tuple-element(%s), index=0
+  ROOT %anywhere = pred[]{:T(512)} all-reduce(%local), replica_groups={}, to_apply=%add
+}
+
+%search (t: (pred[])) -> (pred[]) {
+  ROOT %t = (pred[]{:T(512)}) parameter(0)
+}
+
+%scattering (v: f32[16,3]) -> f32[2,3] {
+  %v = f32[16,3]{1,0:T(8,128)} parameter(0)
+  ROOT %part = f32[2,3]{1,0:T(2,128)} reduce-scatter(%v), replica_groups={}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: f32[4,128], w: bf16[3,128,256], v: f32[16,3]) -> f32[4,128] {
+  %a = f32[4,128]{1,0:T(4,128)} parameter(0)
+  %w = bf16[3,128,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+  %u = f32[16,3]{1,0:T(8,128)} parameter(2)
+  %start = s32[]{:T(128)} constant(0)
+  %found = pred[]{:T(512)} constant(false)
+  %gather-start = (f32[16,3]{1,0:T(8,128)}, f32[128,3]{1,0:T(8,128)S(1)}) all-gather-start(%u), replica_groups={}, dimensions={0}
+  %gathered = f32[128,3]{1,0:T(8,128)S(1)} all-gather-done(%gather-start)
+  %scatter-start = ((f32[16,3]{1,0:T(8,128)}), f32[2,3]{1,0:T(2,128)}, s32[]{:T(128)}) async-start(%u), calls=%scattering
+  %scattered = f32[2,3]{1,0:T(2,128)} async-done(%scatter-start)
+  %first = (s32[]{:T(128)}, f32[4,128]{1,0:T(4,128)}, bf16[3,128,256]{2,1,0:T(8,128)(2,1)}) tuple(%start, %a, %w)
+  %loop = (s32[]{:T(128)}, f32[4,128]{1,0:T(4,128)}, bf16[3,128,256]{2,1,0:T(8,128)(2,1)}) while(%first), condition=%condition, body=%body
+  %asked = (pred[]{:T(512)}) tuple(%found)
+  %answer = (pred[]{:T(512)}) while(%asked), condition=%searching, body=%search
+  ROOT %out = f32[4,128]{1,0:T(4,128)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+class TestText:
+  def test_loops_count_as_often_as_they_run(self):
+    done = hlo.work(MODULE)
+    assert done.flops == 3 * 2 * 4 * 128 * 256
+    assert done.collectives == {
+      'all-reduce': (3 + 1, 3 * 4 * 4 * 256 + 1),
+      'all-gather': (1, 4 * 128 * 3),  # the gathered side
+      'reduce-scatter': (1, 4 * 16 * 3),  # the side before it
+    }
+    assert done.open_loops == 1
+
+  def test_traffic_is_that_of_hbm_as_laid_out(self):
+    # Each round reads one slice of the stack and the state; the product stays on the chip, S(1).
+    loop = 3 * (2 * 128 * 256 + 4 * 4 * 128)
+    # Rows of 3 are padded to 128; the gathered array is on the chip.
+    around = 4 * (16 * 128) + 4 * (16 * 128) + 4 * (2 * 128)
+    assert hlo.work(MODULE).bytes == loop + around
+
+  @pytest.mark.parametrize(
+    ('line', 'products'),
+    [
+      # A batch of 2 products of 8x16 and 16x32, as TPUs write it: holes between the batch items.
+      (
+        'window={size=2 stride=1 lhs_dilate=2}, dim_labels=0bf_0io->0bf'
+        '|f32[2,8,16]|f32[2,16,32]|f32[2,8,32]',
+        2 * 8 * 16 * 32,
+      ),
+      # A 3x3 convolution of 5x5 pixels with a border of zeros: 13 of 15 taps meet pixels each way.
+      (
+        'window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f'
+        '|f32[1,5,5,4]|f32[3,3,4,6]|f32[1,5,5,6]',
+        13 * 13 * 4 * 6,
+      ),
+      # Patches of 4x4.
+      (
+        'window={size=4x4 stride=4x4}, dim_labels=b01f_01io->b01f'
+        '|f32[2,8,8,3]|f32[4,4,3,7]|f32[2,2,2,7]',
+        2 * 2 * 2 * 16 * 3 * 7,
+      ),
+    ],
+  )
+  def test_products_are_counted_without_holes(self, line, products):
+    attributes, left, right, out = line.split('|')
+    text = (
+      f'ENTRY %main (a: {left}, b: {right}) -> {out} {{\n  %a = {left}{{0}} parameter(0)\n'
+      f'  %b = {right}{{0}} parameter(1)\n  ROOT %c = {out}{{0}} convolution(%a, %b), '
+      f'{attributes}\n}}\n'
+    )
+    assert hlo.work(text).flops == 2 * products
+
+
+class TestTopology:
+  @pytest.mark.parametrize(
+    ('name', 'sides'),
+    [
+      ('v4-8', 'v4:2x2x1'),
+      ('v4-16', 'v4:2x2x2'),
+      ('v5e-1', 'v5e:1x1'),
+      ('v5e-4', 'v5e:2x2'),
+      ('v5e-8', 'v5e:2x4'),
+      ('v5e-16', 'v5e:4x4'),
+      ('v5e-256', 'v5e:16x16'),
+      ('v5p-64', 'v5p:2x4x4'),
+      ('v5p-128', 'v5p:4x4x4'),
+      ('v6e-32', 'v6e:4x8'),
+      ('v6e-256', 'v6e:16x16'),
+      ('tpu7x-16', 'tpu7x:2x2x2'),
+      ('v5p:4x4x8', 'v5p:4x4x8'),
+    ],
+  )
+  def test_sizes_have_the_sides_of_cloud_tpu(self, name, sides):
+    where = aot.parse_topology(name)
+    assert str(where) == sides
+    size = name.split('-')[1] if '-' in name else 256
+    per_chip = 1 if where.generation in ('v5e', 'v6e') else 2
+    assert where.chips * per_chip == int(size)
+
+  @pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+      (('--topology', 'v9:2x2'), 'v9:2x2 is unknown: use one of v4, v5e'),
+      (('--topology', 'h100'), 'h100 is unknown'),
+      (('--topology', 'v5e:2x2x2'), 'v5e has 2 sides, such as v5e:4x4'),
+      (('--topology', 'v4-9'), 'v4-9 is no power of two'),
+      (('--topology', 'v5e-4', '--batch-per-chip', '0'), '--batch-per-chip is 0'),
+      (('--topology', 'tpu7x-16', '--batch-per-chip', '3'), 'of which a chip has 2'),
+    ],
+  )
+  def test_what_cannot_be_is_one_sentence(self, arguments, words, capsys, monkeypatch):
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')  # the command sets both
+    monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'false')
+    assert cli.main(['aot', '--config', 'tests/tiny.py:stage2', *arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0]
+
+  def test_a_missing_compiler_is_named(self, monkeypatch):
+    monkeypatch.setattr(aot.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(aot.UserError, match=r'pip install -e .\.\[aot\]'):
+      aot.slice_devices(aot.parse_topology('v5e-4'))
+
+
+@given(limit=st.integers(0, 200), first=st.integers(1, 40), step=st.sampled_from([1, 2]))
+def test_the_search_finds_the_largest_that_fits(limit, first, step):
+  tried = []
+
+  def fits(count):
+    assert count > 0 and count % step == 0 and count not in tried
+    tried.append(count)
+    return count <= limit
+
+  assert aot.largest(first * step, step, fits) == limit // step * step
+
+
+def test_the_estimate_is_that_of_the_figures_it_states():
+  done = hlo.Work(197e9, 819e6, {'all-reduce': hlo.Collective(10, 200_000_000)}, 0)
+  # A ring of 16 chips each way has all four links of 50 GB/s; a sum passes twice.
+  pod = aot.roofline(done, aot.parse_topology('v5e:16x16'))
+  assert (pod['products'], pod['hbm']) == (1e-3, 1e-3)
+  np.testing.assert_allclose(pod['interconnect'], 2 * (200e6 / 200e9 + 10 * 16e-6))
+  np.testing.assert_allclose(pod['step'], 1e-3 + pod['interconnect'])
+  # 4x4 chips are no ring: half the links.
+  part = aot.roofline(done, aot.parse_topology('v5e:4x4'))
+  np.testing.assert_allclose(part['interconnect'], 2 * (200e6 / 100e9 + 10 * 6e-6))
+  # Two devices share a chip.
+  device = aot.roofline(done, aot.parse_topology('tpu7x:4x4x4'))
+  np.testing.assert_allclose(device['products'], 197e9 / (2307e12 / 2))
+  np.testing.assert_allclose(device['interconnect'], 2 * (200e6 / 300e9 + 10 * 6e-6))
+  alone = aot.roofline(done._replace(collectives={}), aot.parse_topology('v5e:1x1'))
+  assert alone['interconnect'] == 0 and alone['scaling'] == 1
+
+
+def _config(**overrides):
+  """The tiny model, of which the published parts train."""
+  config = tiny.get_config('stage2')
+  config.train.trainable = avss_stage2.get_config().train.trainable
+  for key, value in overrides.items():
+    config[key] = value
+  return config
+
+
+@pytest.fixture(scope='module')
+def devices():
+  return aot.slice_devices(aot.parse_topology('v5e:2x4'))
+
+
+@needs_compiler
+def test_data_parallel_training_sums_gradients_and_nothing_else(devices):
+  config = _config()
+  compiled, state = aot.compile_train(config, mesh.make_mesh(1, devices), 2 * len(devices))
+  done = hlo.work(compiled.as_text())
+  trained = stages.count(state.trained)
+  assert set(done.collectives) == {'all-reduce'}
+  # Beside the gradients: terms of the loss and its counts in two prediction sets, and the norms of
+  # the six query positions.
+  scalars = done.collectives['all-reduce'].bytes - 4 * trained
+  assert 0 <= scalars <= 4 * 30
+
+  assert aot.held(state.trained) == 4 * trained
+  assert aot.held(state.frozen) == 4 * stages.count(state.frozen)
+  assert 0 <= aot.held(state.opt_state) - 2 * 4 * trained <= 4 * 4
+  sizes = aot.memory(compiled)
+  assert sizes['arguments'] >= aot.held((state.trained, state.frozen, state.opt_state))
+  # All but the metrics goes where the old state was.
+  assert sizes['results'] < 10_000
+  assert sizes['total'] < 15.75 * 2**30
+
+
+@needs_compiler
+def test_spread_parameters_are_gathered(devices, monkeypatch):
+  monkeypatch.setattr(mesh, 'FSDP_MIN_SIZE', 1)  # those of the tiny model are all below it
+  config = _config()
+  compiled, state = aot.compile_train(config, mesh.make_mesh(2, devices), 2 * len(devices))
+  assert hlo.work(compiled.as_text()).collectives['all-gather'].count > 0
+  spread = [leaf for leaf in state.frozen.values() if math.prod(leaf.shape) > 64]
+  whole = sum(4 * math.prod(leaf.shape) for leaf in spread)
+  assert whole / 2 <= aot.held(spread) < 0.6 * whole
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', ['v6e:16x16', 'v4:2x2x2', 'v5p:2x4x4', 'tpu7x:2x2x2'])
+def test_every_slice_divides_into_groups(name):
+  where = aot.parse_topology(name)
+  found = mesh.make_mesh(2, aot.slice_devices(where))
+  assert found.devices.shape == (where.devices // 2, 2)
+  assert len({device.id for device in found.devices.flat}) == where.devices
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_published_size_fits_a_chip():
+  config = avss_stage2.get_config()
+  config.dtype = 'bfloat16'
+  result = aot.aot(config, 'v5e-4', 1)
+  assert result['trained_parameters'] == 7_663_976
+  for step in ('train', 'predict'):
+    assert result[step]['memory']['total'] < result['hbm_bytes_per_device']
+  assert set(result['train']['collectives']) == {'all-reduce'}
+  assert not result['predict']['collectives']
+  # The forward pass takes 153 GFLOP a frame; training adds the gradients through the backbone.
+  assert 130e9 < result['predict']['flops'] < 200e9
+  assert 300e9 < result['train']['flops'] < 800e9
