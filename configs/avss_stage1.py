@@ -2,6 +2,8 @@
 
 from configs import base
 
+VARIANTS = base.RECIPES
 
-def get_config():
-  return base.get_config()
+
+def get_config(variant='release'):
+  return base.with_recipe(base.get_config(), variant, paper_epochs=30)

@@ -2,8 +2,10 @@
 
 from configs import base
 
+VARIANTS = base.RECIPES
 
-def get_config():
+
+def get_config(variant='release'):
   config = base.get_config()
   config.task = 'semantic'
   config.num_classes = 71
@@ -20,4 +22,4 @@ def get_config():
     r'aavs/decoder/(silent|uncertain|sounding)_key',
     r'aavs/audio_projection/',
   )
-  return config
+  return base.with_recipe(config, variant, paper_epochs=30)

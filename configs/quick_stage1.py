@@ -34,7 +34,7 @@ def get_config():
   config.optimizer.clip_norm = 1.0
   config.optimizer.warmup_steps = 50
   config.optimizer.schedule = 'cosine'
-  config.train.epochs = 2.5
+  config.train.epochs = 2.0
   config.train.phase2_epoch = 0
   config.train.trainable = (r'.*',)
   config.train.eval_every_epochs = 0.5
