@@ -65,7 +65,12 @@ def bench(
     sharding = state_sharding(mesh, jax.eval_shape(make_state, params))
     state, arguments = jax.jit(make_state, out_shardings=sharding)(params), (batch, key)
     step = jax.jit(
-      functools.partial(steps.train_step, method=method, optimizer=optimizer),
+      functools.partial(
+        steps.train_step,
+        method=method,
+        optimizer=optimizer,
+        accumulate=config.train.accumulate,
+      ),
       donate_argnums=0,
       out_shardings=(sharding, None),
     )

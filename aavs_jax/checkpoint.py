@@ -15,6 +15,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from aavs_jax.state import TrainState
 from input_pipeline.errors import UserError
 
+CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _METRIC = 'miou'
 
 
@@ -99,7 +100,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
   Raises:
     UserError: there is no checkpoint, or it cannot be read.
   """
-  folder = Path(source)
+  folder = epath.Path(source)
   if (folder / 'checkpoints').is_dir():
     folder = folder / 'checkpoints'
   if not folder.is_dir():
@@ -107,7 +108,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
   options = ocp.CheckpointManagerOptions(read_only=True)
   with (
     _readable(folder),
-    ocp.CheckpointManager(epath.Path(folder).absolute(), options=options) as manager,
+    ocp.CheckpointManager(folder.absolute(), options=options) as manager,
   ):
     step = best_step(manager)
     step = manager.latest_step() if step is None else step
@@ -118,7 +119,23 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
   return {**loaded.get('trained', {}), **loaded.get('frozen', {})}, step
 
 
-def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+def converted(folder: str | Path) -> dict[str, Any] | None:
+  """What `aavs convert` noted about a folder that it wrote; None for any other folder.
+
+  Keys: 'kind', one of convert.KINDS; 'source' and 'vggish', names of the files; 'lacking', patterns
+  of the parameters that a start for training lacks; 'names', the source's tensors in their order;
+  'unused', those of them that have no part in the model.
+  """
+  path = epath.Path(folder) / CONVERTED
+  if not path.exists():
+    return None
+  note = read_json(path)
+  if not isinstance(note, dict) or not {'kind', 'lacking', 'names'} <= note.keys():
+    raise UserError(f'{path} is not a note of `aavs convert`: restore it or convert again')
+  return note
+
+
+def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
   """Numpy arrays of the state saved at a path, or of some of its fields."""
   with ocp.PyTreeCheckpointer() as reader:
     tree = reader.metadata(path).item_metadata.tree

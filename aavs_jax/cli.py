@@ -16,6 +16,9 @@ def _compose(args) -> None:
   from input_pipeline.compose import compose
 
   clips = {split: _per_subset(split, getattr(args, split)) for split in ('train', 'val', 'test')}
+  if args.layout == 'object':
+    for counts in clips.values():
+      counts['v2'] = 0
   total = sum(sum(subsets.values()) for subsets in clips.values())
   with Progress('making clips', total, 'clips') as progress:
     compose(
@@ -25,9 +28,10 @@ def _compose(args) -> None:
       size=_size(args.size),
       seed=args.seed,
       sprites=args.sprites,
+      layout=args.layout,
       progress=lambda done, _: progress.advance_to(done),
     )
-  say(f'{total} clips in {args.root}')
+  say(f'{total} clips in {args.root}' + (', none of v2' if args.layout == 'object' else ''))
 
 
 def _per_subset(split: str, text: str) -> dict[str, int]:
@@ -87,7 +91,7 @@ def _masks(args) -> None:
 def _eval(args) -> None:
   from aavs_jax.evaluate import evaluate
   from aavs_jax.logging import say
-  from aavs_jax.metrics import format_table
+  from aavs_jax.tables import format_evaluation
 
   result = evaluate(
     args.workdir,
@@ -98,9 +102,10 @@ def _eval(args) -> None:
     oracle=args.oracle,
     mask_folder=args.masks,
     maps=args.maps,
+    subsets=args.subsets.split(',') if args.subsets is not None else None,
   )
-  say(format_table([result]))
-  say(f'written to {args.out}')
+  say(format_evaluation(result))
+  say(f'written to {args.out} and {Path(args.out).with_suffix(".md")}')
 
 
 def _predict(args) -> None:
@@ -117,11 +122,57 @@ def _predict(args) -> None:
   say(f'masks and overlays in {out}')
 
 
+def _convert(args) -> None:
+  from aavs_jax.convert import convert
+  from aavs_jax.logging import say
+
+  convert(args.source, args.out, args.vggish)
+  say(f'written to {args.out}')
+
+
+def _export(args) -> None:
+  from aavs_jax.convert import export
+  from aavs_jax.logging import say
+
+  say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
+
+
 def _report(args) -> None:
   from aavs_jax.logging import say
   from aavs_jax.report import write_report
 
   say(f'open {write_report(args.workdir, args.data, args.out)}')
+
+
+def _recipe(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax import recipe
+  from aavs_jax.logging import say
+
+  if args.config:
+    changes = recipe.format_recipe(config_lib.load(args.config))
+    say(f'{args.config} is configs/base.py' + (f' with\n{changes}' if changes else ' itself'))
+  else:
+    say(recipe.format_recipes(recipe.published()))
+    say('NAME is configs/NAME.py, NAME:VARIANT configs/NAME.py:VARIANT; base is configs/base.py')
+
+
+def _reproduce(args) -> None:
+  from aavs_jax.logging import say
+  from aavs_jax.reproduce import format_table, reproduce
+
+  result = reproduce(
+    args.workdir,
+    data=args.data,
+    stage1=args.stage1,
+    stage2=args.stage2,
+    vggish=args.vggish,
+    s4=args.s4,
+    ms3=args.ms3,
+    batch_items=args.batch,
+  )
+  say(format_table(result))
+  say(f'written to {args.workdir}: table.json, table.md and eval/')
 
 
 def _bench(args) -> None:
@@ -134,6 +185,29 @@ def _bench(args) -> None:
   say(f'{args.what} of {args.config}, phase {args.phase}, {args.frames} frames, {config.dtype}')
   for name, value in result.items():
     say(f'  {name:20} {value:12,.2f}')
+
+
+def _aot(args) -> None:
+  # The compiler alone is wanted: a TPU that is there stays free, and what is compiled for one that
+  # is not cannot be read back from the cache.
+  os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  from aavs_jax import config as config_lib
+  from aavs_jax.aot import aot, format_report
+  from aavs_jax.evaluate import write_json
+  from aavs_jax.logging import say
+
+  config = config_lib.load(args.config, args.overrides)
+  say(f'compiling {args.config} in {config.dtype} for {args.topology}')
+  result = aot(config, args.topology, args.batch_per_chip, fit=args.fit, progress=say)
+  if args.json:
+    write_json(args.json, {'config': args.config, **result})
+  say(format_report(result))
+
+
+def _selftest(args) -> int:
+  from aavs_jax.selftest import selftest
+
+  return 0 if selftest(args.files) else 1
 
 
 def _quickstart(args) -> None:
@@ -164,10 +238,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='traceback')
     return sub
 
+  def several_processes(sub):
+    sub.add_argument(
+      '--distributed',
+      nargs='?',
+      const='auto',
+      metavar='HOST:PORT,PROCESSES,INDEX',
+      help='one of several processes; without a value on Cloud TPU, Slurm and GKE',
+    )
+
   sub = command(
     'compose',
     _compose,
-    'write a small made data set in the AVSBench-semantic layout',
+    'write a small made data set in a layout of AVSBench',
     'aavs compose data --train 240,240,120 --val 12,20,8 --test 30,60,30',
   )
   sub.add_argument('root', help='folder to write')
@@ -178,6 +261,12 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--size', default='160x120', help='of the frames (%(default)s)')
   sub.add_argument('--seed', type=int, default=0)
   sub.add_argument('--sprites', help='DIR/CLASS/*.png with alpha, *.wav|*.ogg|*.flac, to show')
+  sub.add_argument(
+    '--layout',
+    default='semantic',
+    choices=('semantic', 'object'),
+    help='object: as AVSBench-object, v1s and v1m alone, 224x224, binary labels (%(default)s)',
+  )
 
   sub = command(
     'check-data', _check_data, 'read a whole data set and report its faults', 'aavs check-data data'
@@ -195,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
   sub.add_argument('--workdir', required=True, help='where config, metrics and checkpoints go')
   sub.add_argument('--data', help='the data set (or --config.data.root)')
+  several_processes(sub)
 
   sub = command(
     'masks',
@@ -206,23 +296,29 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--data', required=True)
   sub.add_argument('--out', required=True)
   sub.add_argument('--splits', default='val,test', help='(%(default)s)')
+  several_processes(sub)
 
   sub = command(
     'eval',
     _eval,
-    'score a trained stage on a split',
+    'score a trained stage on a split by every protocol',
     'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json',
   )
   sub.add_argument('--workdir', required=True)
   sub.add_argument('--data', required=True)
-  sub.add_argument('--out', required=True, help='JSON file')
+  sub.add_argument('--out', required=True, help='JSON file; the tables go beside it, as Markdown')
   sub.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+  sub.add_argument('--subsets', help='of v1s,v1m,v2, if not those it was trained on')
   sub.add_argument(
-    '--audio', default='true', choices=('true', 'other', 'silence'), help='what the model hears'
+    '--audio',
+    default='true',
+    choices=('true', 'other', 'silence', 'noise', 'offscreen'),
+    help="what the model hears: its clip, another clip, nothing, noise, a clip of what isn't seen",
   )
   sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
   sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
   sub.add_argument('--maps', help='folder for the predicted maps')
+  several_processes(sub)
 
   sub = command(
     'predict',
@@ -236,6 +332,25 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--out', required=True)
 
   sub = command(
+    'convert',
+    _convert,
+    'make a work folder of weights that PyTorch trained',
+    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth',
+  )
+  sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
+  sub.add_argument('out', help='new work folder')
+  sub.add_argument('--vggish', default='', help="torchvggish's file, or a folder made of it")
+
+  sub = command(
+    'export',
+    _export,
+    "write a work folder's weights as a state dict of the release",
+    'aavs export runs/stage2 stage2.pth',
+  )
+  sub.add_argument('workdir')
+  sub.add_argument('out', help='new file, .pth or .safetensors')
+
+  sub = command(
     'report',
     _report,
     'write the report of a finished quickstart',
@@ -244,6 +359,32 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('workdir')
   sub.add_argument('--data', required=True)
   sub.add_argument('--out', help='HTML file (WORKDIR/report.html)')
+
+  sub = command(
+    'recipe',
+    _recipe,
+    'show what the published recipes change, or one config',
+    'aavs recipe configs/s4.py:paper',
+  )
+  sub.add_argument('config', nargs='?', help='config file; without it, all published recipes')
+
+  sub = command(
+    'reproduce',
+    _reproduce,
+    "score released checkpoints beside the paper's figures",
+    'aavs reproduce --data ROOT --stage1 stage1.pth --stage2 stage2.pth --vggish vggish.pth '
+    '--workdir runs/reproduce',
+  )
+  sub.add_argument('--data', required=True, help='AVSBench-semantic')
+  sub.add_argument('--stage1', required=True, help='released checkpoint of stage 1 of AVSS')
+  sub.add_argument('--stage2', required=True, help='released checkpoint of stage 2 of AVSS')
+  sub.add_argument('--vggish', required=True, help="torchvggish's file, or a folder made of it")
+  sub.add_argument('--s4', default='', help='released checkpoint of S4; its row is empty without')
+  sub.add_argument('--ms3', default='', help='released checkpoint of MS3; likewise')
+  sub.add_argument('--workdir', required=True, help='an interrupted run goes on from what is there')
+  sub.add_argument(
+    '--batch', type=int, default=1, help='pieces of five frames at once (%(default)s)'
+  )
 
   sub = command(
     'bench',
@@ -256,6 +397,28 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--frames', type=int, default=5)
   sub.add_argument('--phase', type=int, default=2, choices=(1, 2), help='(%(default)s)')
   sub.add_argument('--repeats', type=int, default=3)
+
+  sub = command(
+    'aot',
+    _aot,
+    'compile the real steps for a TPU slice, without one, and say what they need',
+    'aavs aot --config configs/avss_stage2.py --topology v5e:16x16 --config.dtype=bfloat16',
+  )
+  sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
+  sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
+  sub.add_argument('--batch-per-chip', type=int, help='frames (one for each device of a chip)')
+  sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
+  sub.add_argument('--json', help='also write the figures here')
+
+  sub = command(
+    'selftest',
+    _selftest,
+    "compare the model on this device with recorded runs of the authors' code",
+    'aavs selftest',
+  )
+  sub.add_argument(
+    'files', nargs='*', metavar='FILE.npz', help='recordings (those of tests/goldens)'
+  )
 
   sub = command(
     'quickstart',
@@ -273,23 +436,53 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
+_WRONG_PATH = (
+  FileNotFoundError,
+  FileExistsError,
+  NotADirectoryError,
+  IsADirectoryError,
+  PermissionError,
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-  """Entry point; returns the exit status: 0, 1 (check-data found faults) or 2 (bad input)."""
+  """Entry point; returns the exit status.
+
+  0, 1 (check-data or selftest found faults; a disk or another process failed) or 2 (bad input).
+  """
   parser = _parser()
   args, rest = parser.parse_known_args(argv)
   args.overrides = [text for text in rest if text.startswith('--config.')]
   unknown = [text for text in rest if text not in args.overrides]
-  if unknown or (args.overrides and args.command not in ('train', 'bench', 'quickstart')):
+  if unknown or (args.overrides and args.command not in ('train', 'bench', 'aot', 'quickstart')):
     parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
   _keep_compiled()
   _quiet_libraries()
   try:
+    if getattr(args, 'distributed', None):
+      from aavs_jax import distributed
+
+      distributed.start(args.distributed)
     return args.run(args) or 0
   except (UserError, FloatingPointError, OSError) as error:
     if args.debug:
       raise
     print(f'aavs: {str(error).rstrip(".")}', file=sys.stderr)
-    return 2
+    # A disk that is full or a network that fails may be well again at the next start.
+    passing = isinstance(error, OSError) and not isinstance(error, _WRONG_PATH)
+    return 1 if passing else 2
+  except RuntimeError as error:  # what JAX raises when a collective operation fails
+    if args.debug or not getattr(args, 'distributed', None):
+      raise
+    text = ' '.join(str(error).split())[:200]
+    print(
+      f'aavs: another process or the network between them has failed ({text}): start all processes '
+      'again, they go on from the last checkpoint',
+      file=sys.stderr,
+      flush=True,
+    )
+    # Not through JAX's own end of the run, which would wait for the others.
+    os._exit(1)
 
 
 def _keep_compiled() -> None:

@@ -9,6 +9,8 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from aavs_jax.models.repeat import REMAT_POLICIES
+from configs import base
 from input_pipeline.avsbench import FRAMES
 from input_pipeline.errors import UserError
 from input_pipeline.labels import NUM_CLASSES
@@ -18,8 +20,10 @@ from input_pipeline.pipeline import Task
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
   """The config of a file, with overrides such as '--config.optimizer.lr=2e-4'.
 
+  A variant of it is named after a colon, as in 'configs/s4.py:paper'.
+
   Raises:
-    UserError: no such file or key, or a value of another type.
+    UserError: no such file, variant or key, or a value of another type.
   """
   config = _read(path, overrides)
   check(config)
@@ -47,7 +51,10 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
   try:
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    text = ' '.join(str(error).split())
+    text = str(error)
+    if 'Traceback' in text:  # of an error in the file the flag library hands on all of it
+      text = text.rstrip().splitlines()[-1].removeprefix('ValueError: ')
+    text = ' '.join(text.split())
     given = ' '.join(overrides) or 'no overrides'
     raise UserError(f'{path} with {given} is not accepted: {text}') from error
   except Exception as error:  # the file is a program and may fail in any way
@@ -68,16 +75,27 @@ def check(config: ml_collections.ConfigDict) -> None:
   data, model, train = config.data, config.model, config.train
   need(config.task in ('binary', 'semantic'), 'task', config.task, "use 'binary' or 'semantic'")
   classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
-  need(config.num_classes in classes, 'num_classes', config.num_classes, f'use {classes}')
+  # Mask2Former without adapters, which others are trained from, has the classes of its own data.
+  fits = config.num_classes in classes or model.adapter_variant == 'none'
+  need(fits, 'num_classes', config.num_classes, f'use {classes}')
   need(config.dtype in ('float32', 'bfloat16'), 'dtype', config.dtype, 'use float32 or bfloat16')
   need(
-    model.adapter_variant in ('replace', 'after'),
+    config.use_prior or not config.oracle_prior,
+    'oracle_prior',
+    config.oracle_prior,
+    'a model without config.use_prior takes no prior, leave it False',
+  )
+  need(
+    model.adapter_variant in ('replace', 'after', 'none'),
     'model.adapter_variant',
     model.adapter_variant,
-    "use 'replace' (stage 1 of the release) or 'after' (stage 2)",
+    "use 'replace' (stage 1 of the release), 'after' (stage 2) or 'none' (Mask2Former)",
   )
   need(
     model.sampling in ('gather', 'dense'), 'model.sampling', model.sampling, "'gather' or 'dense'"
+  )
+  need(
+    model.remat in REMAT_POLICIES, 'model.remat', model.remat, f'use one of {tuple(REMAT_POLICIES)}'
   )
   need(
     data.max_targets <= model.num_queries,
@@ -108,6 +126,13 @@ def check(config: ml_collections.ConfigDict) -> None:
     config.optimizer.schedule,
     "use 'constant' or 'cosine'",
   )
+  need(
+    data.on_bad_clip in ('error', 'skip'),
+    'data.on_bad_clip',
+    data.on_bad_clip,
+    "use 'error' or 'skip'",
+  )
+  need(data.max_bad_clips >= 0, 'data.max_bad_clips', data.max_bad_clips, 'use 0 or more')
   need(data.item_frames in (0, 1, 5), 'data.item_frames', data.item_frames, 'use 0, 1 or 5')
   need(config.seed >= 0, 'seed', config.seed, 'use a whole number of at least 0')
   need(config.mesh.fsdp > 0, 'mesh.fsdp', config.mesh.fsdp, 'use 1 or a divisor of the devices')
@@ -121,10 +146,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(data[key] > 0, f'data.{key}', data[key], 'use a positive number')
   for key in ('epochs', 'eval_every_epochs', 'checkpoint_every_steps', 'log_every_steps'):
     need(train[key] > 0, f'train.{key}', train[key], 'use a positive number')
+  need(train.accumulate >= 1, 'train.accumulate', train.accumulate, 'use 1 or more')
   need(train.keep_checkpoints >= 1, 'train.keep_checkpoints', train.keep_checkpoints, 'at least 1')
 
 
-def task_of(config: ml_collections.ConfigDict, oracle_prior: bool = False) -> Task:
+def task_of(config: ml_collections.ConfigDict) -> Task:
   """What the input pipeline needs to know of a config."""
   return Task(
     semantic=config.task == 'semantic',
@@ -132,7 +158,7 @@ def task_of(config: ml_collections.ConfigDict, oracle_prior: bool = False) -> Ta
     eval_size=config.data.eval_size,
     max_targets=config.data.max_targets,
     use_prior=config.use_prior,
-    masks='' if oracle_prior else config.data.masks,
+    masks='' if config.oracle_prior else config.data.masks,
   )
 
 
@@ -141,7 +167,10 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(path: Path) -> ml_collections.ConfigDict:
-  """The config that a work folder was trained with. Raises UserError if there is none."""
+  """The config that a work folder was trained with. Raises UserError if there is none.
+
+  Keys that came after it was written get the values of configs/base.py.
+  """
   try:
     plain = json.loads(path.read_text())
   except FileNotFoundError:
@@ -151,6 +180,8 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   except ValueError as error:
     raise UserError(f'{path} is not valid JSON ({error}): restore it or train again') from None
   try:
+    if 'task' in plain:  # else it is no config, which `check` says
+      plain = _with_defaults(plain, base.get_config().to_dict())
     config = ml_collections.ConfigDict(_tuples(plain))
     check(config)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -161,6 +192,16 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
       'or train again'
     ) from error
   return config
+
+
+def _with_defaults(values: dict, defaults: dict) -> dict:
+  """The values, and the defaults of the keys that they lack, at every level."""
+  nested = {
+    key: _with_defaults(values[key], default)
+    for key, default in defaults.items()
+    if isinstance(default, dict) and key in values
+  }
+  return {**defaults, **values, **nested}
 
 
 def _tuples(value):

@@ -1,13 +1,57 @@
-"""Parameter names and layouts: Flax here, the released PyTorch checkpoints there."""
+"""Checkpoints in and out: Flax's names and layouts here, PyTorch's there."""
 
+import math
+import os
 import re
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
-from flax import traverse_util
+import optax
 
-from aavs_jax.types import Params
+from aavs_jax import checkpoint, torch_files
+from aavs_jax import config as config_lib
+from aavs_jax.evaluate import load_trained, write_json
+from aavs_jax.logging import say
+from aavs_jax.methods import aavs
+from aavs_jax.models.swin import relative_position_index
+from aavs_jax.models.vggish import VGGish
+from aavs_jax.stages import count, in_groups
+from aavs_jax.state import create, flatten, matches
+from configs import avss_stage1, avss_stage2
 from input_pipeline.errors import UserError
+
+KINDS = {
+  'aavs': 'an AAVS checkpoint of the release',
+  'mask2former': "Mask2Former of the transformers library, a start for AAVS's training",
+  'vggish': 'VGGish of torchvggish',
+}
+# Patterns of our parameters that a kind is known to lack (method: initialisation).
+_LACKING = {
+  'aavs': (),
+  'mask2former': (
+    r'aavs/.*adapter/',
+    r'aavs/audio_projection/',
+    r'aavs/decoder/(silent|uncertain|sounding)_key',
+  ),
+  'vggish': (r'^aavs/',),
+}
+# Tensors that have no part in the model: buffers which follow from the sizes, the weights of a
+# loss, a norm that the backbone's four outputs do not pass, VGGish's quantisation.
+_UNUSED = (
+  r'\.relative_position_index$',
+  r'(^|\.)criterion\.',
+  r'pixel_level_module\.encoder\.(swin\.)?layernorm\.',
+  r'^pproc\.',
+)
+# Points of a head on each of the three levels of the pixel decoder; no checkpoint has others.
+_POINTS, _LEVELS = 4, 3
 
 _SWIN = 'model.model.pixel_level_module.encoder'
 _PIXEL = 'model.model.pixel_level_module.decoder'
@@ -23,10 +67,10 @@ _MODULES = (
   (r'backbone/stage(\d)_block(\d+)/(.+)', rf'{_SWIN}.encoder.layers.\1.blocks.\2.<\3>'),
   (r'pixel_decoder/input(\d)_projection', rf'{_PIXEL}.input_projections.\1.0'),
   (r'pixel_decoder/input(\d)_norm', rf'{_PIXEL}.input_projections.\1.1'),
-  (r'pixel_decoder/layer(\d)/attention/(.+)', rf'{_PIXEL}.encoder.layers.\1.self_attn.<\2>'),
-  (r'pixel_decoder/layer(\d)/norm1', rf'{_PIXEL}.encoder.layers.\1.self_attn_layer_norm'),
-  (r'pixel_decoder/layer(\d)/norm2', rf'{_PIXEL}.encoder.layers.\1.final_layer_norm'),
-  (r'pixel_decoder/layer(\d)/(fc\d)', rf'{_PIXEL}.encoder.layers.\1.\2'),
+  (r'pixel_decoder/layer(\d+)/attention/(.+)', rf'{_PIXEL}.encoder.layers.\1.self_attn.<\2>'),
+  (r'pixel_decoder/layer(\d+)/norm1', rf'{_PIXEL}.encoder.layers.\1.self_attn_layer_norm'),
+  (r'pixel_decoder/layer(\d+)/norm2', rf'{_PIXEL}.encoder.layers.\1.final_layer_norm'),
+  (r'pixel_decoder/layer(\d+)/(fc\d)', rf'{_PIXEL}.encoder.layers.\1.\2'),
   (r'pixel_decoder/mask_features', rf'{_PIXEL}.mask_projection'),
   (r'pixel_decoder/lateral_norm', rf'{_PIXEL}.adapter_1.1'),
   (r'pixel_decoder/lateral', rf'{_PIXEL}.adapter_1.0'),
@@ -80,6 +124,12 @@ _PARAMETERS = {
   'queries/features': f'{_TRANSFORMER}.queries_features.weight',
   'queries/positions': f'{_TRANSFORMER}.queries_embedder.weight',
 }
+_VGGISH = {
+  **{f'conv{i}': f'features.{j}' for i, j in enumerate((0, 3, 6, 8, 11, 13))},
+  'dense0': 'embeddings.0',
+  'dense1': 'embeddings.2',
+  'embedding': 'embeddings.4',
+}
 _LEAVES = {
   'kernel': '.weight',
   'scale': '.weight',
@@ -90,11 +140,40 @@ _LEAVES = {
 }
 
 
+# Where PyTorch lists a module among its siblings: after the parent's own parameters, numbers by
+# value, the others in this order.
+_MODULE_ORDER = (
+  'model', 'class_predictor', 'audio_proj', 'pixel_level_module', 'transformer_module',
+  'embeddings', 'patch_embeddings', 'projection', 'reduction', 'norm',
+  'input_projections', 'queries_embedder', 'queries_features', 'encoder', 'hidden_states_norms',
+  'stage1', 'stage2', 'stage3', 'stage4', 'mask_projection', 'adapter_1', 'layer_1',
+  'decoder', 'level_embed', 'audio_embed', 'silence_embed', 'uncertain_embed',
+  'layers', 'layernorm', 'mask_predictor', 'mask_embedder', 'blocks', 'downsample',
+  'layernorm_before', 'attention', 'self', 'query', 'key', 'value', 'layernorm_after',
+  'intermediate', 'output', 'dense', 'swin_adapt_1', 'swin_adapt_3',
+  'self_attn', 'self_attn_layer_norm', 'cross_attn', 'cross_attn_layer_norm', 'fc1', 'fc2',
+  'final_layer_norm', 'sampling_offsets', 'attention_weights', 'value_proj', 'output_proj',
+  'k_proj', 'v_proj', 'q_proj', 'out_proj', 'avs_adapt',
+)  # fmt: skip
+_PARAMETER_ORDER = (
+  'relative_position_bias_table', 'relative_position_index', 'level_embed', 'in_proj_weight',
+  'in_proj_bias', 'weight', 'bias',
+)  # fmt: skip
+
+Flat = dict[str, np.ndarray]
+
+
 def released_name(path: str) -> str:
-  """Name in a released checkpoint of the parameter at a path ('backbone/patch_embed/kernel')."""
+  """Name in a released checkpoint of a parameter ('aavs/backbone/patch_embed/kernel').
+
+  Those of VGGish ('vggish/conv0/kernel') have their names in torchvggish's file.
+  """
+  network, path = path.split('/', 1)
   if path in _PARAMETERS:
     return _PARAMETERS[path]
   module, leaf = path.rsplit('/', 1)
+  if network == 'vggish':
+    return _VGGISH[module] + _LEAVES[leaf]
   for pattern, name in _MODULES:
     match = re.fullmatch(pattern, module)
     if not match:
@@ -113,6 +192,13 @@ def released_name(path: str) -> str:
   raise KeyError(f'no released name for the parameter {path}')
 
 
+def released_order(name: str) -> tuple:
+  """Sorting key that puts released names in the order of the released state dict."""
+  *modules, parameter = name.split('.')
+  ranks = (int(word) if word.isdigit() else _MODULE_ORDER.index(word) for word in modules)
+  return (*((1, rank) for rank in ranks), (0, _PARAMETER_ORDER.index(parameter)))
+
+
 def from_released_layout(path: str, value: np.ndarray) -> np.ndarray:
   """A released array in our layout.
 
@@ -123,33 +209,353 @@ def from_released_layout(path: str, value: np.ndarray) -> np.ndarray:
   return value
 
 
-def released_to_params(source: Mapping[str, np.ndarray], template: Params) -> Params:
-  """A parameter tree like the template (arrays or shapes), filled from a released state dict.
+def to_released_layout(path: str, value: np.ndarray) -> np.ndarray:
+  """The inverse of from_released_layout."""
+  if path.endswith('kernel'):
+    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+  return value
 
-  Every parameter must be there in its shape, and every source tensor be used, save the relative
-  position index, which is recomputed. Raises UserError with the names otherwise.
+
+def released_to_params(
+  source: Mapping[str, np.ndarray],
+  template: Mapping[str, Any],
+  *,
+  lacking: Sequence[str] = (),
+  prefix: str = '',
+  what: str = 'the checkpoint',
+) -> Flat:
+  """Flat parameters like those of the template (path -> array or shape), from released tensors.
+
+  Args:
+    source: tensors by released name.
+    template: what the model has.
+    lacking: patterns of paths that need not be filled, and are left out then.
+    prefix: of the names in source, not there in the file.
+    what: names the source in errors.
+
+  Raises:
+    UserError: a parameter is missing or has another shape, or a tensor is neither used nor known
+      to be of no use.
   """
-  flat = traverse_util.flatten_dict(template, sep='/')
-  filled, missing, misfits = {}, [], []
-  for path, leaf in flat.items():
+  filled, missing, misfits, used = {}, [], [], set()
+  for path, leaf in template.items():
     name = released_name(path)
     if name not in source:
-      missing.append(name)
+      if not matches(path, lacking):
+        missing.append(name.removeprefix(prefix))
       continue
-    value = np.ascontiguousarray(from_released_layout(path, np.asarray(source[name])))
-    if value.shape != leaf.shape:
-      misfits.append(f'{name} is {value.shape}, the model has {leaf.shape}')
-    filled[path] = value.astype(leaf.dtype)
-  used = {released_name(path) for path in flat}
-  unused = [k for k in source if k not in used and not k.endswith('relative_position_index')]
+    used.add(name)
+    value = from_released_layout(path, source[name])
+    if value.shape == leaf.shape:
+      # A copy in any case, so that the file can be let go of.
+      filled[path] = np.array(value, leaf.dtype, order='C')
+    else:
+      wanted = to_released_layout(path, np.broadcast_to(0, leaf.shape)).shape
+      misfits.append(f'{name.removeprefix(prefix)} {source[name].shape}, not {wanted}')
+  unknown = [
+    f'{name.removeprefix(prefix)} {value.shape}'
+    for name, value in source.items()
+    if name not in used and not matches(name, _UNUSED)
+  ]
   problems = [
-    f'{what}: {", ".join(names[:5])}{" ..." if len(names) > 5 else ""} ({len(names)})'
-    for what, names in (('missing', missing), ('of another shape', misfits), ('unknown', unused))
+    f'{len(names)} {fault}: {", ".join(names[:3])}{" ..." if len(names) > 3 else ""}'
+    for fault, names in (('missing', missing), ('of another shape', misfits), ('unknown', unknown))
     if names
   ]
   if problems:
     raise UserError(
-      f'the checkpoint does not fit the model ({"; ".join(problems)}): '
-      'convert it with the config of its own stage and size'
+      f'{what} does not fit the model that its sizes tell of ({"; ".join(problems)}): fetch it '
+      'again, or convert a checkpoint of this method'
     )
-  return traverse_util.unflatten_dict(filled, sep='/')
+  return filled
+
+
+def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dict[str, Any]:
+  """Makes a work folder, as `aavs train` leaves it, of weights that PyTorch trained.
+
+  Kind and sizes are read from the names and shapes. Every tensor is used or known to be of no use,
+  every parameter is filled or one that the kind is known to lack.
+
+  Args:
+    source: an AVSS checkpoint of the release, stage 1 or 2; a Mask2Former of the transformers
+      library, file or folder; or VGGish as torchvggish has it. See torch_files.read_tensors.
+    out: a new folder; it appears only when all of it is written.
+    vggish: the audio network, which the first two do not hold: torchvggish's file, or a folder
+      that this function made of it.
+
+  Returns:
+    What OUT/converted.json holds; see checkpoint.converted.
+
+  Raises:
+    UserError: `out` exists; a file is damaged, of no known kind or not the one asked for; tensors
+      do not make up the model.
+  """
+  source, out = Path(source), Path(out)
+  if out.exists():
+    raise UserError(f'{out} exists already: name a new folder, or remove it')
+  tensors = torch_files.read_tensors(source)
+  kind = _kind(source, tensors)
+  if kind == 'vggish':
+    if vggish:
+      raise UserError(f'{source} is VGGish itself: leave --vggish out')
+    config = avss_stage1.get_config()
+    config.vggish, params = _vggish(source, tensors)
+  else:
+    if not vggish:
+      raise UserError(
+        f"{source} does not hold the audio network: name torchvggish's file with --vggish, or a "
+        'folder converted from it'
+      )
+    audio_config, audio = _read_vggish(Path(vggish))
+    config, params = _model(source, kind, tensors, audio_config)
+    params |= audio
+  note = {
+    'kind': kind,
+    'source': source.name,
+    'vggish': Path(vggish).name,
+    'lacking': list(_LACKING[kind]),
+    'names': list(tensors),
+    'unused': [name for name in tensors if matches(name, _UNUSED)],
+  }
+  del tensors
+  _say_what_it_is(source, kind, config, params, note['unused'])
+  _write(out, config, params, note)
+  return note
+
+
+def _kind(source: Path, tensors: Mapping[str, np.ndarray]) -> str:
+  def any_of(*beginnings):
+    return any(name.startswith(beginnings) for name in tensors)
+
+  if any_of(f'{_SWIN}.'):
+    return 'aavs'
+  if any_of(f'{_SWIN}.'.removeprefix('model.')):
+    return 'mask2former'
+  if any_of('features.') and any_of('embeddings.'):
+    return 'vggish'
+  names = ', '.join(sorted(tensors)[:3])
+  raise UserError(
+    f'{source} holds {len(tensors)} tensors ({names} ...), which are no AAVS checkpoint, no '
+    'Mask2Former with a Swin backbone in the names of the transformers library, and no VGGish: '
+    'give one of these'
+  )
+
+
+def _size(
+  source: Path, tensors: Mapping[str, np.ndarray], name: str, axis: int = 0, prefix: str = ''
+) -> int:
+  shape = tensors[name].shape if name in tensors else None
+  if shape is None or len(shape) <= axis or not shape[axis]:
+    found = 'is missing' if shape is None else f'has the shape {shape}'
+    raise UserError(f'{source}: {name.removeprefix(prefix)} {found}: fetch the checkpoint again')
+  return shape[axis]
+
+
+def _read_vggish(source: Path) -> tuple[ml_collections.ConfigDict, Flat]:
+  """config.vggish and flat parameters of torchvggish's file or a folder converted from it."""
+  note = checkpoint.converted(source)
+  tensors = {} if note else torch_files.read_tensors(source)
+  kind = note['kind'] if note else _kind(source, tensors)
+  if kind != 'vggish':
+    raise UserError(
+      f"{source} is {KINDS[kind]}, not the audio network: name torchvggish's file with --vggish"
+    )
+  if note:
+    config = config_lib.from_json(source / 'config.json')
+    return config.vggish, checkpoint.load_params(source)[0]
+  return _vggish(source, tensors)
+
+
+def _vggish(
+  source: Path, tensors: Mapping[str, np.ndarray]
+) -> tuple[ml_collections.ConfigDict, Flat]:
+  """config.vggish of torchvggish's tensors, and the parameters."""
+  widths = {module: _size(source, tensors, f'{name}.weight') for module, name in _VGGISH.items()}
+  config = avss_stage1.get_config().vggish
+  config.embedding = widths.pop('embedding')
+  config.dense_widths = (widths.pop('dense0'), widths.pop('dense1'))
+  config.conv_widths = tuple(widths.values())
+  init = VGGish(**config.to_dict()).init
+  template = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 96, 64)))['params']
+  return config, released_to_params(tensors, flatten({'vggish': template}), what=str(source))
+
+
+def _model(
+  source: Path,
+  kind: str,
+  tensors: Mapping[str, np.ndarray],
+  vggish: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, Flat]:
+  """Config of an AAVS or Mask2Former checkpoint, and the parameters without VGGish's."""
+  # AAVS holds Mask2Former, of the same names, as its `model`.
+  prefix = 'model.' if kind == 'mask2former' else ''
+  tensors = {prefix + name: value for name, value in tensors.items()}
+  config = released_config(source, tensors, prefix)
+  config.vggish = vggish
+  try:
+    config_lib.check(config)
+  except UserError as error:
+    raise UserError(f'{source} has sizes that no model has: {error}') from error
+  heard = tensors.get('audio_proj.0.weight', np.zeros((1, vggish.embedding))).shape[-1]
+  if heard != vggish.embedding:
+    raise UserError(
+      f'{source} hears embeddings of {heard} numbers, but VGGish gives {vggish.embedding}: name '
+      'the VGGish that it was trained with'
+    )
+  index = relative_position_index(config.model.swin.window)
+  for name, value in tensors.items():
+    if name.endswith('relative_position_index') and not np.array_equal(value, index):
+      raise UserError(
+        f'{source}: {name.removeprefix(prefix)} is not that of windows of '
+        f'{config.model.swin.window}: fetch the checkpoint again'
+      )
+  abstract = jax.eval_shape(aavs(config).init, jax.random.key(0))
+  return config, released_to_params(
+    tensors,
+    flatten({'aavs': abstract['aavs']}),
+    lacking=_LACKING[kind],
+    prefix=prefix,
+    what=str(source),
+  )
+
+
+def released_config(
+  source: Path, tensors: Mapping[str, np.ndarray], prefix: str = ''
+) -> ml_collections.ConfigDict:
+  """The config whose model has tensors of these released names and shapes.
+
+  Args:
+    source: names them in errors.
+    tensors: by released name.
+    prefix: of the names, not there in the source.
+
+  Raises:
+    UserError: a tensor that tells a size is missing.
+  """
+
+  def size(name, axis=0):
+    return _size(source, tensors, name, axis, prefix)
+
+  def layers(module):
+    found = (re.match(rf'{re.escape(module)}\.(\d+)\.', name) for name in tensors)
+    return len({match[1] for match in found if match})
+
+  has_audio = any(name.startswith('audio_proj.') for name in tensors)
+  has_prior = f'{_TRANSFORMER}.audio_embed.weight' in tensors
+  num_classes = size('model.class_predictor.weight') - 1  # one is the null class
+  binary = has_audio and not has_prior and num_classes == 2
+  config = (avss_stage1 if binary else avss_stage2).get_config()
+  config.num_classes = num_classes
+  config.use_prior = has_prior
+  model = config.model
+  # Mask2Former has no adapters; of the release's two variants stage 2, with the prior, has 'after'.
+  model.adapter_variant = 'none' if not has_audio else 'after' if has_prior else 'replace'
+  model.num_queries = size(f'{_TRANSFORMER}.queries_embedder.weight')
+  config.data.max_targets = min(config.data.max_targets, model.num_queries)
+  if has_audio:
+    model.audio_hidden = size('audio_proj.0.weight')
+
+  swin = model.swin
+  block = f'{_SWIN}.encoder.layers.{{}}.blocks.0'
+  table = f'{block}.attention.self.relative_position_bias_table'
+  swin.embed_dim = size(f'{_SWIN}.embeddings.patch_embeddings.projection.weight')
+  swin.depths = tuple(layers(f'{_SWIN}.encoder.layers.{i}.blocks') for i in range(4))
+  swin.heads = tuple(size(table.format(i), 1) for i in range(4))
+  swin.window = (math.isqrt(size(table.format(0))) + 1) // 2  # rows: (2 window - 1) squared
+  swin.mlp_ratio = size(f'{block.format(0)}.intermediate.dense.weight') // swin.embed_dim
+
+  encoder, decoder = f'{_PIXEL}.encoder.layers', f'{_TRANSFORMER}.decoder.layers'
+  model.hidden = size(f'{_PIXEL}.mask_projection.weight')
+  model.encoder_layers = layers(encoder)
+  model.encoder_ffn = size(f'{encoder}.0.fc1.weight')
+  # The decoder has as many heads.
+  model.heads = size(f'{encoder}.0.self_attn.attention_weights.weight') // (_LEVELS * _POINTS)
+  model.decoder_layers = layers(decoder)
+  model.decoder_ffn = size(f'{decoder}.0.fc1.weight')
+  return config
+
+
+def _say_what_it_is(source: Path, kind: str, config, params: Flat, unused: Sequence[str]) -> None:
+  say(f'{source}: {KINDS[kind]}, {count(params) / 1e6:.1f} M parameters with VGGish')
+  if kind != 'vggish':
+    model, swin = config.model, config.model.swin
+    say(
+      f'  {config.num_classes} classes, {model.num_queries} queries, Swin {swin.embed_dim} wide '
+      f'with {swin.depths} blocks in windows of {swin.window}, {model.encoder_layers} encoder and '
+      f'{model.decoder_layers} decoder layers {model.hidden} wide, adapters {model.adapter_variant}'
+    )
+  if unused:
+    say(f'  known to have no part in the model ({len(unused)} tensors): {in_groups(unused)}')
+  if kind == 'mask2former':
+    say('  it has no adapters and does not hear: training from it initialises those anew')
+
+
+def _write(out: Path, config, params: Flat, note: dict) -> None:
+  """The work folder, under its name only when complete; all parameters in its `frozen`."""
+  out.parent.mkdir(parents=True, exist_ok=True)
+  working = Path(tempfile.mkdtemp(dir=out.parent, prefix='.writing-'))
+  try:
+    os.chmod(working, 0o755)
+    with checkpoint.make_manager(working / 'checkpoints', keep=1) as manager:
+      checkpoint.save(manager, create(params, (), optax.identity()), 1, None)
+    write_json(working / 'config.json', config.to_dict())
+    write_json(working / checkpoint.CONVERTED, note)
+    os.rename(working, out)
+  except BaseException:
+    shutil.rmtree(working, ignore_errors=True)
+    raise
+
+
+def export(workdir: str | Path, out: str | Path) -> Path:
+  """Writes the best checkpoint of a work folder as the release's state dict, without VGGish.
+
+  Names, shapes and (in a .pth file) the order are those of the release, or of the file that the
+  folder was converted from, which comes out bit by bit.
+
+  Args:
+    workdir: a folder of `aavs train`, or of `aavs convert` with an AAVS checkpoint.
+    out: a new file, .pth or .safetensors.
+
+  Returns:
+    out.
+
+  Raises:
+    UserError: the folder holds no AAVS model; `out` exists or ends otherwise.
+  """
+  out = Path(out)
+  if out.suffix not in torch_files.WRITABLE:
+    raise UserError(f'{out} is not written: let it end in {" or ".join(torch_files.WRITABLE)}')
+  if out.exists():
+    raise UserError(f'{out} exists already: name a new file, or remove it')
+  config, tree, _ = load_trained(workdir)
+  if config.model.adapter_variant == 'none':
+    raise UserError(f"{workdir} holds a model without adapters, which is none of the release's")
+  tensors = {
+    released_name(path): to_released_layout(path, np.asarray(value))
+    for path, value in flatten({'aavs': tree['aavs']}).items()
+  }
+  index = relative_position_index(config.model.swin.window)
+  for name in [name for name in tensors if name.endswith('.relative_position_bias_table')]:
+    tensors[name.replace('_bias_table', '_index')] = index
+  _warn_of_what_is_lost(Path(workdir), config, tensors)
+  note = checkpoint.converted(workdir)
+  names = [name for name in note['names'] if name in tensors] if note else None
+  torch_files.write_tensors(
+    out, {name: tensors[name] for name in names or sorted(tensors, key=released_order)}
+  )
+  return out
+
+
+def _warn_of_what_is_lost(workdir: Path, config, tensors: Mapping[str, np.ndarray]) -> None:
+  """Says in what else than numbers the model differs from one that is read from the tensors."""
+  told = released_config(workdir, tensors).model
+  lost = [
+    line.split(' ')[0]
+    for line in config_lib.differences(told, config.model)
+    if not line.startswith(('sampling', 'remat', 'swin.drop_path'))  # not what is computed
+  ]
+  if lost:
+    say(
+      f'  WARNING: no released checkpoint differs in config.model.{", ".join(lost)}, so the file '
+      'does not tell of it; set it again where you use the file'
+    )

@@ -6,42 +6,46 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
-from aavs_jax import checkpoint, metrics, steps
+from aavs_jax import checkpoint, distributed, metrics, protocols, steps, tables
 from aavs_jax import config as config_lib
 from aavs_jax.logging import Progress
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated
+from aavs_jax.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.methods import Method, aavs
 from aavs_jax.state import flatten, merge
 from aavs_jax.types import Params
-from input_pipeline import avsbench, masks, pipeline
+from input_pipeline import avsbench, masks, pipeline, sounds
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
 
-AUDIO = ('true', 'other', 'silence')
 _NOTE = 'source.json'  # in a folder of masks: which model wrote them
 _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest stays on the host
+_T = TypeVar('_T')
 
 
 class Predictor:
   """A compiled model: batches of frames in, numpy predictions out.
 
-  Parameters must be on all devices (load_trained, a train state); frames are spread over them.
+  Frames are spread over the devices of this process, on all of which the parameters must be
+  (`local_params`): processes do not wait for each other.
   """
 
   def __init__(self, method: Method):
     self._step = jax.jit(functools.partial(steps.predict_step, method=method))
-    self._sharding = batch_sharding(make_mesh())
+    self._sharding = batch_sharding(local_mesh())
 
   def __call__(self, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     seen = {name: batch[name] for name in _BATCH_KEYS if name in batch}
-    return np.asarray(self._step(params, global_batch(seen, self._sharding)))
+    return np.asarray(self._step(params, jax.device_put(seen, self._sharding)))
 
 
 def predict_clips(
@@ -72,6 +76,24 @@ def predict_clips(
     yield finish()
 
 
+def share(items: Sequence[_T]) -> Sequence[_T]:
+  """Those that this process takes care of."""
+  return items[jax.process_index() :: jax.process_count()]
+
+
+def local_params(params: Params) -> Params:
+  """A copy of the parameters on every device of this process, wherever they are.
+
+  Where they are spread over processes, all of these must call it.
+  """
+
+  def whole(leaf):
+    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    return multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf
+
+  return jax.device_put(jax.tree.map(whole, params), replicated(local_mesh()))
+
+
 def score(
   config: ml_collections.ConfigDict,
   predictor: Predictor,
@@ -79,67 +101,78 @@ def score(
   clips: Sequence[Clip],
   *,
   audio: str = 'true',
-  oracle_prior: bool = False,
   on_clip: Callable[[Clip, np.ndarray], None] | None = None,
-  progress: Progress | None = None,
+  title: str = 'scoring',
 ) -> dict:
-  """Metrics of a model over clips (method: section 5), as metrics.summarise_* return them.
+  """Scores of a model over clips by every protocol, as `protocols.summarise` returns them.
+
+  One pass over the data. Of several processes each takes its share of the clips; all of them must
+  call this, and all return the scores of all clips.
 
   Args:
-    config: the model's.
+    config: the model's; its oracle_prior decides on the prior of stage 2.
     predictor: compiled predict step of the same config.
-    params: parameter tree.
+    params: parameter tree, on any devices.
     clips: what to score.
-    audio: 'true', 'other' (each clip hears another one of its subset) or 'silence'.
-    oracle_prior: ground truth as stage 2's prior instead of config.data.masks.
-    on_clip: called with each clip and its predicted ids uint8 [T, e, e].
-    progress: advanced by clips.
+    audio: what the clips hear, see sounds.choose_sounds.
+    on_clip: called with each clip of this process and its predicted ids uint8 [T, e, e].
+    title: of the line that shows the progress.
   """
-  task = config_lib.task_of(config, oracle_prior)
-  if task.use_prior and not task.masks and not oracle_prior:
+  task = config_lib.task_of(config)
+  if task.use_prior and not (task.masks or config.oracle_prior):
     raise UserError(
       'config.data.masks is empty: write the masks of stage 1 with `aavs masks`, or ask for the '
       'ground truth with --oracle'
     )
-  sounds = {
-    'true': list(clips),
-    'other': pipeline.other_sounds(clips) if audio == 'other' else None,
-    'silence': [None] * len(clips),
-  }[audio]
+  params = local_params(params)
+  mine, heard = share(clips), share(sounds.choose_sounds(clips, audio))
   batches = pipeline.eval_batches(
-    clips,
-    lambda item: pipeline.load_eval_item(clips[item.clip], sounds[item.clip], item, task),
+    mine,
+    lambda item: pipeline.load_eval_item(mine[item.clip], heard[item.clip], item, task),
     batch_items=eval_batch_items(config),
     threads=config.data.threads,
   )
-  per_clip = {}
-  for index, predictions, extra in predict_clips(predictor, params, batches):
-    clip = clips[index]
-    if config.task == 'binary':
-      per_clip[clip.subset, clip.uid] = metrics.binary_clip_metrics(
-        predictions, extra['target'].astype(bool)
-      )
-      ids = np.argmax(predictions, 1).astype(np.uint8)
-    else:
-      ids = predictions
-      per_clip[clip.subset, clip.uid] = metrics.semantic_frame_sums(
-        ids, extra['target'], config.num_classes
-      )
-    if on_clip:
-      on_clip(clip, ids)
-    if progress:
+  records = np.zeros(len(mine), metrics.record_type(config.task, config.num_classes))
+  with Progress(title, len(mine), 'clips') as progress:
+    for index, predictions, extra in predict_clips(predictor, params, batches):
+      if config.task == 'binary':
+        records[index] = metrics.binary_record(predictions, extra['target'].astype(bool))
+        ids = np.argmax(predictions, 1).astype(np.uint8)
+      else:
+        ids = predictions
+        records[index] = metrics.semantic_record(ids, extra['target'], config.num_classes)
+      if on_clip:
+        on_clip(mine[index], ids)
       progress.advance(1)
-  summarise = metrics.summarise_binary if config.task == 'binary' else metrics.summarise_semantic
-  return summarise(per_clip)
+  keys = [(clip.subset, clip.uid) for clip in clips]
+  return protocols.summarise(keys, _gather(records, len(clips)), audio=audio)
+
+
+def _gather(mine: np.ndarray, total: int) -> np.ndarray:
+  """The records of all items in order, from those of each process's share of them."""
+  padded = np.zeros(-(-total // jax.process_count()), mine.dtype)
+  padded[: len(mine)] = mine
+  # As bytes, since a device would round float64 to float32.
+  everyones = multihost_utils.process_allgather(padded.view(np.uint8))
+  # [process, place in its share] -> as `share` dealt them out, place by place
+  return np.ascontiguousarray(everyones).view(mine.dtype).T.ravel()[:total]
 
 
 def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params, int]:
-  """Config, parameters (a copy on every device) and step of a work folder's best checkpoint.
+  """Config, parameters (see local_params) and step of a work folder's best checkpoint.
 
   Raises:
-    UserError: the folder holds no model, or a checkpoint that does not fit its config.json.
+    UserError: the folder holds no model, but a start for training or a checkpoint that does not
+      fit its config.json.
   """
-  config = config_lib.from_json(Path(workdir) / 'config.json')
+  note = checkpoint.converted(workdir)
+  if note and note['lacking']:
+    alone = note['kind'] == 'vggish'
+    raise UserError(
+      f'{workdir} holds no audio-visual model but what `aavs convert` made of {note["source"]}: '
+      f'{"give it to that as --vggish" if alone else "train from it, with --config.train.init"}'
+    )
+  config = config_lib.from_json(epath.Path(workdir) / 'config.json')
   flat, step = checkpoint.load_params(workdir)
   abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
   wrong = [p for p, leaf in abstract.items() if p not in flat or flat[p].shape != leaf.shape]
@@ -149,12 +182,12 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params
       f'the checkpoint of {workdir} does not fit its config.json ({len(wrong)} parameters, first '
       f'{wrong[0]}): restore the config it was trained with'
     )
-  return config, jax.device_put(merge(flat, {}), replicated(make_mesh())), step
+  return config, local_params(merge(flat, {})), step
 
 
 def eval_batch_items(config: ml_collections.ConfigDict) -> int:
   """Items of an evaluation batch: as in training, rounded up so that devices share the frames."""
-  devices, frames = jax.device_count(), pipeline.EVAL_ITEM_FRAMES
+  devices, frames = jax.local_device_count(), pipeline.EVAL_ITEM_FRAMES
   step = devices // math.gcd(devices, frames)
   return -(-config.data.batch_items // step) * step
 
@@ -169,26 +202,34 @@ def evaluate(
   oracle: bool = False,
   mask_folder: str = '',
   maps: str | Path | None = None,
+  subsets: Sequence[str] | None = None,
 ) -> dict:
-  """Scores the best checkpoint of a work folder and writes the result as JSON.
+  """Scores the best checkpoint of a work folder; writes the result as JSON and as Markdown.
+
+  Of several processes, all of which must call this, the first writes the result, and each the maps
+  of the clips that it scored.
 
   Args:
     workdir: folder of `aavs train`.
     data: the data set.
-    out: JSON file to write.
+    out: JSON file to write; beside it the tables of it, under the same name with the suffix .md.
     split: train, val or test.
-    audio: see score.
-    oracle: ground truth as the prior of stage 2.
+    audio: what the model hears, see sounds.choose_sounds.
+    oracle: ground truth as the prior of stage 2, as with config.oracle_prior.
     mask_folder: stage 1's masks, if not those of the config.
     maps: folder for the predicted class ids as PNG, MAPS/SUBSET/UID/T.png.
+    subsets: which to score, if not those of the config.
 
   Returns:
     What was written.
 
   Raises:
-    UserError: a prior for a model without one, or two of them; a data set as `maps`; faults of
-      model, masks or data.
+    UserError: a prior for a model without one, or two of them; a data set as `maps`; `out` with the
+      suffix .md; an unknown audio or subset; faults of model, masks or data.
   """
+  tables_file = Path(out).with_suffix('.md')
+  if tables_file == Path(out):
+    raise UserError(f'--out {out} is where the tables go, beside the JSON: name it .json')
   if oracle and mask_folder:
     raise UserError(f'--oracle and --masks {mask_folder} are two priors: give one of them')
   if maps is not None:
@@ -197,9 +238,12 @@ def evaluate(
   if (oracle or mask_folder) and not config.use_prior:
     given = '--oracle' if oracle else f'--masks {mask_folder}'
     raise UserError(f'{given} is given, but the model of {workdir} takes no prior: leave it out')
+  config.oracle_prior = oracle or (config.oracle_prior and not mask_folder)
   if mask_folder:
     config.data.masks = str(mask_folder)
-  clips = avsbench.read_index(data, split, config.data.subsets)
+  clips = avsbench.read_index(data, split, subsets or config.data.subsets)
+  if config.task == 'semantic':
+    avsbench.require_classes(clips)
   on_clip = None
   if maps is not None:
 
@@ -207,19 +251,10 @@ def evaluate(
       masks.write_clip_masks(str(maps), clip, ids)
 
   name = 'stage 2' if config.use_prior else 'stage 1' if config.task == 'binary' else 'end to end'
-  prior = None if not config.use_prior else 'oracle' if oracle else 'stage1'
-  what = f'{name} on {split}, {audio} audio' + (f', {prior} prior' if prior else '')
-  with Progress(what, len(clips), 'clips') as progress:
-    summary = score(
-      config,
-      Predictor(aavs(config)),
-      params,
-      clips,
-      audio=audio,
-      oracle_prior=oracle,
-      on_clip=on_clip,
-      progress=progress,
-    )
+  prior = None if not config.use_prior else 'oracle' if config.oracle_prior else 'stage1'
+  title = f'{name} on {split}, {audio} audio' + (f', {prior} prior' if prior else '')
+  predictor = Predictor(aavs(config))
+  summary = score(config, predictor, params, clips, audio=audio, on_clip=on_clip, title=title)
   result = {
     'name': name,
     'task': config.task,
@@ -233,7 +268,9 @@ def evaluate(
     'frames': sum(len(clip.labelled_frames) for clip in clips),
     **summary,
   }
-  write_json(out, result)
+  if distributed.is_first():
+    write_json(out, result)
+    write_text(tables_file, tables.format_evaluation(result, markdown=True))
   return result
 
 
@@ -243,10 +280,11 @@ def write_masks(
   """The hand-over: stage 1's masks of every clip of the splits, OUT/{v1s,v1m,v2}/UID/{0..}.png.
 
   Clips whose masks are there and sound already are left alone, so a killed run goes on where it
-  was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it.
+  was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it. Of
+  several processes, all of which must call this, each writes its share of the clips.
 
   Returns:
-    Number of clips written now.
+    Number of clips written now, by all processes.
 
   Raises:
     UserError: the model is not of stage 1; `out` is a data set, holds masks of another model or
@@ -261,9 +299,7 @@ def write_masks(
   ]
   _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(params)})
   size = config.data.eval_size
-  todo = [clip for clip in clips if not masks.is_complete(str(out), clip, size)]
-  if not todo:
-    return 0
+  todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]
   task = config_lib.task_of(config)
   batches = pipeline.eval_batches(
     todo,
@@ -277,7 +313,8 @@ def write_masks(
       binary = (np.argmax(scores, 1) * 255).astype(np.uint8)
       masks.write_clip_masks(str(out), todo[index], binary)
       progress.advance(1)
-  return len(todo)
+  # Not before all masks are there: what comes next may read those of any process.
+  return int(multihost_utils.process_allgather(np.int32(len(todo))).sum())
 
 
 def digest(params: Params) -> str:
@@ -311,17 +348,38 @@ def _claim_masks(folder: Path, source: dict) -> None:
         f'{folder} holds {subset} but no {_NOTE}, so it is unknown which model wrote it: remove it '
         'or name another folder'
       )
-  write_json(note, source)
+  # Every process has looked before the first mask is written.
+  distributed.wait_for_all('masks')
+  if distributed.is_first():
+    write_json(note, source)
+
+
+def reusable(path: Path, origin: Mapping) -> dict | None:
+  """The evaluation in a file; None if it is missing, damaged or not of this model and masks."""
+  try:
+    result = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return None
+  same = isinstance(result, dict) and all(result.get(key) == origin[key] for key in origin)
+  return result if same else None
 
 
 def write_json(path: str | Path, value) -> None:
   """Writes JSON under its final name only when it is complete."""
+  write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: str | Path, text: str) -> None:
+  """Writes a file under its final name only when it is complete."""
+  if '://' in str(path):  # a bucket's objects are written as a whole or not at all
+    epath.Path(path).write_text(text)
+    return
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, working = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
   try:
     with os.fdopen(handle, 'w') as file:
-      json.dump(value, file, indent=1)
+      file.write(text)
     os.chmod(working, 0o644)
     os.replace(working, path)
   except BaseException:

@@ -2,15 +2,29 @@
 
 import signal
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once."""
+  """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once.
+
+  Of several processes each may get SIGTERM at another moment, or only one of them; JAX's
+  preemption service, which then has the handler, agrees with all on the step after which they stop.
+  """
 
   received = 0
 
   def __enter__(self):
-    self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    self._before = {s: signal.signal(s, self._note) for s in signals}
     return self
+
+  def after(self, step: int) -> bool:
+    """Whether to stop after a step; to be asked after every one."""
+    if multihost_utils.reached_preemption_sync_point(step):
+      self.received = signal.SIGTERM
+    return bool(self.received)
 
   def _note(self, number, frame):
     if self.received:

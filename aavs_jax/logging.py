@@ -4,8 +4,9 @@ import contextlib
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 try:
   from tensorboardX import SummaryWriter
@@ -108,22 +109,36 @@ class Clock:
 class Writer:
   """Appends metrics to metrics.jsonl, one JSON object a line, and to TensorBoard's files.
 
-  The latter where the extra `tensorboard` is installed.
+  The latter where the extra `tensorboard` is installed. Of several processes one alone writes.
   """
 
-  def __init__(self, folder: Path, resume_step: int):
+  def __init__(self, folder: epath.Path, resume_step: int, silent: bool = False):
+    self._silent = silent
+    if silent:
+      return
     self._path = folder / 'metrics.jsonl'
+    self._in_bucket = '://' in str(folder)
+    self._text = ''
     if self._path.exists():
       # A killed run may have logged steps after its last checkpoint; they are taken again.
       kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_step]
-      working = self._path.with_suffix('.writing')
-      working.write_text(''.join(f'{line}\n' for line in kept))
-      working.replace(self._path)
+      self._text = ''.join(f'{line}\n' for line in kept)
+      if not self._in_bucket:
+        working = self._path.with_suffix('.writing')
+        working.write_text(self._text)
+        working.replace(self._path)
     self._board = SummaryWriter(str(folder)) if SummaryWriter else None
 
   def write(self, kind: str, **values: Any) -> None:
-    with self._path.open('a') as file:
-      file.write(json.dumps({'kind': kind, **values, 'time': round(time.time(), 3)}) + '\n')
+    if self._silent:
+      return
+    line = json.dumps({'kind': kind, **values, 'time': round(time.time(), 3)}) + '\n'
+    if self._in_bucket:  # where an object is written as a whole or not at all
+      self._text += line
+      self._path.write_text(self._text)
+    else:
+      with self._path.open('a') as file:
+        file.write(line)
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(f'{kind}/{name}', value, values['step'])

@@ -1,9 +1,11 @@
 """Devices, and where each array lives on them."""
 
 import re
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from input_pipeline.errors import UserError
@@ -13,19 +15,28 @@ PARTITION_RULES = ((r'relative_position_bias_table|norm|bias|_key$', PartitionSp
 FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to copy than to gather
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """A mesh of all devices; parameters are spread over groups of `fsdp` of them.
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of devices, all there are by default; `fsdp` of them share one copy of the parameters.
 
   Raises:
     UserError: the devices do not divide into such groups.
   """
-  devices = jax.device_count()
-  if devices % fsdp:
+  devices = jax.devices() if devices is None else devices
+  if len(devices) % fsdp:
     raise UserError(
-      f'config.mesh.fsdp is {fsdp}, which does not divide the {devices} devices: use a divisor'
+      f'config.mesh.fsdp is {fsdp}, which does not divide the {len(devices)} devices: use a divisor'
     )
-  shape = (devices // fsdp, fsdp)
-  return jax.make_mesh(shape, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+  shape = (len(devices) // fsdp, fsdp)
+  # jax.make_mesh splits the axes of a torus on some TPUs alone: 128x2 of 16x16 chips needs it.
+  places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  return Mesh(places, ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+
+
+def local_mesh() -> Mesh:
+  """A mesh of this process's own devices, for work that processes do independently."""
+  devices = jax.local_devices()
+  axis_types = (AxisType.Auto,) * 2
+  return jax.make_mesh((len(devices), 1), ('data', 'fsdp'), axis_types, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

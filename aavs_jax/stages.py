@@ -1,17 +1,18 @@
 """Stepping Stones: what each stage starts from, what trains in each of its two phases."""
 
 import functools
-from collections.abc import Mapping
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from aavs_jax import checkpoint
 from aavs_jax import config as config_lib
-from aavs_jax.state import flatten, matches
+from aavs_jax.state import matches
 from input_pipeline.errors import UserError
 
 SWIN_ADAPTERS = (r'aavs/backbone/.*adapter/',)
@@ -29,14 +30,21 @@ def load_start(config: ml_collections.ConfigDict) -> Flat:
   """Flat parameters of the checkpoint that config.train.init names.
 
   Raises:
-    UserError: it cannot be read, or it was trained with values that no shape shows and that give
-      its parameters another meaning.
+    UserError: it cannot be read, it is the audio network alone, or it was trained with values that
+      no shape shows and that give its parameters another meaning.
   """
+  note = checkpoint.converted(config.train.init)
+  if note and note['kind'] == 'vggish':
+    raise UserError(
+      f'{config.train.init} holds VGGish alone: hand it to `aavs convert` with --vggish and start '
+      'from what that writes'
+    )
   start, _ = checkpoint.load_params(config.train.init)
-  other = config_lib.from_json(Path(config.train.init) / 'config.json')
+  other = config_lib.from_json(epath.Path(config.train.init) / 'config.json')
   for key in ('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'):
     ours, theirs = (functools.reduce(getattr, key.split('.'), c) for c in (config, other))
-    if ours != theirs:
+    # Without adapters a start fits every variant of them.
+    if ours != theirs and not (key == 'model.adapter_variant' and theirs == 'none'):
       raise UserError(
         f'config.{key} is {ours!r}, but {config.train.init} was trained with {theirs!r}: '
         'start from a checkpoint of the same config.model'
@@ -44,33 +52,44 @@ def load_start(config: ml_collections.ConfigDict) -> Flat:
   return start
 
 
-def first_params(fresh: Mapping, start: Mapping | None) -> tuple[Flat, list[str]]:
-  """Parameters of step 0: fresh ones, overwritten by those of a start.
+def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
+  """Patterns of the parameters that the start of config.train.init is known to lack.
+
+  None but for what `aavs convert` made of a network without sound (method: initialisation).
+  """
+  note = checkpoint.converted(config.train.init) if config.train.init else None
+  return note['lacking'] if note else ()
+
+
+def first_params(
+  fresh: Mapping, start: Mapping | None, lacks: Sequence[str] = ()
+) -> tuple[Flat, list[str]]:
+  """Parameters of step 0: fresh ones, overwritten by those of a start, in the same places.
 
   Args:
-    fresh: parameter tree as initialised from the seed.
+    fresh: flat parameters as initialised from the seed.
     start: flat parameters of a checkpoint, or None.
+    lacks: patterns of the parameters it may lack, beside those that are specific to a stage.
 
   Returns:
-    Flat parameters, and the paths the start did not fill (all of them stage specific).
+    Flat parameters, and the paths the start did not fill (stage specific or of `lacks`).
 
   Raises:
     UserError: the start lacks, has too much of, or disagrees in shape about any other parameter.
   """
-  params = flatten(fresh)
   if start is None:
-    return params, []
+    return dict(fresh), []
   filled, lacking, problems = {}, [], []
-  for path, value in params.items():
+  for path, value in fresh.items():
     found = start.get(path)
     if found is not None and found.shape == value.shape:
-      filled[path] = jnp.asarray(found, value.dtype)
-    elif matches(path, STAGE_SPECIFIC):
+      filled[path] = _put_like(found, value)
+    elif matches(path, STAGE_SPECIFIC) or (found is None and matches(path, lacks)):
       lacking.append(path)
     else:
       shape = 'missing' if found is None else f'of shape {found.shape}'
       problems.append(f'{path} is {shape}, the model has {value.shape}')
-  extra = [path for path in start if path not in params and not matches(path, STAGE_SPECIFIC)]
+  extra = [path for path in start if path not in fresh and not matches(path, STAGE_SPECIFIC)]
   problems += [f'{path} is unknown to the model' for path in extra]
   if problems:
     raise UserError(
@@ -78,7 +97,19 @@ def first_params(fresh: Mapping, start: Mapping | None) -> tuple[Flat, list[str]
       f'{f" and {len(problems) - 3} more" if len(problems) > 3 else ""}; '
       'start from a checkpoint of the same config.model'
     )
-  return {**params, **filled}, lacking
+  return {**fresh, **filled}, lacking
+
+
+def _put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
+  """The value where `like` is; every process has the whole of it and keeps its part."""
+  value = np.asarray(value, like.dtype)
+  return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])
+
+
+def in_groups(paths: Sequence[str]) -> str:
+  """What to say of hundreds of paths: modules without their layers, numbers as '*', each once."""
+  modules = (re.sub(r'(/(down|up|linear))*/(kernel|bias)$', '', path) for path in paths)
+  return ', '.join(dict.fromkeys(re.sub(r'\d+', '*', module) for module in modules))
 
 
 def phase_at(config: ml_collections.ConfigDict, step: int, steps_per_epoch: float) -> int:
@@ -121,6 +152,13 @@ def params_of_phase(
   return {
     path: first[path] if matches(path, SWIN_ADAPTERS) else value for path, value in best.items()
   }
+
+
+def needed_later(config: ml_collections.ConfigDict, first: Flat) -> Flat:
+  """The part of the first parameters that a later phase begins with."""
+  if not config.train.phase2_epoch:
+    return {}
+  return {path: value for path, value in first.items() if matches(path, SWIN_ADAPTERS)}
 
 
 def count(params: Mapping[str, jax.Array]) -> int:

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import checkpoint, evaluate, metrics
+from aavs_jax import checkpoint, evaluate, tables
 from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
 from aavs_jax.state import merge
 from aavs_jax.train import train
+from input_pipeline import avsbench
 from input_pipeline.compose import compose
 from input_pipeline.errors import UserError
 
 _MARK = 'study.json'
+_AUDIO = ('true', 'other', 'silence')  # that stage 1 is evaluated with
 
 
 def run_study(
@@ -64,6 +66,7 @@ def run_study(
         size=tuple(config.image),
         progress=lambda done, _: progress.advance_to(done),
       )
+  avsbench.require_classes(avsbench.read_index(data))  # now, not after stage 1
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
@@ -98,7 +101,7 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   train(stage2, folder / 'stage2')
 
   say('[5] evaluation on the test split')
-  plan = {f'stage1_{audio}': ('stage1', {'audio': audio}) for audio in evaluate.AUDIO}
+  plan = {f'stage1_{audio}': ('stage1', {'audio': audio}) for audio in _AUDIO}
   plan['stage2_masks'] = ('stage2', {'maps': folder / 'eval' / 'stage2_masks'})
   plan['stage2_oracle'] = ('stage2', {'oracle': True})
   if config.end_to_end:
@@ -116,21 +119,12 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   for name, (stage, options) in plan.items():
     out = folder / 'eval' / f'{name}.json'
     prior = evaluate.masks_digest(folder / 'masks') if name == 'stage2_masks' else None
-    results[name] = _reusable(out, {**model(stage), 'masks_digest': prior}) or evaluate.evaluate(
+    origin = {**model(stage), 'masks_digest': prior}
+    results[name] = evaluate.reusable(out, origin) or evaluate.evaluate(
       folder / stage, data=data, out=out, **options
     )
-  say(metrics.format_table(list(results.values())))
+  say(tables.format_table(list(results.values())))
   return results
-
-
-def _reusable(path: Path, origin: dict) -> dict | None:
-  """The evaluation in a file; None if it is missing, damaged or not of this model and masks."""
-  try:
-    result = json.loads(path.read_text())
-  except (OSError, ValueError):
-    return None
-  same = isinstance(result, dict) and all(result.get(key) == origin[key] for key in origin)
-  return result if same else None
 
 
 def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:

@@ -12,26 +12,21 @@ import jax
 import ml_collections
 import numpy as np
 import optax
+from etils import epath
 
-from aavs_jax import checkpoint, evaluate, stages, steps
+from aavs_jax import checkpoint, distributed, evaluate, stages, steps, work_folder
 from aavs_jax import config as config_lib
 from aavs_jax.interrupt import StopSignal
-from aavs_jax.logging import Clock, Progress, Writer, duration, say
+from aavs_jax.logging import Clock, Writer, duration, say
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
-from aavs_jax.state import TrainState, create
+from aavs_jax.state import TrainState, create, flatten
 from input_pipeline import avsbench, masks, pipeline
 from input_pipeline.errors import UserError
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2
-# Keys in which a restarted run may differ from its beginning: they change no weight, given that the
-# clips are compared one by one and that the masks are checked.
-_FREE_KEYS = (
-  'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'mesh.',
-  'data.threads', 'data.root', 'data.masks',
-)  # fmt: skip
 
 
 class _Phase(NamedTuple):
@@ -40,7 +35,7 @@ class _Phase(NamedTuple):
   step: Callable  # jitted train step
   schedule: optax.Schedule  # learning rate by step of the phase
   abstract: TrainState  # shapes and shardings of its state
-  begin: Callable  # (flat parameters, step=0) -> state
+  begin: Callable  # (first parameters, best ones of phase 1 or None, step=0) -> state
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -56,15 +51,18 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     UserError: the config, the data or the folder is at fault.
     FloatingPointError: loss or gradient is not finite; names step, clips and last checkpoint.
   """
-  workdir = Path(workdir)
+  workdir = epath.Path(workdir)  # also gs:// or s3://
   config_lib.check(config)
-  if config.use_prior and not config.data.masks:
+  if config.use_prior and not (config.data.masks or config.oracle_prior):
     raise UserError(
       "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "
       '`aavs masks` and name their folder'
     )
   train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
   val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  if config.task == 'semantic':
+    avsbench.require_classes(train_clips + val_clips)
+  train_clips, bad_clips = work_folder.leave_out_bad(config, workdir, train_clips)
 
   # How long: epochs over items, in steps.
   items = pipeline.make_items(train_clips, config.data.item_frames)
@@ -72,16 +70,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   total = max(1, round(config.train.epochs * steps_per_epoch))
   eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
   boundary = round(config.train.phase2_epoch * steps_per_epoch)
-  if config.train.phase2_epoch and not 0 < boundary < total:
+  if config.train.phase2_epoch and not 0 < boundary <= total:
     raise UserError(
       f'config.train.phase2_epoch is {config.train.phase2_epoch}, step {boundary} of {total}: let '
-      'phase 2 begin after the first step and before the last, or use 0 for a single phase'
+      'phase 2 begin after the first step, at the very end if never, or use 0 for a single phase'
     )
   frames = config.data.batch_items * items[0].frames
-  if frames % jax.device_count():
+  if frames % (jax.device_count() * config.train.accumulate):
     raise UserError(
-      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which the '
-      f'{jax.device_count()} devices cannot share evenly: use a multiple of the devices'
+      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
+      f'{jax.device_count()} devices cannot share evenly in {config.train.accumulate} parts: use a '
+      'multiple of devices times config.train.accumulate'
     )
 
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
@@ -89,26 +88,38 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   mesh = make_mesh(config.mesh.fsdp)
   manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
   latest = manager.latest_step()
-  _claim(workdir, config, train_clips + val_clips, begun=latest is not None)
+  work_folder.claim(workdir, config, train_clips + val_clips, begun=latest is not None)
   if latest == total:
     return _result(manager, workdir)
-  if config.use_prior:
+  if config.use_prior and not config.oracle_prior:
     for clip in val_clips:  # now, not after the first epoch
       for t in range(clip.num_frames):
         masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
   start = stages.load_start(config) if config.train.init and (latest is None or boundary) else None
   key = jax.random.key(config.seed)
-  fresh = jax.jit(method.init)(key)
-  first, lacking = stages.first_params(fresh, start)
+
+  def init(key):
+    return flatten(method.init(key))
+
+  # Created where they will be: no device holds more than its part of the model.
+  places = state_sharding(mesh, jax.eval_shape(init, key))
+  fresh = jax.jit(init, out_shardings=places)(key)
+  first, lacking = stages.first_params(fresh, start, stages.start_lacks(config))
+  del fresh, start
+  abstract_params = jax.eval_shape(lambda: first)
 
   @functools.cache
   def phase_tools(phase):
     length = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
     lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
     optimizer, schedule = make_optimizer(config.optimizer, lr, length)
-    paths = stages.trainable_paths(config, first, phase)
-    make_state = functools.partial(create, trainable=paths, optimizer=optimizer)
-    abstract = jax.eval_shape(make_state, first)
+    paths = stages.trainable_paths(config, abstract_params, phase)
+
+    def make_state(first, best=None, step=0):
+      params = stages.params_of_phase(config, phase, first, best)
+      return create(params, paths, optimizer, step)
+
+    abstract = jax.eval_shape(make_state, abstract_params, abstract_params)
     sharding = state_sharding(mesh, abstract)
     abstract = jax.tree.map(
       lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -116,7 +127,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       sharding,
     )
     step = jax.jit(
-      functools.partial(steps.train_step, method=method, optimizer=optimizer),
+      functools.partial(
+        steps.train_step,
+        method=method,
+        optimizer=optimizer,
+        accumulate=config.train.accumulate,
+      ),
       donate_argnums=0,
       out_shardings=(sharding, None),
     )
@@ -125,18 +141,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
   # Where to begin: the latest checkpoint, or the first parameters.
   if latest is None:
-    state = phase_tools(1).begin(stages.params_of_phase(config, 1, first, None))
     phase = 1
+    state = phase_tools(1).begin(first)
   else:
     phase = checkpoint.saved_phase(manager, latest)
     state = checkpoint.restore(manager, latest, phase_tools(phase).abstract)
+  first = stages.needed_later(config, first)
   step = int(state.step)
-  writer = Writer(workdir, step)
+  writer = Writer(workdir, step, silent=not distributed.is_first())
   _announce(config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step)
+  if bad_clips and not step:
+    writer.write('data', step=0, bad_clips=len(bad_clips))
 
   batches = pipeline.training_batches(
     train_clips,
-    config_lib.task_of(config, oracle_prior=True),
+    config_lib.task_of(config),
     item_frames=config.data.item_frames,
     batch_items=config.data.batch_items,
     seed=config.seed,
@@ -177,8 +196,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         manager.wait_until_finished()
         best = checkpoint.best_step(manager)
         best = checkpoint.restore(manager, best, phase_tools(1).abstract)
-        params = stages.params_of_phase(config, 2, first, {**best.trained, **best.frozen})
-        state = phase_tools(2).begin(params, step=step)
+        state = phase_tools(2).begin(first, {**best.trained, **best.frozen}, step=step)
+        del best
         say(f'phase 2 from step {step}: the best weights so far, Swin adapters anew')
       with clock.waiting():
         batch = next(batches)
@@ -202,16 +221,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         _log(writer, clock_values, values, lr, phase, step, total, steps_per_epoch)
       if step % eval_every == 0 or step in (total, boundary):
         look(0)
-        with clock.validating(), Progress('validation', len(val_clips), 'clips') as progress:
-          result = evaluate.score(config, predictor, state.params, val_clips, progress=progress)
-          result = result['overall']
+        with clock.validating():
+          result = evaluate.score(config, predictor, state.params, val_clips, title='validation')
+        result = result['overall']
         scores = {name: float(result[name]) for name in ('miou', 'fscore')}
         writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
         say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
         save(scores)
-      elif step % config.train.checkpoint_every_steps == 0 or stop.received:
-        save(None)
-      if stop.received:
+        saved = True
+      else:
+        saved = step % config.train.checkpoint_every_steps == 0
+        if saved:
+          save(None)
+      if stop.after(step):
+        if not saved:
+          save(None)
         manager.wait_until_finished()
         say(f'stopped by a signal at step {step}; the same command goes on from there')
         # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
@@ -219,38 +243,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
   return _result(manager, workdir)
 
 
-def _result(manager, workdir: Path) -> dict[str, float]:
+def _result(manager, workdir: epath.Path) -> dict[str, float]:
   manager.wait_until_finished()
   best = checkpoint.best_step(manager)
   result = {**manager.metrics(best), 'step': best}
   manager.close()
   say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
   return result
-
-
-def _claim(workdir: Path, config: ml_collections.ConfigDict, clips, begun: bool) -> None:
-  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved."""
-  path, listing = workdir / 'config.json', workdir / 'clips.json'
-  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips]
-  if not begun:
-    evaluate.write_json(path, config.to_dict())
-    evaluate.write_json(listing, found)
-    return
-  if checkpoint.read_json(listing) != found:
-    raise UserError(
-      f'{workdir} was begun with other clips than those of {config.data.root} (see {listing}): '
-      'use the same data set or another --workdir'
-    )
-  changed = [
-    line
-    for line in config_lib.differences(config_lib.from_json(path), config)
-    if not line.startswith(_FREE_KEYS)
-  ]
-  if changed:
-    raise UserError(
-      f'{workdir} was begun with another config ({"; ".join(changed[:3])}): '
-      'use the same values or another --workdir'
-    )
 
 
 def _announce(config, workdir, lacking, abstract: TrainState, clips, total, step) -> None:
@@ -266,7 +265,7 @@ def _announce(config, workdir, lacking, abstract: TrainState, clips, total, step
       'config.train.init names no start'
     )
   if lacking:
-    say(f'  not in {config.train.init}, so initialised anew: {", ".join(lacking)}')
+    say(f'  not in {config.train.init}, so initialised anew: {stages.in_groups(lacking)}')
   if step:
     say(f'  going on from step {step}')
 

@@ -1,7 +1,12 @@
 """Scoring a split and handing over masks: what the model is fed, and what is written or refused."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,12 +15,15 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from aavs_jax import checkpoint, evaluate, metrics
+from aavs_jax import checkpoint, evaluate, metrics, tables
+from aavs_jax import config as config_lib
 from aavs_jax.methods import aavs
 from aavs_jax.state import create, flatten, merge
-from input_pipeline import avsbench, labels, masks, pipeline
+from input_pipeline import avsbench, labels, masks, sounds
 from input_pipeline.errors import UserError
 from tests import tiny
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -124,13 +132,58 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_predictions(mode
       labels.binary_metric_target(avsbench.load_label_rgb(clip, t), config.data.eval_size)
       for t in range(clip.num_frames)
     ])  # fmt: skip
-    expected = metrics.binary_clip_metrics(scores, target)
+    expected = tuple(metrics.binary_record(scores, target)['scores'])
     row = by_clip[clip.subset, clip.uid]
     assert (row['miou'], row['fscore']) == pytest.approx(expected, abs=1e-4)
   assert len(np.unique(shares)) > 1  # predictions say something
 
 
-@pytest.mark.parametrize('audio', evaluate.AUDIO)
+def _stand_in(stage):
+  """Config, and what stands for a model: its numbers do not depend on the shape of the batch."""
+  config = tiny.get_config(stage)
+  config.oracle_prior = stage == 'stage2'
+
+  def see_and_hear(params, batch):
+    loudness = batch['log_mel'].mean(axis=(1, 2))[:, None, None]
+    red, green = batch['frames'][..., 0], batch['frames'][..., 1] + 8 * loudness
+    return np.stack([red, green], axis=1) / 64 if stage == 'stage1' else _some_class(red, green)
+
+  return config, see_and_hear
+
+
+def _some_class(red, green):
+  return np.where(green > red, green % 71, 0).astype(np.uint8)
+
+
+@pytest.mark.parametrize('stage', ['stage1', 'stage2'])
+def test_the_size_of_the_batch_changes_no_bit_of_any_score(stage, clips):
+  config, model = _stand_in(stage)
+  found = [evaluate.score(_with(config, batch_items=n), model, {}, clips) for n in (1, 2, 5, 16)]
+  assert all(scores == found[0] for scores in found[1:])
+  assert 0 < found[0]['dataset']['overall']['miou'] < 1
+  assert 0 < found[0]['overall']['false_positive_rate'] < 1
+
+
+@pytest.mark.parametrize('stage', ['stage1', 'stage2'])
+def test_without_its_sound_all_that_a_model_marks_is_false(stage, clips):
+  config, model = _stand_in(stage)
+  marked = {}
+
+  def look(clip, ids):
+    marked.setdefault(clip.subset, []).append(ids > 0)
+
+  result = evaluate.score(config, model, {}, clips, audio='offscreen', on_clip=look)
+  shares = {subset: np.mean(parts) for subset, parts in marked.items()}
+  assert set(shares) == {'v1s', 'v1m', 'v2'} and 0 < min(shares.values()) < 1
+  for subset, share in shares.items():
+    assert result['subsets'][subset]['false_positive_rate'] == pytest.approx(share)
+  everything = np.concatenate([part for parts in marked.values() for part in parts])
+  assert result['overall']['false_positive_rate'] == pytest.approx(everything.mean())
+  heard = evaluate.score(config, model, {}, clips)['overall']
+  assert heard['false_positive_rate'] != pytest.approx(heard['sounding_share'])
+
+
+@pytest.mark.parametrize('audio', sounds.CHOICES)
 def test_the_model_hears_what_it_should(model1, clips, audio):
   config, params, predictor = model1
   clips = [clip for clip in clips if clip.subset != 'v2']  # one v2 clip has no other
@@ -144,12 +197,17 @@ def test_the_model_hears_what_it_should(model1, clips, audio):
 
   evaluate.score(config, listen, params, clips, audio=audio)
   assert len(heard) == 5 * len(clips)
-  others = pipeline.other_sounds(clips)
+  others = {'other': sounds.other_sounds(clips), 'offscreen': sounds.offscreen_sounds(clips)}
   for (index, t), log_mel in heard.items():
-    own, other = (avsbench.load_log_mel(c)[t] for c in (clips[index], others[index]))
-    assert not np.array_equal(own, other)
-    expected = {'true': own, 'other': other, 'silence': np.full_like(own, pipeline.SILENCE)}
-    np.testing.assert_array_equal(log_mel, expected[audio])
+    own = avsbench.load_log_mel(clips[index])[t]
+    if audio in others:
+      expected = avsbench.load_log_mel(others[audio][index])[t]
+      assert not np.array_equal(expected, own)
+    elif audio == 'noise':
+      expected = sounds.noise_log_mel(clips[index])[t]
+    else:
+      expected = {'true': own, 'silence': np.full_like(own, sounds.SILENCE)}[audio]
+    np.testing.assert_array_equal(log_mel, expected)
 
 
 def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_root, tmp_path):
@@ -162,7 +220,7 @@ def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_ro
   clip = next(c for c in train if c.subset == 'v1s')
   colours = avsbench.load_label_rgb(clip, 0)
   target = labels.binary_metric_target(colours, model1[0].data.eval_size)
-  expected = metrics.binary_clip_metrics(_directly(model1, clip)[:1], target[None])
+  expected = tuple(metrics.binary_record(_directly(model1, clip)[:1], target[None])['scores'])
   row = next(r for r in result['per_clip'] if (r['subset'], r['uid']) == ('v1s', clip.uid))
   assert (row['miou'], row['fscore']) == pytest.approx(expected, abs=1e-4)
 
@@ -179,6 +237,48 @@ def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root
   oracle = evaluate.evaluate(stage2, oracle=True, **options)
   assert oracle['masks_digest'] is None and oracle['prior'] == 'oracle'
   assert oracle['per_clip'] != result['per_clip']  # so the prior reaches the model
+
+
+def test_the_tables_stand_beside_the_json(stage1, data_root, tmp_path):
+  out = tmp_path / 'eval' / 'stage1.json'
+  result = evaluate.evaluate(stage1, data=data_root, out=out, audio='silence')
+  assert {path.name for path in out.parent.iterdir()} == {'stage1.json', 'stage1.md'}
+  text = out.with_suffix('.md').read_text()
+  assert text.startswith('# Stage 1 on test, silence audio\n')
+  assert text == tables.format_evaluation(result, markdown=True)
+  with pytest.raises(UserError, match=r'--out .*eval/r\.md is where the tables go'):
+    evaluate.evaluate(stage1, data=data_root, out=out.with_name('r.md'))
+
+
+def test_a_choice_of_subsets_is_scored_alone(stage1, data_root, tmp_path):
+  options = dict(data=data_root, out=tmp_path / 'r.json')
+  whole = evaluate.evaluate(stage1, **options)
+  some = evaluate.evaluate(stage1, subsets=['v1m', 'v1s'], **options)
+  assert list(some['subsets']) == ['v1s', 'v1m'] and some['clips'] == 4
+  for part in ('v1s', 'v1m'):
+    assert some['subsets'][part]['miou'] == pytest.approx(whole['subsets'][part]['miou'], abs=1e-4)
+  assert some['overall']['miou'] == pytest.approx(
+    (whole['subsets']['v1s']['miou'] + whole['subsets']['v1m']['miou']) / 2, abs=1e-4
+  )
+  with pytest.raises(UserError, match="subsets holds 'v3'"):
+    evaluate.evaluate(stage1, subsets=['v1s', 'v3'], **options)
+
+
+def test_the_config_can_ask_for_the_oracle_prior(stage2, written, data_root, tmp_path):
+  options = dict(data=data_root, out=tmp_path / 'r.json')
+  oracle = evaluate.evaluate(stage2, oracle=True, **options)
+  folder = shutil.copytree(stage2, tmp_path / 'stage2')
+  config = json.loads((folder / 'config.json').read_text())
+  (folder / 'config.json').write_text(json.dumps(config | {'oracle_prior': True}))
+  assert evaluate.evaluate(folder, **options) == oracle
+  assert evaluate.evaluate(folder, mask_folder=str(written), **options)['prior'] == 'stage1'
+  # Folders of before the key was added say nothing of it.
+  config.pop('oracle_prior')
+  config['data'].pop('threads')
+  (folder / 'config.json').write_text(json.dumps(config))
+  assert config_lib.from_json(folder / 'config.json').data.threads == 4  # as in configs/base.py
+  with pytest.raises(UserError, match=r'config\.data\.masks is empty'):
+    evaluate.evaluate(folder, **options)
 
 
 def test_priors_that_make_no_sense_are_refused(stage1, stage2, data_root, tmp_path):
@@ -250,3 +350,68 @@ class TestWriteMasks:
       evaluate.write_masks(stage1, data=data_root, out=root)
     (tmp_path / 'metadata.csv').rename(root / 'metadata.csv')
     assert _contents(root) == before
+
+
+_PROCESS = """
+import json, sys
+process, processes, port, stage1, data, folder = sys.argv[1:]
+import jax
+if processes != '1':
+  jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
+import numpy as np
+from aavs_jax import evaluate, mesh
+
+assert evaluate.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
+options = dict(data=data, out=f'{folder}/shared/r.json', maps=f'{folder}/maps')
+result = evaluate.evaluate(stage1, **options)
+evaluate.write_json(f'{folder}/{process}.json', result)
+
+# Parameters spread over all devices, as in training, come back whole.
+mesh.FSDP_MIN_SIZE = 1
+_, params, _ = evaluate.load_trained(stage1)
+places = mesh.state_sharding(mesh.make_mesh(jax.device_count()), params)
+spread = jax.tree.map(
+  lambda leaf, place: jax.make_array_from_callback(
+    leaf.shape, place, lambda index: np.asarray(leaf)[index]
+  ), params, places,
+)
+assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
+assert evaluate.digest(evaluate.local_params(spread)) == evaluate.digest(params)
+"""
+
+
+@pytest.mark.slow
+def test_devices_and_processes_change_no_score(stage1, handed_over, data_root, tmp_path):
+  alone = evaluate.evaluate(
+    stage1, data=data_root, out=tmp_path / 'alone.json', maps=tmp_path / 'maps'
+  )
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  for processes, devices in [(1, 4), (2, 2)]:
+    folder = tmp_path / f'{processes}x{devices}'
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = str(free.getsockname()[1])
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
+    running = [
+      subprocess.Popen(
+        [sys.executable, '-c', _PROCESS, str(process), str(processes), port, str(stage1),
+         data_root, str(folder)],
+        cwd=ROOT, env=os.environ | cache | {'XLA_FLAGS': flags}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+      )
+      for process in range(processes)
+    ]  # fmt: skip
+    outputs = [process.communicate()[0] for process in running]
+    assert not any(process.returncode for process in running), '\n'.join(outputs)
+    for process in range(processes):
+      assert json.loads((folder / f'{process}.json').read_text()) == alone
+    assert {path.name for path in (folder / 'shared').iterdir()} == {'r.json', 'r.md'}
+    assert json.loads((folder / 'shared' / 'r.json').read_text()) == alone
+    assert _contents(folder / 'maps') == _contents(tmp_path / 'maps')
+    test = {f'{clip.subset}/{clip.uid}' for clip in avsbench.read_index(data_root, 'test')}
+    for name, content in _contents(folder / 'masks').items():
+      assert name == 'source.json' or os.path.dirname(name) in test
+      assert content == _contents(handed_over[0])[name]

@@ -3,62 +3,53 @@
 import numpy as np
 import pytest
 
-from aavs_jax.postprocess import class_scores
+from aavs_jax import recordings, selftest
 from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
 FORMS = pytest.mark.parametrize('form', ('gather', 'dense'))
+SEEDS = {1: 12, 2: 13}  # of the generator that the recordings drew everything from
 
 
 @STAGES
 def test_recorded_start_is_drawn_again(stage):
   """The redrawn start is the recording's: shown by what no training step changed."""
-  recorded, trained = parity.recorded(stage), parity.trained_names(stage)
-  drawn, generator = parity.draw_start(stage)
+  recording = parity.recording(stage)
+  assert recordings.saved_late(recording)
+  assert recordings.find_seed(recording) == SEEDS[stage]
+  generator = recordings.TorchGenerator(SEEDS[stage])
+  saved, trained = recording.arrays.under('param/'), recordings.trained_names(recording)
+  drawn = dict(recordings.draw_parameters(saved, generator))
+  assert drawn.keys() == {name for name in saved if 'relative_position_index' not in name}
   for name, value in drawn.items():
-    difference = np.abs(value - recorded[f'param/{name}']).max()
     # Three steps of AdamW at 1e-4 move a parameter by little more than 3e-4.
-    assert difference < (3.5e-4 if name in trained else 1e-6), name
-  pixels = recorded['in/pixel_values']
+    bound = 3.5e-4 if name in trained else 1e-6
+    assert np.abs(value - saved[name]).max() < bound, name
+  pixels = recording.arrays['in/pixel_values']
   np.testing.assert_allclose(generator.randn(*pixels.shape), pixels, rtol=0, atol=2e-6)
 
 
 @FORMS
 @STAGES
 def test_intermediates(stage, form):
-  found = parity.at_start(stage, form).intermediates
-  recorded = parity.recorded(stage)
-  wanted = {
-    key.removeprefix('out/'): value
-    for key, value in recorded.items()
-    if key.startswith('out/') and 'logits' not in key
-  }
-  assert found.keys() == wanted.keys()
-  errors = {name: parity.relative(found[name], wanted[name]) for name in wanted}
+  errors = parity.forward_errors(stage, form)['intermediates']
+  assert len(errors) == 9
   assert max(errors.values()) < 1e-4, errors
 
 
 @FORMS
 @STAGES
 def test_predictions(stage, form):
-  outputs = parity.at_start(stage, form).outputs
-  recorded = parity.recorded(stage)
-  assert len(outputs.mask_logits) == parity.sizes(stage)['decl']
-  for name in ('mask_logits', 'class_logits'):
-    errors = [
-      parity.relative(ours, recorded[f'out/{name}/{i}'])
-      for i, ours in enumerate(getattr(outputs, name))
-    ]
-    assert max(errors) < 1e-4, (name, errors)
+  errors = parity.forward_errors(stage, form)['prediction sets']
+  assert len(errors) == 2 * 5
+  assert max(errors.values()) < 1e-4, errors
 
 
 @STAGES
 def test_score_maps(stage):
-  # The release always takes masks to 384x384, whatever the image size; published images have it.
-  scores = class_scores(parity.at_start(stage, 'gather').outputs, 384, 224)
-  recorded = parity.recorded(stage)
+  outputs = parity.at_start(stage, 'gather').predictions.outputs
+  errors = selftest.map_errors(parity.recording(stage), outputs)
   if stage == 1:
-    # Recorded in float16.
-    np.testing.assert_allclose(scores, recorded['post/binary_scores_224'], rtol=0, atol=1e-3)
+    assert errors['scores']['scores'] <= 1e-3  # recorded in float16
   else:
-    assert np.mean(np.argmax(scores, 1) != recorded['post/semantic_map_224']) <= 1e-4
+    assert errors['map']['map'] <= 1e-4

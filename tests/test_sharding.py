@@ -1,41 +1,190 @@
-"""Any number of devices gives the losses of one; each case is a process with fake CPU devices."""
+"""Any devices in any number of processes give one run's losses, and take over from each other.
 
+Each process is a real one with fake CPU devices.
+"""
+
+import itertools
 import json
 import os
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STEPS = 3
+
+pytestmark = pytest.mark.slow
 
 
-def _losses(data_root, workdir, devices, fsdp):
-  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
-  # Parameters of the tiny model are all below the size from which arrays are spread.
-  program = (
-    'import sys; from aavs_jax import cli, mesh; mesh.FSDP_MIN_SIZE = 1; sys.exit(cli.main())'
-  )
-  arguments = [
-    'train', '--config', 'tests/tiny.py:stage1', '--data', data_root, '--workdir', str(workdir),
-    '--config.data.batch_items=4', f'--config.mesh.fsdp={fsdp}', '--config.train.epochs=1.0',
-  ]  # fmt: skip
-  done = subprocess.run(
-    [sys.executable, '-c', program, *arguments],
-    cwd=ROOT, env=os.environ | {'XLA_FLAGS': flags}, text=True, capture_output=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr
+class Layout(NamedTuple):
+  processes: int
+  devices: int  # of each process
+  fsdp: int
+  accumulate: int
+
+
+LAYOUTS = {
+  'one device': Layout(1, 1, 1, 1),
+  'data 8': Layout(1, 8, 1, 1),
+  'data 2, fsdp 4': Layout(1, 8, 4, 1),
+  'accumulation 4': Layout(1, 2, 1, 4),
+  '2 processes of 4': Layout(2, 4, 2, 1),
+}
+
+
+def _free_port():
+  with socket.socket() as listener:
+    listener.bind(('localhost', 0))
+    return listener.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def start(data_root, tmp_path_factory):
+  """Starts the processes of a run; programs are compiled once for all of them."""
+  cache = tmp_path_factory.mktemp('cache')
+
+  def run(workdir, layout, *overrides):
+    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={layout.devices}'
+    environment = os.environ | {
+      'XLA_FLAGS': flags,
+      'JAX_PLATFORMS': 'cpu',
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    }
+    # Parameters of the tiny model are all below the size from which arrays are spread.
+    program = (
+      'import sys; from aavs_jax import cli, mesh; mesh.FSDP_MIN_SIZE = 1; sys.exit(cli.main())'
+    )
+    port = _free_port()
+    processes = []
+    for index in range(layout.processes):
+      arguments = [
+        'train', '--config', 'tests/tiny.py:stage1', '--data', data_root,
+        '--workdir', str(workdir), '--config.data.batch_items=8', '--config.train.epochs=2.0',
+        f'--config.mesh.fsdp={layout.fsdp}', f'--config.train.accumulate={layout.accumulate}',
+        '--config.train.checkpoint_every_steps=1', '--config.train.keep_checkpoints=9', *overrides,
+      ]  # fmt: skip
+      if layout.processes > 1:
+        arguments += ['--distributed', f'localhost:{port},{layout.processes},{index}']
+      processes.append(
+        subprocess.Popen(
+          [sys.executable, '-c', program, *arguments],
+          cwd=ROOT,
+          env=environment,
+          text=True,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+        )
+      )
+    return processes
+
+  return run
+
+
+def _finish(processes, timeout=600):
+  outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0] * len(processes), outputs
+  return outputs
+
+
+def _losses(workdir):
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  assert f'{devices} cpu device' in done.stdout
-  return [row['loss'] for row in rows if row['kind'] == 'train']
+  return {row['step']: row['loss'] for row in rows if row['kind'] == 'train'}
 
 
-@pytest.mark.slow
-def test_losses_do_not_depend_on_the_devices(data_root, tmp_path):
-  alone = _losses(data_root, tmp_path / '1', 1, 1)
-  assert len(alone) == 3
-  for devices, fsdp in [(4, 1), (4, 2)]:
-    spread = _losses(data_root, tmp_path / f'{devices}x{fsdp}', devices, fsdp)
-    np.testing.assert_allclose(spread, alone, rtol=1e-5)
+@pytest.fixture(scope='module')
+def runs(start, tmp_path_factory):
+  """The work folder of a whole run in each layout."""
+  folders = {}
+  for name, layout in LAYOUTS.items():
+    folders[name] = tmp_path_factory.mktemp('run') / 'work'
+    output = _finish(start(folders[name], layout))[0]
+    assert f'{layout.processes * layout.devices} cpu device' in output
+  return folders
+
+
+def _same(found, wanted):
+  assert found.keys() == wanted.keys()
+  np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+
+
+def test_losses_do_not_depend_on_devices_processes_or_accumulation(runs):
+  alone = _losses(runs['one device'])
+  assert list(alone) == [1, 2, STEPS]
+  for workdir in runs.values():
+    _same(_losses(workdir), alone)
+
+
+# Each layout goes on from the checkpoint of another one.
+PAIRS = list(itertools.pairwise([*LAYOUTS, next(iter(LAYOUTS))]))
+
+
+@pytest.mark.parametrize(('saved', 'restored'), PAIRS)
+def test_a_checkpoint_is_restored_in_another_layout(saved, restored, runs, start, tmp_path):
+  workdir = tmp_path / 'work'
+  shutil.copytree(runs[saved], workdir)
+  for step in range(2, STEPS + 1):
+    shutil.rmtree(workdir / 'checkpoints' / str(step))
+  config = json.loads((workdir / 'config.json').read_text())
+  config['train']['accumulate'] = LAYOUTS[restored].accumulate
+  (workdir / 'config.json').write_text(json.dumps(config))
+  assert 'going on from step 1' in _finish(start(workdir, LAYOUTS[restored]))[0]
+  _same(_losses(workdir), _losses(runs['one device']))
+
+
+def _wait_for_step(workdir, step, processes, seconds=300):
+  end = time.monotonic() + seconds
+  while not (workdir / 'metrics.jsonl').exists() or step not in _losses(workdir):
+    assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+    assert time.monotonic() < end, 'the moment to interrupt never came'
+    time.sleep(0.01)
+
+
+LONG = '--config.train.epochs=20.0', '--config.train.eval_every_epochs=10.0'
+
+
+def test_sigterm_to_one_process_saves_and_ends_all(start, tmp_path):
+  layout = LAYOUTS['2 processes of 4']
+  workdir = tmp_path / 'work'
+  processes = start(workdir, layout, *LONG)
+  _wait_for_step(workdir, 2, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  started = time.monotonic()
+  output = _finish(processes, timeout=30)[0]
+  assert time.monotonic() - started < 30
+  assert 'stopped by a signal at step' in output
+  last = max(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+  assert f'at step {last};' in output
+
+  processes = start(workdir, layout, *LONG)
+  _wait_for_step(workdir, last + 2, processes)
+  after = _losses(workdir)
+  for process in processes:
+    process.kill()
+    process.communicate()
+  whole = tmp_path / 'whole'
+  processes = start(whole, LAYOUTS['one device'], *LONG)
+  _wait_for_step(whole, last + 2, processes)
+  processes[0].kill()
+  processes[0].communicate()
+  alone = _losses(whole)
+  steps = range(1, last + 3)
+  np.testing.assert_allclose([after[s] for s in steps], [alone[s] for s in steps], rtol=1e-4)
+
+
+@pytest.mark.parametrize('victim', [0, 1])
+def test_a_process_that_is_killed_ends_the_others(victim, start, tmp_path):
+  processes = start(tmp_path / 'work', LAYOUTS['2 processes of 4'], *LONG)
+  _wait_for_step(tmp_path / 'work', 2, processes)
+  processes[victim].kill()
+  output = processes[1 - victim].communicate(timeout=150)[0]
+  assert processes[1 - victim].returncode not in (0, None)
+  assert 'another process' in output, output

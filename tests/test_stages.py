@@ -76,9 +76,7 @@ def test_the_boundary_is_where_the_release_has_it():
 
 class TestStart:
   def fresh(self):
-    return {
-      'aavs': {'queries': {'features': jnp.zeros((4, 2))}, 'fc': {'kernel': jnp.zeros((2, 3))}}
-    }
+    return {'aavs/queries/features': jnp.zeros((4, 2)), 'aavs/fc/kernel': jnp.zeros((2, 3))}
 
   def test_fills_all_but_what_is_specific_to_a_stage(self):
     start = {'aavs/queries/features': np.ones((6, 2)), 'aavs/fc/kernel': np.ones((2, 3))}

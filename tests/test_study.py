@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from aavs_jax import study
+from aavs_jax import evaluate, study
 from configs import quickstart
 from input_pipeline.errors import UserError
 from tests import tiny
@@ -69,9 +69,9 @@ def test_only_evaluations_of_the_same_model_and_masks_are_reused(tmp_path, text)
   path = tmp_path / 'e.json'
   if text is not None:
     path.write_text(text)
-  assert study._reusable(path, origin) is None
+  assert evaluate.reusable(path, origin) is None
   path.write_text(json.dumps({**origin, 'overall': {}}))
-  assert study._reusable(path, origin) == {**origin, 'overall': {}}
+  assert evaluate.reusable(path, origin) == {**origin, 'overall': {}}
 
 
 @pytest.mark.slow

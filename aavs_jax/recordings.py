@@ -1,0 +1,384 @@
+"""Recorded runs of the authors' PyTorch code, and what it takes to run them again.
+
+tests/goldens/README.md says what the files hold and what was found wrong in them. Every size comes
+from the file: its config and the shapes of its arrays.
+"""
+
+import contextlib
+import functools
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
+
+from aavs_jax.convert import released_name, released_to_params
+from aavs_jax.losses import OVERSAMPLE, UNCERTAIN_SHARE, PointDraws
+from aavs_jax.models.aavs import AAVS
+from aavs_jax.state import flatten
+from aavs_jax.types import Targets
+from configs import avss_stage1, avss_stage2
+from input_pipeline.errors import UserError
+from input_pipeline.labels import IGNORE
+
+CONFIGS = {1: avss_stage1.get_config(), 2: avss_stage2.get_config()}  # what trains, and how
+SEEDS = 10_000  # 0 to 9999 are tried
+
+Flat = dict[str, jax.Array]
+
+
+class Arrays(dict):
+  """The arrays of a file by key. A missing or misshapen one is a UserError naming file and key."""
+
+  def __init__(self, path: Path, arrays: dict[str, np.ndarray]):
+    super().__init__(arrays)
+    self.path = path
+
+  def __missing__(self, key):
+    raise UserError(f'{self.path} lacks {key}: it is damaged or no recording, take another copy')
+
+  def numbers(self, key: str, *shape: int | None) -> np.ndarray:
+    """The numbers under a key, which must have this shape (None: any length)."""
+    value = self[key]
+    fits = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape))
+    if not fits or value.dtype.kind not in 'fiu':
+      raise UserError(
+        f'{self.path}: {key} is {value.dtype} {value.shape}, not numbers of shape {shape} as the '
+        'rest of the file asks for: take another copy'
+      )
+    return value
+
+  def number(self, key: str) -> float:
+    """The one number under a key (scalars were recorded as () or (1,))."""
+    return float(self.numbers(key, *(1,) * self[key].ndim).item())
+
+  def under(self, prefix: str) -> dict[str, np.ndarray]:
+    """What follows a prefix in a key -> array."""
+    return {key.removeprefix(prefix): self[key] for key in self if key.startswith(prefix)}
+
+
+class Recording(NamedTuple):
+  """The recorded run of one model."""
+
+  arrays: Arrays
+  sizes: dict  # its config
+  stage: int
+
+
+@contextlib.contextmanager
+def legible(path: Path):
+  """Turns what a damaged or foreign file makes numpy and the model raise into one sentence."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+  ) as error:
+    text = ' '.join(str(error).split())[:200]
+    raise UserError(
+      f'{path} cannot be read as a recording ({type(error).__name__}: {text}): name an .npz file '
+      'in the format of tests/goldens/README.md'
+    ) from error
+
+
+def read(path: str | Path) -> Arrays:
+  """Every array of an .npz file; nothing in it is unpickled. Raises UserError if it is none."""
+  with legible(path):
+    file = np.load(path, allow_pickle=False)
+    if isinstance(file, np.ndarray):
+      raise UserError(f'{path} holds a single array: name an .npz file of a recording')
+    with file:
+      return Arrays(Path(path), dict(file))
+
+
+def recording_of(arrays: Arrays) -> Recording:
+  """The recording that a file holds; its stage is 2 if it feeds a prior mask to the model.
+
+  Raises:
+    UserError: something that is needed to run it again is missing or does not fit the rest.
+  """
+  with legible(arrays.path):
+    sizes = json.loads(bytes(arrays['config']))
+    recording = Recording(arrays, sizes, 2 if 'in/stage1_mask' in arrays else 1)
+    model(recording, 'gather')
+    inputs(recording)
+    counts = {phase: max(steps(recording, phase), 1) for phase in (1, 2)}
+    taken = [f'phase{phase}/{step}' for phase in (1, 2) for step in range(counts[phase])]
+    for prefix in ('loss', *taken):
+      draws(recording, prefix)
+      arrays.number(f'{prefix}/total')
+  return recording
+
+
+def steps(recording: Recording, phase: int) -> int:
+  """How many optimiser steps of a phase were recorded."""
+  return sum(key.endswith('/total') for key in recording.arrays.under(f'phase{phase}/'))
+
+
+def set_names(recording: Recording) -> list[str]:
+  """Names of the prediction sets in the recording, in our order (the final one last)."""
+  return [*map(str, range(recording.sizes['decl'] - 1)), 'final']
+
+
+def trained_names(recording: Recording) -> list[str]:
+  """Released names of what the recording trained in phase 2."""
+  return list(recording.arrays.under('phase2/param_after/'))
+
+
+def model(recording: Recording, form: str, dtype=jnp.float32) -> AAVS:
+  """The recorded model, with one of the two sampling forms."""
+  c = recording.sizes
+
+  def rows(path):
+    return len(recording.arrays[f'param/{released_name(path)}'])
+
+  points = rows('aavs/pixel_decoder/layer0/attention/weights/bias') // (c['dh'] * 3)  # of 3 levels
+  return AAVS(
+    num_classes=c['num_labels'],
+    num_queries=c[f'q{recording.stage}'],
+    use_prior=recording.stage == 2,
+    adapter_variant=CONFIGS[recording.stage].model.adapter_variant,
+    swin=FrozenDict(  # so that what is compiled for a model can be kept
+      embed_dim=c['ed'],
+      depths=tuple(c['depths']),
+      heads=tuple(c['heads']),
+      window=c['win'],
+      mlp_ratio=rows('aavs/backbone/stage0_block0/fc1/bias') // c['ed'],
+      drop_path=0.0,
+    ),
+    hidden=c['hid'],
+    heads=c['dh'],
+    encoder_layers=c['encl'],
+    encoder_ffn=c['encff'],
+    encoder_points=points,
+    decoder_layers=c['decl'] - 1,
+    decoder_ffn=c['ff'],
+    audio_hidden=rows('aavs/audio_projection/down/linear/bias'),
+    sampling=form,
+    dtype=dtype,
+  )
+
+
+def inputs(recording: Recording) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+  """Frames, audio embeddings and prior, as the model takes them."""
+  arrays = recording.arrays
+  frames = arrays.numbers('in/pixel_values', None, 3, None, None)
+  n = len(frames)
+  prior = arrays.numbers('in/stage1_mask', n, None, None) if recording.stage == 2 else None
+  audio = arrays.numbers('in/audio_features', n, None)
+  return frames.transpose(0, 2, 3, 1), audio, prior
+
+
+def targets(recording: Recording) -> Targets:
+  """The ground truth: a target for each label value of a frame, background included."""
+  n, _, height, width = recording.arrays['in/pixel_values'].shape
+  labels = recording.arrays.numbers('in/label_map', n, height, width).astype(np.uint8)
+  present = [np.unique(frame[frame != IGNORE]) for frame in labels]
+  classes = np.full((n, max(map(len, present))), -1, np.int32)
+  for row, values in zip(classes, present):
+    row[: len(values)] = values
+  return Targets(labels, classes, np.ones(n, np.float32))
+
+
+def draws(recording: Recording, prefix: str) -> tuple[PointDraws, np.ndarray]:
+  """Recorded draws of one evaluation of the loss, and its matches.
+
+  Args:
+    recording: where to look.
+    prefix: 'loss', 'phase1/0', ...: where in it.
+
+  Returns:
+    The draws, with a leading axis s, and the query of each target int [s, n, k], -1 where there is
+    no target.
+  """
+  arrays, names, points = recording.arrays, set_names(recording), recording.sizes['npts']
+  n, k = targets(recording).classes.shape
+  pairs = (len(names), n, k)
+  matcher = np.zeros((len(names), n, points, 2), np.float32)
+  candidates = np.zeros((*pairs, OVERSAMPLE * points, 2), np.float32)
+  extra = np.zeros((*pairs, points - int(UNCERTAIN_SHARE * points), 2), np.float32)
+  query = np.full(pairs, -1)
+  for s, name in enumerate(names):
+    match, drawn = f'{prefix}/match/{name}', f'{prefix}/points/{name}'
+    matcher[s] = arrays.numbers(f'{drawn}/matcher', n, points, 2)
+    where = s, arrays[f'{match}/frame'], arrays[f'{match}/target']
+    query[where] = arrays[f'{match}/query']
+    candidates[where] = arrays[f'{drawn}/candidates']
+    extra[where] = arrays[f'{drawn}/extra']
+  return PointDraws(matcher, candidates, extra), query
+
+
+class TorchGenerator:
+  """PyTorch's generator on the CPU: what torch.rand and torch.randn give in float32."""
+
+  def __init__(self, seed: int):
+    self._state = np.random.RandomState(seed)
+    self._spare = None
+
+  def _words(self, count: int) -> np.ndarray:
+    return self._state.randint(0, 2**32, size=count, dtype=np.uint32)
+
+  def rand(self, *shape: int) -> np.ndarray:
+    words = self._words(int(np.prod(shape))) & 0xFFFFFF
+    return (words.astype(np.float32) * np.float32(2**-24)).reshape(shape)
+
+  def randn(self, *shape: int) -> np.ndarray:
+    size = int(np.prod(shape))
+    if size < 16:
+      return np.array([self._one() for _ in range(size)], np.float32).reshape(shape)
+    uniform = self.rand(size)
+    whole = size // 16 * 16
+    normal = np.empty(size, np.float32)
+    normal[:whole] = self._box_muller(uniform[:whole])
+    if size % 16:
+      normal[-16:] = self._box_muller(self.rand(16))
+    return normal.reshape(shape)
+
+  @staticmethod
+  def _box_muller(uniform: np.ndarray) -> np.ndarray:
+    """Blocks of 16: eight radii, then eight angles."""
+    radius, angle = uniform.reshape(-1, 2, 8).transpose(1, 0, 2)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius))
+    angle = np.float32(2 * np.pi) * angle
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
+
+  def _one(self) -> float:
+    """Tensors of fewer than 16 numbers: pairs in float64, the second kept for the next call."""
+    if self._spare is not None:
+      value, self._spare = self._spare, None
+      return value
+    high, low = self._words(4).astype(np.uint64).reshape(2, 2).T
+    angle, radius = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) * 2.0**-53
+    radius, angle = np.sqrt(-2 * np.log1p(-radius)), 2 * np.pi * angle
+    self._spare = radius * np.sin(angle)
+    return radius * np.cos(angle)
+
+
+def draw_parameters(
+  saved: dict[str, np.ndarray], generator: TorchGenerator
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(released name, value) of every parameter at a recording's start, as its script drew them.
+
+  In the order of the released state dict: standard normals times 1.2 / sqrt(fan in) for matrices
+  and 0.1 for vectors, norms of 1 + 0.1 normals. Bias tables (0.5), sampling offsets (1.5) and
+  embeddings (0.7) were drawn a second time. Of `saved`, names and shapes alone matter.
+  """
+  for name, value in saved.items():
+    if value.dtype != np.float32:  # the rest are index buffers
+      continue
+    draw, scale = generator.randn(*value.shape), 0.1
+    if value.ndim > 1:
+      scale = 1.2 / np.prod(value.shape[1:]) ** 0.5
+    for endings, again in (
+      (('relative_position_bias_table',), 0.5),
+      (('sampling_offsets.bias',), 1.5),
+      (('embed.weight', 'embedder.weight', 'queries_features.weight'), 0.7),
+    ):
+      if name.endswith(endings):
+        draw, scale = generator.randn(*value.shape), again
+    offset = 1 if name.endswith('weight') and 'norm' in name else 0
+    yield name, np.float32(offset) + draw * np.float32(scale)
+
+
+def find_seed(recording: Recording) -> int | None:
+  """The seed whose draws give every parameter that did not train, to a rounding; None if none does.
+
+  Most seeds are ruled out by the first such parameter.
+  """
+  trained = set(trained_names(recording))
+  saved = recording.arrays.under('param/')
+  for seed in range(SEEDS):
+    drawn = draw_parameters(saved, TorchGenerator(seed))
+    if all(
+      np.all(np.abs(value - saved[name]) <= 1e-6 * (1 + np.abs(saved[name])))
+      for name, value in drawn
+      if name not in trained
+    ):
+      return seed
+  return None
+
+
+def saved_late(recording: Recording) -> bool:
+  """Whether param/ holds the trained parameters as they were after the last recorded step.
+
+  That is the case in recordings whose arrays were views of live tensors. AdamW with weight decay
+  changes every number, so those of the start are not found again to the last bit at the end; most
+  of the tensors decide, so that one damaged array is found to be one.
+  """
+  saved, after = (recording.arrays.under(prefix) for prefix in ('param/', 'phase2/param_after/'))
+  same = [name in saved and np.array_equal(saved[name], value) for name, value in after.items()]
+  return 2 * sum(same) > len(same)
+
+
+def start(recording: Recording) -> tuple[Flat | None, str]:
+  """The parameters that everything was recorded at, flat, and a sentence on where they are from.
+
+  They are those of param/, unless these were saved late. Then the trained ones are drawn again;
+  None if that cannot be done.
+
+  Raises:
+    UserError: the parameters do not make up the model of the recording's config.
+  """
+  arrays = recording.arrays
+  released, origin = arrays.under('param/'), 'param/ is the start'
+  with legible(arrays.path):
+    if saved_late(recording):
+      origin = 'param/ holds what trains as it was after the last step'
+      seed = find_seed(recording)
+      if seed is None:
+        unknown = f'and no seed from 0 to {SEEDS - 1} draws the rest, so the start is unknown'
+        return None, f'{origin}, {unknown}'
+      origin += f', so its start is drawn again, from seed {seed}'
+      drawn = dict(draw_parameters(released, TorchGenerator(seed)))
+      released |= {name: drawn[name] for name in trained_names(recording)}
+    shapes = _parameter_shapes(model(recording, 'gather'), inputs(recording)[1].shape[1])
+    params = released_to_params(released, shapes, what=str(arrays.path))
+  return {path: jnp.asarray(value) for path, value in params.items()}, origin
+
+
+@functools.cache
+def _parameter_shapes(model: AAVS, embedding: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """By flat path; the size of the frames has no part in them."""
+  prior = jax.ShapeDtypeStruct((1, 64, 64), jnp.float32) if model.use_prior else None
+  tree = jax.eval_shape(
+    lambda *inputs: model.init(jax.random.key(0), *inputs),
+    jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32),
+    jax.ShapeDtypeStruct((1, embedding), jnp.float32),
+    prior,
+  )
+  return flatten({'aavs': tree['params']})
+
+
+def clip_factor(recording: Recording) -> float:
+  """What grad/ of Swin's adapters was multiplied by after the fact; 1 in a sound recording.
+
+  Phase 1 freezes them, so nothing clears their gradients, and each of its steps clips them with its
+  own. With norms thousands of times the limit three steps leave about 1e-11 of them: on a
+  logarithmic scale their norm is then nearer to that share of the other gradients' than to theirs.
+  """
+  limit = CONFIGS[recording.stage].optimizer.clip_norm
+  phase1 = recording.arrays.under('phase1/')
+  norms = [float(norm) for key, norm in phase1.items() if key.endswith('/grad_norm')]
+  factor = float(np.prod([limit / max(limit, norm) for norm in norms]))
+  squares = {True: 0.0, False: 0.0}
+  for name, value in recording.arrays.under('grad/').items():
+    squares['swin_adapt' in name] += float(np.sum(np.square(value, dtype=np.float64)))
+  return factor if squares[True] < factor * squares[False] else 1.0

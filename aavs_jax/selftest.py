@@ -1,0 +1,625 @@
+"""Does this device compute what the authors' PyTorch code computed? Recorded runs, run again."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aavs_jax import losses, metrics, protocols
+from aavs_jax.convert import from_released_layout, released_name, released_to_params
+from aavs_jax.logging import say
+from aavs_jax.losses import PointDraws
+from aavs_jax.models.aavs import AAVS
+from aavs_jax.models.vggish import VGGish
+from aavs_jax.optimizer import make_optimizer
+from aavs_jax.postprocess import class_scores
+from aavs_jax.recordings import (
+  CONFIGS,
+  Arrays,
+  Flat,
+  Recording,
+  clip_factor,
+  draws,
+  inputs,
+  legible,
+  model,
+  read,
+  recording_of,
+  set_names,
+  start,
+  steps,
+  targets,
+)
+from aavs_jax.stages import SWIN_ADAPTERS, params_of_phase, trainable_paths
+from aavs_jax.state import flatten, matches, merge
+from aavs_jax.types import Outputs
+from input_pipeline import audio
+from input_pipeline.errors import UserError
+
+GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
+DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
+FORMS = ('gather', 'dense')
+# One compiled gradient a stage: each form's is compared in one of them, the rest in both forms.
+GRADIENT_FORM = {1: 'gather', 2: 'dense'}
+# Each compiled function runs a few times, so on the CPU compiling fast matters and running fast
+# does not. Other devices are tested with what their users get.
+COMPILE_FAST = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+  'xla_cpu_use_fusion_emitters': False,
+}
+# The release always takes masks to 384x384 and scores to 224x224, whatever the size of the images.
+IMAGE_SIZE, EVAL_SIZE = 384, 224
+INTERMEDIATE_MODULES = ('backbone', 'pixel_decoder', 'audio_projection')
+TERMS = {'class': 'cross_entropy', 'mask': 'mask', 'dice': 'dice'}  # our name: recorded name
+
+# Quantity -> what its error is, and how large that may be in float32.
+TOLERANCES = {
+  'intermediates': ('of the largest value', 1e-4),
+  'prediction sets': ('of the largest value', 1e-4),
+  'matching': ('share of the targets', 0.0),
+  'loss': ('relative', 1e-4),
+  'loss terms': ('relative', 1e-4),
+  'gradients': ('of the largest value', 1e-3),
+  'scores': ('absolute', 1e-3),
+  'map': ('share of the pixels', 1e-4),
+  'totals of the steps': ('relative', 1e-3),
+  'gradient norms of the steps': ('relative', 1e-3),
+  'parameters after the steps': ('of the largest change', 0.02),
+  'log-mel at 16 kHz': ('absolute', 1e-5),
+  'log-mel, resampled': ('mean, absolute', 0.02),
+  'VGGish embedding': ('of the largest value', 1e-4),
+  'metrics': ('absolute', 1e-6),
+}
+TINY = float(np.finfo(np.float32).tiny)  # in the place of a recorded value of zero
+CLOSE_SHARE = 0.999  # of a tensor's elements that 'parameters after the steps' speaks of
+# bfloat16 has 8 bits, so nothing but maps can be asked to agree. Measured on the two recordings of
+# the project, on the CPU: scores are off by 1.4 to 2.9 % of the largest one (with the parameters
+# rounded to 8 bits as well), so only pixels whose winner leads by twice that can be told.
+DECIDED_LEAD = 0.06
+DECIDED_TOLERANCE = 0.01
+# Few pixels are close there, and the maps are flat. The sign of the mask logits, in or out of each
+# query's mask, is the finer test. It differs for 0.34 and 0.58 % of them, in either sampling form;
+# with parameters of 4 bits for 2.6 and 6.3 %, without the bias tables for 3.6 and 5.2 %, without
+# offsets or adapters for 8 to 23 %. Two per cent leave room for another order of summation and for
+# none of these.
+MASKS_TOLERANCE = 0.02
+
+Errors = dict[str, dict[str, float]]  # quantity -> where -> error
+
+
+class Row(NamedTuple):
+  """One line of a table: a quantity and its largest error."""
+
+  quantity: str
+  unit: str
+  error: float
+  tolerance: float | None  # None: reported, not judged
+  where: str
+
+  @property
+  def passes(self) -> bool:
+    return self.tolerance is None or self.error <= self.tolerance
+
+
+class Table(NamedTuple):
+  title: str
+  rows: list[Row]
+
+
+class Predictions(NamedTuple):
+  """What the model makes of the recorded inputs, as numpy arrays."""
+
+  outputs: Outputs
+  intermediates: dict[str, np.ndarray]  # named as in the recording, in its layout
+
+
+class Evaluation(NamedTuple):
+  """Predictions and their loss with recorded draws, as numpy arrays."""
+
+  predictions: Predictions
+  total: np.ndarray
+  terms: dict[str, np.ndarray]
+  gradient: dict[str, np.ndarray] | None  # by flat path, of what trains in phase 2
+
+
+class Steps(NamedTuple):
+  """The recorded optimiser steps of one phase, taken again."""
+
+  totals: list[float]
+  norms: list[float]  # of the gradients, before clipping
+  queries: list[np.ndarray]  # int [s, n, k]
+  params: Flat
+
+
+def selftest(files: Sequence[str | Path] = ()) -> bool:
+  """Compares this device with recorded runs and says how it went, in tables.
+
+  Args:
+    files: recordings (format: tests/goldens/README.md); without any, those of the project.
+
+  Returns:
+    Whether everything that is judged is within its tolerance.
+
+  Raises:
+    UserError: a file cannot be read, or is no recording.
+  """
+  if not files:
+    if not GOLDENS.is_dir():
+      raise UserError(
+        f'{GOLDENS} is not there, as after an installation without the tests: name recordings, as '
+        '`aavs selftest stage1.npz`, or install a checkout of the project with pip install -e'
+      )
+    files = [GOLDENS / name for name in DEFAULT_FILES]
+  comparisons = [recognise(read(path)) for path in files]
+  device = jax.devices()[0]
+  say(
+    f'jax {jax.__version__} on {device.device_kind} ({device.platform}), 1 of {jax.device_count()}'
+  )
+  say("float32 is compared with matmul precision 'highest' (TPUs, and GPUs with TF32, take less by")
+  say('default), bfloat16 with the default.')
+  missed = judged = 0
+  for comparison in comparisons:
+    for table in comparison():
+      say(f'\n{format_table(table)}')
+      judged += sum(row.tolerance is not None for row in table.rows)
+      missed += sum(not row.passes for row in table.rows)
+  say(f'\n{judged - missed} of {judged} quantities are within tolerance')
+  return not missed
+
+
+def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
+  """The comparison that the arrays of a file are for. UserError if they are for none."""
+  if 'config' in arrays:
+    return functools.partial(compare_model, recording_of(arrays))
+  if 'vggish/parameter_order' in arrays:
+    return functools.partial(compare_audio, arrays)
+  if arrays.under('binary/') or arrays.under('semantic/'):
+    return functools.partial(compare_metrics, arrays)
+  raise UserError(
+    f'{arrays.path} is no recording (it holds {", ".join(list(arrays)[:3]) or "nothing"}): name '
+    'one in the format of tests/goldens/README.md'
+  )
+
+
+def compare_model(recording: Recording) -> Iterator[Table]:
+  """A table for float32, and one for bfloat16, of a recorded model."""
+  name = f'{recording.arrays.path.name}, stage {recording.stage}'
+  begin, origin = start(recording)
+  if begin is None:
+    yield Table(f'{name}\n  {origin}', [Row('start', 'unknown', np.inf, 0.0, '')])
+    return
+  errors: Errors = {}
+  for form in FORMS:
+    result = at_start(recording, begin, form)
+    both = prediction_errors(recording, result.predictions) | loss_errors(recording, result)
+    for quantity, found in both.items():
+      named = {f'{name}, {form}': error for name, error in found.items()}
+      errors[quantity] = errors.get(quantity, {}) | named
+    if result.gradient is not None:
+      errors['gradients'] = gradient_errors(recording, result.gradient)
+      errors |= map_errors(recording, result.predictions.outputs)
+  rows = [worst(quantity, found) for quantity, found in errors.items()]
+  for phase in (1, 2):
+    errors = step_errors(recording, begin, phase, take_steps(recording, begin, phase))
+    rows += [worst(quantity, found, f'phase {phase}: ') for quantity, found in errors.items()]
+  form = GRADIENT_FORM[recording.stage]
+  yield Table(f'{name}, float32\n  {origin}; gradients and steps with sampling {form}', rows)
+
+  predictions = in_bfloat16(recording, begin)
+  rows = [
+    worst(quantity, found)._replace(tolerance=None)
+    for quantity, found in prediction_errors(recording, predictions).items()
+  ]
+  rows += bfloat16_rows(recording, predictions.outputs)
+  yield Table(f'{name}, bfloat16 with sampling dense', rows)
+
+
+def _predict(model: AAVS, params: Flat, inputs) -> Predictions:
+  outputs, captured = model.apply(
+    {'params': merge(params, {})['aavs']},
+    *inputs,
+    mutable='intermediates',
+    capture_intermediates=lambda module, _: module.name in INTERMEDIATE_MODULES,
+  )
+  maps, pixel, audio = (
+    captured['intermediates'][name]['__call__'][0] for name in INTERMEDIATE_MODULES
+  )
+  intermediates = {
+    **{f'backbone/{i}': x.transpose(0, 3, 1, 2) for i, x in enumerate(maps)},
+    **{f'pixel_decoder/{i}': x.transpose(0, 3, 1, 2) for i, x in enumerate(pixel[0])},
+    'mask_features': pixel[1].transpose(0, 3, 1, 2),
+    'audio_embeddings': audio,
+  }
+  return Predictions(outputs, intermediates)
+
+
+def _compile(function: Callable) -> Callable:
+  options = COMPILE_FAST if jax.default_backend() == 'cpu' else None
+  return jax.jit(function, compiler_options=options)
+
+
+@functools.cache  # models of the same sizes are compiled once
+def _compiled_predict(model: AAVS):
+  return _compile(functools.partial(_predict, model))
+
+
+@functools.cache
+def _compiled_evaluate(model: AAVS, trained: tuple[str, ...]):
+  """(params, inputs, targets, points) -> Evaluation, with the gradient of `trained` if any."""
+
+  def loss_of(params, inputs, targets, points):
+    predictions = _predict(model, params, inputs)
+    total, terms = losses.loss(
+      predictions.outputs,
+      targets,
+      lambda index: jax.tree.map(lambda leaf: leaf[index], points),
+      losses.totals(targets, model.num_queries),
+      model.sampling,
+    )
+    return total, (predictions, terms)
+
+  def run(params, *arguments):
+    if not trained:
+      total, (predictions, terms) = loss_of(params, *arguments)
+      return Evaluation(predictions, total, terms, None)
+    (total, (predictions, terms)), gradient = jax.value_and_grad(
+      lambda some: loss_of({**params, **some}, *arguments), has_aux=True
+    )({path: params[path] for path in trained})
+    return Evaluation(predictions, total, terms, gradient)
+
+  return _compile(run)
+
+
+def evaluate(recording: Recording, params: Flat, points: PointDraws, form: str) -> Evaluation:
+  """Predictions and loss in float32, with the stage's GRADIENT_FORM also the gradient."""
+  trained = ()
+  if form == GRADIENT_FORM[recording.stage]:
+    trained = tuple(trainable_paths(CONFIGS[recording.stage], params, 2))
+  run = _compiled_evaluate(model(recording, form), trained)
+  with jax.default_matmul_precision('highest'):
+    return jax.device_get(run(params, inputs(recording), targets(recording), points))
+
+
+def at_start(recording: Recording, begin: Flat, form: str) -> Evaluation:
+  """The evaluation that 'out', 'loss', 'grad' and 'post' of the recording describe."""
+  return evaluate(recording, begin, draws(recording, 'loss')[0], form)
+
+
+def in_bfloat16(recording: Recording, begin: Flat) -> Predictions:
+  """What the bfloat16 model predicts; its loss, float32 throughout, would tell nothing more."""
+  run = _compiled_predict(model(recording, 'dense', jnp.bfloat16))
+  return jax.device_get(run(begin, inputs(recording)))
+
+
+@functools.cache
+def _optimizer(stage: int, phase: int):
+  """Compiled: what trains -> AdamW's state; gradient, state, what trains -> both next, the norm."""
+  config = CONFIGS[stage].optimizer
+  optimizer, _ = make_optimizer(config, config.lr if phase == 1 else config.lr_phase2, 1)
+
+  def update(gradient, state, trained):
+    updates, state = optimizer.update(gradient, state, trained)
+    return optax.apply_updates(trained, updates), state, optax.global_norm(gradient)
+
+  return _compile(optimizer.init), _compile(update)
+
+
+def take_steps(recording: Recording, begin: Flat, phase: int) -> Steps:
+  """The steps of a phase, with its recorded draws; both phases begin at the recording's start."""
+  config = CONFIGS[recording.stage]
+  params = params_of_phase(config, 1, begin, None) if phase == 1 else begin
+  init, update = _optimizer(recording.stage, phase)
+  names = trainable_paths(config, params, phase)
+  trained = {path: params[path] for path in names}
+  state = init(trained)
+  totals, norms, queries = [], [], []
+  for step in range(steps(recording, phase)):
+    points, _ = draws(recording, f'phase{phase}/{step}')
+    result = evaluate(recording, params, points, GRADIENT_FORM[recording.stage])
+    gradient = {path: result.gradient[path] for path in names}
+    trained, state, norm = update(gradient, state, trained)
+    params = {**params, **trained}
+    totals.append(float(result.total))
+    norms.append(float(norm))
+    queries.append(result.terms['query'])
+  return Steps(totals, norms, queries, params)
+
+
+def prediction_errors(recording: Recording, predictions: Predictions) -> Errors:
+  """Errors of intermediates and of all prediction sets."""
+  recorded = recording.arrays.under('out/')
+  sets = {
+    f'{kind}/{i}': value
+    for kind in ('mask_logits', 'class_logits')
+    for i, value in enumerate(getattr(predictions.outputs, kind))
+  }
+  inner = {name: value for name, value in recorded.items() if 'logits' not in name}
+  outer = {name: value for name, value in recorded.items() if name not in inner}
+  return {
+    'intermediates': compare(predictions.intermediates, inner, of_largest),
+    'prediction sets': compare(sets, outer, of_largest),
+  }
+
+
+def loss_errors(recording: Recording, result: Evaluation) -> Errors:
+  """Errors of the loss at the start, and of the matching in it."""
+  arrays = recording.arrays
+  errors = {
+    'matching': {'loss': _unmatched(recording, 'loss', result.terms['query'])},
+    'loss': {'total': of_largest(result.total, arrays.number('loss/total'))},
+  }
+  weighted = arrays.under('loss/weighted/loss_')
+  if weighted:  # stage 1 was recorded without them
+    terms = {
+      kind if name == 'final' else f'{kind}_{name}': result.terms[ours][i]
+      for ours, kind in TERMS.items()
+      for i, name in enumerate(set_names(recording))
+    }
+    recorded = {name: np.squeeze(value) for name, value in weighted.items()}
+    errors['loss terms'] = compare(terms, recorded, of_largest)
+  return errors
+
+
+def gradient_errors(recording: Recording, gradient: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """By flat path; gradients of Swin's adapters as they were before the recording clipped them."""
+  recorded = _in_our_layout(gradient, recording.arrays.under('grad/'))
+  factor = clip_factor(recording)
+  for path in recorded:
+    if matches(path, SWIN_ADAPTERS):
+      recorded[path] = recorded[path] / factor
+  return compare(gradient, recorded, of_largest)
+
+
+def map_errors(recording: Recording, outputs: Outputs) -> Errors:
+  """Of the scores (stage 1, recorded in float16) or of the map (stage 2) at 224x224."""
+  scores = final_scores(outputs)
+  if recording.stage == 1:
+    recorded = recording.arrays['post/binary_scores_224']
+    return {'scores': compare({'scores': scores}, {'scores': recorded}, _largest_difference)}
+  recorded = recording.arrays['post/semantic_map_224']
+  return {'map': compare({'map': scores.argmax(1)}, {'map': recorded}, _share_unequal)}
+
+
+_class_scores = jax.jit(class_scores, static_argnums=(1, 2))
+
+
+def final_scores(outputs: Outputs) -> np.ndarray:
+  """Post-processed scores of the final prediction set, float32 [n, c, 224, 224]."""
+  with jax.default_matmul_precision('highest'):
+    return np.asarray(_class_scores(outputs, IMAGE_SIZE, EVAL_SIZE))
+
+
+def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> Errors:
+  """Errors of a phase's optimiser steps."""
+  arrays, config = recording.arrays, CONFIGS[recording.stage]
+
+  def column(name, values):
+    keys = (f'phase{phase}/{step}/{name}' for step in range(len(values)))
+    return {key: of_largest(value, arrays.number(key)) for key, value in zip(keys, values)}
+
+  errors = {
+    'matching': {
+      key: _unmatched(recording, key, query)
+      for step, query in enumerate(taken.queries)
+      for key in [f'phase{phase}/{step}']
+    },
+    'totals of the steps': column('total', taken.totals),
+  }
+  # Stage 2, which does not clip, was recorded without norms. Where the gradients of Swin's adapters
+  # were clipped after the fact, phase 1 counted them in its norms, though it does not train them.
+  if f'phase{phase}/0/grad_norm' in arrays and (phase == 2 or clip_factor(recording) == 1):
+    errors['gradient norms of the steps'] = column('grad_norm', taken.norms)
+  names = trainable_paths(config, begin, phase)
+  after, last = (arrays.under(f'phase{i}/param_after/') for i in (phase, 2))
+  # Where param/ was saved late, phase 1's result was too: it is phase 2's, and says nothing.
+  if phase == 1 and all(np.array_equal(after[name], last.get(name)) for name in after):
+    return errors
+
+  def change(params):
+    return {path: np.asarray(params[path]) - np.asarray(begin[path]) for path in params}
+
+  found = change({path: taken.params[path] for path in names})
+  wanted = _in_our_layout(found, after)
+  wanted = {
+    path: value - np.asarray(begin[path]) if value.shape == begin[path].shape else value
+    for path, value in wanted.items()
+  }
+  errors['parameters after the steps'] = compare(found, wanted, _of_largest_change)
+  return errors
+
+
+def bfloat16_rows(recording: Recording, outputs: Outputs) -> list[Row]:
+  """How far scores, masks and map of a bfloat16 model are from the recorded logits'."""
+  arrays, sets = recording.arrays, range(len(outputs.mask_logits))
+  masks = np.stack([arrays[f'out/mask_logits/{i}'] for i in sets])
+  classes = np.stack([arrays[f'out/class_logits/{i}'] for i in sets])
+  wanted = final_scores(Outputs(masks, classes))
+  found = final_scores(outputs)
+  same_sign = ((outputs.mask_logits > 0) == (masks > 0)) & np.isfinite(outputs.mask_logits)
+  same = found.argmax(1) == wanted.argmax(1)
+  second, first = np.sort(wanted, 1)[:, -2:].swapaxes(0, 1)
+  decided = first - second > DECIDED_LEAD * np.abs(wanted).max()
+  wrong = np.mean(~same[decided]) if decided.any() else 0.0
+  return [
+    Row('scores', 'of the largest value', of_largest(found, wanted), None, ''),
+    Row(
+      'masks of the queries',
+      'share of the pixels',
+      float(np.mean(~same_sign)),
+      MASKS_TOLERANCE,
+      f'{np.mean(same_sign):.2%} agree',
+    ),
+    Row(
+      'map, where it is decided',
+      'share of the pixels',
+      float(wrong),
+      DECIDED_TOLERANCE,
+      f'{np.mean(same):.2%} of all agree; {np.mean(decided):.0%} are decided',
+    ),
+  ]
+
+
+def compare_audio(arrays: Arrays) -> Iterator[Table]:
+  """A table for log-mel examples, and VGGish's embeddings of the recorded ones."""
+  errors: Errors = {}
+  embed = _vggish(arrays)
+  for name in dict.fromkeys(key.split('/')[0] for key in arrays if key.endswith('/pcm')):
+    log_mel, rate = arrays.numbers(f'{name}/log_mel', None, 96, 64), int(arrays[f'{name}/rate'])
+    pcm = arrays[f'{name}/pcm'].astype(np.float32) / 32768
+    waveform = audio.resample(pcm.reshape(len(pcm), -1).mean(axis=1), rate)
+    found = audio.log_mel_examples(waveform)[: len(log_mel)]
+    resampled = rate != audio.SAMPLE_RATE
+    # The release resamples with another library's low-pass filter, so only the mean is compared.
+    quantity = 'log-mel, resampled' if resampled else 'log-mel at 16 kHz'
+    error = _mean_difference if resampled else _largest_difference
+    errors.setdefault(quantity, {}).update(compare({name: found}, {name: log_mel}, error))
+    if f'{name}/embedding' in arrays:
+      errors.setdefault('VGGish embedding', {}).update(
+        compare({name: embed(log_mel)}, {name: arrays[f'{name}/embedding']}, of_largest)
+      )
+  yield Table(f'{arrays.path.name}, float32', [worst(*pair) for pair in errors.items()])
+
+
+def _vggish(arrays: Arrays) -> Callable[[np.ndarray], np.ndarray]:
+  """VGGish with the recording's random weights: log-mel examples to embeddings."""
+  random = np.random.RandomState(1234)
+  weights = {}
+  with legible(arrays.path):
+    for entry in arrays['vggish/parameter_order']:
+      name, shape = str(entry).split(':')
+      shape = tuple(map(int, shape.split('x')))
+      scale = np.sqrt(2 / np.prod(shape[1:])) if name.endswith('weight') else 0.05
+      weights[name] = (random.standard_normal(shape) * scale).astype(np.float32)
+    widths = [len(value) for name, value in weights.items() if name.endswith('weight')]
+    network = VGGish(tuple(widths[:6]), tuple(widths[6:-1]), widths[-1], final_relu=False)
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 96, 64))))[
+      'params'
+    ]
+    params = released_to_params(weights, flatten({'vggish': shapes}), what=str(arrays.path))
+
+  apply = jax.jit(network.apply)
+
+  def embed(log_mel):
+    with jax.default_matmul_precision('highest'):
+      return np.asarray(apply({'params': merge(params, {})['vggish']}, log_mel))
+
+  return embed
+
+
+def compare_metrics(arrays: Arrays) -> Iterator[Table]:
+  """A table for the metrics of recorded predictions, per clip and over the clips."""
+  found, records = {}, {'binary': [], 'semantic': []}
+  with legible(arrays.path):
+    for clip in dict.fromkeys(key.rpartition('/')[0] for key in arrays if key.count('/') == 2):
+      task, target = clip.split('/')[0], arrays[f'{clip}/target']
+      if task == 'binary':
+        record = metrics.binary_record(arrays[f'{clip}/scores'], target.astype(bool))
+        values = zip(('miou', 'fscore'), record['scores'])
+      else:
+        record = metrics.semantic_record(
+          arrays[f'{clip}/pred'], target, len(arrays[f'{clip}/count'])
+        )
+        values = zip(('iou_sum', 'f_sum', 'count'), record['frames'])
+      found |= {f'{clip}/{name}': value for name, value in values}
+      records[task].append(record)
+    for task, own in records.items():
+      if own:
+        clips = [('v1s', str(i)) for i in range(len(own))]
+        overall = protocols.summarise(clips, np.stack(own))['overall']
+        prefix = 'binary/dataset_' if task == 'binary' else 'semantic/'
+        found |= {prefix + name: overall[name] for name in overall if prefix + name in arrays}
+  inputs = ('scores', 'pred', 'target')
+  wanted = {key: value for key, value in arrays.items() if not key.endswith(inputs)}
+  errors = compare(found, wanted, _largest_difference)
+  yield Table(f'{arrays.path.name}, on the host', [worst('metrics', errors)])
+
+
+def compare(
+  ours: Mapping[str, np.ndarray],
+  theirs: Mapping[str, np.ndarray],
+  error: Callable[[np.ndarray, np.ndarray], float],
+) -> dict[str, float]:
+  """The error of each; infinite for what only one side has, or has in another shape."""
+  errors = {}
+  for name in dict.fromkeys([*ours, *theirs]):
+    errors[name] = np.inf
+    if name in ours and name in theirs:
+      a, b = np.asarray(ours[name]), np.asarray(theirs[name])
+      if a.shape == b.shape and b.dtype.kind in 'biuf':
+        errors[name] = error(a.astype(np.float64), b.astype(np.float64))
+  return errors
+
+
+def of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """Largest difference as a share of the largest recorded value."""
+  return _largest_difference(ours, theirs) / max(float(np.abs(theirs).max(initial=0)), TINY)
+
+
+def _of_largest_change(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """The difference that CLOSE_SHARE of the elements keep to, as a share of the largest change."""
+  difference = np.quantile(np.abs(ours - theirs), CLOSE_SHARE, method='inverted_cdf')
+  return float(difference) / max(float(np.abs(theirs).max()), TINY)
+
+
+def _largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+  return float(np.abs(ours - theirs).max(initial=0))
+
+
+def _mean_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+  return float(np.abs(ours - theirs).mean())
+
+
+def _share_unequal(ours: np.ndarray, theirs: np.ndarray) -> float:
+  return float(np.mean(ours != theirs))
+
+
+def _unmatched(recording: Recording, prefix: str, query: np.ndarray) -> float:
+  """Share of the targets whose query is not the recorded one."""
+  wanted = draws(recording, prefix)[1]
+  return _share_unequal(query[wanted >= 0], wanted[wanted >= 0])
+
+
+def _in_our_layout(
+  ours: Mapping[str, np.ndarray], released: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """Recorded values by flat path, in our layout; by released name what `ours` does not have."""
+  paths = {released_name(path): path for path in ours}
+  return {
+    paths.get(name, name): from_released_layout(paths.get(name, name), value)
+    for name, value in released.items()
+  }
+
+
+def worst(quantity: str, errors: Mapping[str, float], prefix: str = '') -> Row:
+  """The row of a quantity's largest error, NaN counting as infinite."""
+  unit, tolerance = TOLERANCES[quantity]
+  errors = {name: np.inf if np.isnan(error) else error for name, error in errors.items()}
+  where = max(errors, key=errors.get)
+  return Row(prefix + quantity, unit, errors[where], tolerance, where if errors[where] else '')
+
+
+def format_table(table: Table) -> str:
+  """A title, and a line for each quantity with its verdict."""
+  lines = [('quantity', 'largest error', 'tolerance', 'verdict', 'the error is', 'found in')]
+  for row in table.rows:
+    judged = row.tolerance is not None
+    tolerance = f'{row.tolerance:.0e}' if row.tolerance else '0' if judged else '-'
+    verdict = ('ok' if row.passes else 'MISS') if judged else '-'
+    lines.append((row.quantity, f'{row.error:.1e}', tolerance, verdict, row.unit, row.where))
+  widths = [max(len(line[i]) for line in lines) for i in range(5)]
+  cells = [
+    '  '.join(
+      text.rjust(width) if i in (1, 2) else text.ljust(width)
+      for i, (text, width) in enumerate(zip(line, widths))
+    )
+    for line in lines
+  ]
+  return '\n'.join(
+    [table.title, *(f'  {cell}  {line[5]}'.rstrip() for cell, line in zip(cells, lines))]
+  )

@@ -1,0 +1,135 @@
+"""Evaluation files as tables, for the terminal and in Markdown."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from input_pipeline.avsbench import FRAMES
+
+_KINDS = {'': 'all classes', '_no_background': 'no background', '_occurring': 'occurring classes'}
+
+
+def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
+  """A plain-text or Markdown table of several evaluation files.
+
+  Args:
+    results: evaluation files as dicts; a key "name" names the row, else its task does.
+    markdown: pipes between the columns, instead of two blanks.
+
+  Returns:
+    Lines joined by newlines. One row a file: name, audio, prior, then mIoU / F in percent over all
+    clips and over each subset that occurs in any of the files. With a semantic file among them,
+    also mIoU / F over all clips as the mean over the classes that occur.
+  """
+  subsets = [name for name in FRAMES if any(name in result['subsets'] for result in results)]
+
+  def cell(scores: Mapping | None, suffix: str = '') -> str:
+    if scores is None or f'miou{suffix}' not in scores:
+      return '-'
+    return f'{100 * scores[f"miou{suffix}"]:.1f} / {100 * scores[f"fscore{suffix}"]:.1f}'
+
+  # Of the binary task both classes occur: there is one mean only.
+  with_occurring = any(result['task'] == 'semantic' for result in results)
+  occurring = ['occurring classes'] if with_occurring else []
+  rows = [['name', 'audio', 'prior', 'all', *occurring, *subsets]]
+  for result in results:
+    name, prior = result.get('name', result['task']), result['prior'] or '-'
+    rows.append([name, result['audio'], prior, cell(result['overall'])])
+    rows[-1] += [cell(result['overall'], '_occurring') for _ in occurring]
+    rows[-1] += [cell(result['subsets'].get(name)) for name in subsets]
+  return _aligned(rows, 3, markdown)
+
+
+def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
+  """An evaluation file on its own: every protocol, over all clips and over each subset.
+
+  Args:
+    result: the file as a dict.
+    markdown: a document with a title and, for the semantic task, a second table, of the classes.
+
+  Returns:
+    Lines joined by newlines; scores in percent, followed by their 95 % intervals.
+  """
+  title = f'{result["name"]} on {result["split"]}, {result["audio"]} audio'
+  if result['prior']:
+    title += f', {result["prior"]} prior'
+  notes = [
+    f'{result["clips"]} clips, {result["frames"]} frames. Percent (95 % interval over clips).',
+  ]
+  if result['audio'] != 'true':
+    notes.append(
+      "IoU and F are against the clips' own labels; every pixel predicted sounding is a false "
+      'positive.'
+    )
+  dataset = result['dataset']
+  avsbench_columns = [result['overall'], *result['subsets'].values()]
+  dataset_columns = [dataset['overall'], *dataset['subsets'].values()]
+  semantic = result['task'] == 'semantic'
+  if semantic:
+    avsbench_name = 'AVSBench (mean over frames, then classes)'
+    scores = [(f'{name}, {kind}', key + suffix) for suffix, kind in _KINDS.items()
+              for name, key in (('mIoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'))]  # fmt: skip
+    avsbench_scores = [(label, key) for label, key in scores if not key.startswith('jf')]
+  else:
+    avsbench_name = 'AVSBench (mean over clips)'
+    avsbench_scores = [('mIoU', 'miou'), ('F, best threshold per clip', 'fscore')]
+    scores = [('IoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'), ('F, best threshold', 'fscore_best')]
+  sections = [
+    (avsbench_name, avsbench_columns, avsbench_scores),
+    ('data set (all pixels together)', dataset_columns, scores),
+    ('silent pixels', avsbench_columns, [('false positives', 'false_positive_rate')]),
+  ]
+
+  head = ['all', *result['subsets']]
+  rows = [
+    [section, label, *(_with_interval(column, key) for column in columns)]
+    for section, columns, labels in sections
+    for label, key in labels
+  ]
+  if not markdown:
+    indented = [[f'  {label}', *cells] for _, label, *cells in rows]
+    lines = iter(_aligned([['', *head], *indented], 1, markdown).splitlines())
+    text = [title, *notes, '', next(lines), next(lines)]
+    for section, _, labels in sections:
+      text += [section, *itertools.islice(lines, len(labels))]
+    return '\n'.join(text)
+  table = _aligned([['protocol', 'score', *head], *rows], 2, markdown)
+  parts = [f'# {title[0].upper()}{title[1:]}', ' '.join(notes), table]
+  if semantic:
+    parts.append(_class_table(result))
+  return '\n\n'.join(parts) + '\n'
+
+
+def _class_table(result: Mapping) -> str:
+  """Markdown of the classes that occur, by both protocols."""
+  rows = [['class', 'frames', 'AVSBench IoU', 'F', 'data set IoU', 'F', 'J&F']]
+  for by_frames, by_pixels in zip(result['per_class'], result['dataset']['per_class']):
+    if by_frames['iou'] is not None:
+      values = [by_frames[key] for key in ('iou', 'fscore')]
+      values += [by_pixels[key] for key in ('iou', 'fscore', 'jf')]
+      rows.append([by_frames['name'], str(by_frames['frames']), *map(_percent, values)])
+  return _aligned(rows, 1, markdown=True)
+
+
+def _percent(share: float) -> str:
+  return f'{100 * share:.1f}'.replace('100.0', '100')
+
+
+def _with_interval(scores: Mapping, key: str) -> str:
+  low, high = scores['ci95'][key]
+  return f'{_percent(scores[key])} ({_percent(low)}-{_percent(high)})'
+
+
+def _aligned(rows: Sequence[Sequence[str]], words: int, markdown: bool) -> str:
+  """Rows, the first being the head; the first `words` columns to the left, numbers to the right."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+  def line(row: Sequence[str]) -> str:
+    cells = [
+      text.ljust(width) if i < words else text.rjust(width)
+      for i, (text, width) in enumerate(zip(row, widths))
+    ]
+    return f'| {" | ".join(cells)} |' if markdown else '  '.join(cells)
+
+  rule = [('-' * w if i < words else '-' * (w - 1) + ':') if markdown else '-' * w
+          for i, w in enumerate(widths)]  # fmt: skip
+  return '\n'.join([line(rows[0]), line(rule), *map(line, rows[1:])])
