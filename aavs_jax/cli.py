@@ -406,7 +406,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
   sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
-  sub.add_argument('--batch-per-chip', type=int, help='frames (one for each device of a chip)')
+  sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
   sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
   sub.add_argument('--json', help='also write the figures here')
 

@@ -27,10 +27,7 @@ class Method(NamedTuple):
   totals: Callable[[Batch], losses.Totals]
   """batch -> what its loss is divided by."""
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-  """(outputs, batch, position, totals, key) -> total and terms.
-
-  position int32 [n] tells where each frame stands in the whole batch, of which totals are.
-  """
+  """(outputs, batch, totals, key) -> total and terms; totals may be of a batch this is part of."""
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
 
@@ -79,11 +76,11 @@ def aavs(config: ml_collections.ConfigDict) -> Method:
   def totals(batch):
     return losses.totals(targets_of(batch), config.model.num_queries)
 
-  def loss(outputs, batch, position, totals, key):
+  def loss(outputs, batch, totals, key):
     count = batch['target_classes'].shape[1]
 
     def draw(index):
-      return losses.draw_points(key, index, position, count, config.loss.points)
+      return losses.draw_points(key, index, batch['position'], count, config.loss.points)
 
     return losses.loss(outputs, targets_of(batch), draw, totals, form)
 

@@ -347,8 +347,9 @@ def start(recording: Recording) -> tuple[Flat | None, str]:
         unknown = f'and no seed from 0 to {SEEDS - 1} draws the rest, so the start is unknown'
         return None, f'{origin}, {unknown}'
       origin += f', so its start is drawn again, from seed {seed}'
-      drawn = dict(draw_parameters(released, TorchGenerator(seed)))
-      released |= {name: drawn[name] for name in trained_names(recording)}
+      trained = set(trained_names(recording))
+      drawn = draw_parameters(released, TorchGenerator(seed))
+      released |= {name: value for name, value in drawn if name in trained}
     shapes = _parameter_shapes(model(recording, 'gather'), inputs(recording)[1].shape[1])
     params = released_to_params(released, shapes, what=str(arrays.path))
   return {path: jnp.asarray(value) for path, value in params.items()}, origin

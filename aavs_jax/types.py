@@ -23,6 +23,7 @@ Batch = Mapping[str, jax.Array]
 #   target_classes  int32 [n k]        label values present in the frame, ascending, -1 = padding
 #   prior           uint8 [n e e]      0 or 255: what sounds (stage 2 only)
 #   weight          float32 [n]        1, or 0 for padding and frames without loss
+#   position        int32 [n]          place in the batch of all processes (training)
 # Batches of evaluation have, instead of labels and target_classes,
 #   target          uint8 [n e e]      ground truth as the metric of the stage defines it
 #   clip, frame     int32 [n]          which clip of the index, which of its frames

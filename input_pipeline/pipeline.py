@@ -7,6 +7,7 @@ and v2's ten frames are two items).
 
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
@@ -227,6 +228,16 @@ def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
   return {name: np.concatenate([item[name] for item in items]) for name in items[0]}
 
 
+def _place(
+  batch: dict[str, np.ndarray], items: int, process: int, processes: int
+) -> dict[str, np.ndarray]:
+  """Adds where each frame stands in the batch of all processes, among which items are dealt out."""
+  frames = len(batch['clip']) // items
+  items = np.arange(items) * processes + process
+  position = (items[:, None] * frames + np.arange(frames)).reshape(-1)
+  return batch | {'position': position.astype(np.int32)}
+
+
 def training_batches(
   clips: Sequence[Clip],
   task: Task,
@@ -261,13 +272,15 @@ def training_batches(
       f'data.batch_items={batch_items} with whole clips of different lengths cannot be one batch: '
       'set data.item_frames=5'
     )
+  local = batch_items // processes
   dataset = (
     grain.MapDataset.source(items)
     .seed(seed)
     .shuffle()
     .repeat(None)[process::processes]
     .map(lambda item: load_training_item(clips[item.clip], item, task))
-    .batch(batch_items // processes, drop_remainder=True, batch_fn=_stack)
+    .batch(local, drop_remainder=True, batch_fn=_stack)
+    .map(functools.partial(_place, items=local, process=process, processes=processes))
   )
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   return iter(dataset[start:].to_iter_dataset(options))

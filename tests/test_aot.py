@@ -179,7 +179,7 @@ class TestTopology:
       (('--topology', 'v5e:2x2x2'), 'v5e has 2 sides, such as v5e:4x4'),
       (('--topology', 'v4-9'), 'v4-9 is no power of two'),
       (('--topology', 'v5e-4', '--batch-per-chip', '0'), '--batch-per-chip is 0'),
-      (('--topology', 'tpu7x-16', '--batch-per-chip', '3'), 'of which a chip has 2'),
+      (('--topology', 'tpu7x-16', '--batch-per-chip', '3'), 'use a multiple of 2'),
     ],
   )
   def test_what_cannot_be_is_one_sentence(self, arguments, words, capsys, monkeypatch):
@@ -262,6 +262,7 @@ def test_data_parallel_training_sums_gradients_and_nothing_else(devices):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_spread_parameters_are_gathered(devices, monkeypatch):
   monkeypatch.setattr(mesh, 'FSDP_MIN_SIZE', 1)  # those of the tiny model are all below it
   config = _config()

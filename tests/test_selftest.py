@@ -189,7 +189,7 @@ def test_other_files_are_refused(capsys, tmp_path, fault):
     ('loss/match/0/target', lambda x: x + 9, 'IndexError'),
     ('in/label_map', lambda x: x[:, :, 1:], 'in/label_map is int64 (3, 96, 95)'),
     ('config', lambda x: x[:-5], 'JSONDecodeError'),
-    ('config', lambda x: np.frombuffer(b'{}', np.uint8), "KeyError: 'num_labels'"),
+    ('config', lambda x: np.frombuffer(b'{}', np.uint8), "KeyError: 'dh'"),
     ('param/audio_proj.0.weight', None, '1 missing: audio_proj.0.weight'),
     ('param/model.class_predictor.bias', lambda x: x[1:], 'class_predictor.bias (2,), not (3,)'),
   ],
@@ -215,16 +215,13 @@ def record(path, seed):
     'num_labels': 4, 'win': 2, 'ed': 16, 'depths': [1, 2, 1, 1], 'heads': [1, 2, 2, 4], 'hid': 64,
     'dh': 2, 'encl': 1, 'decl': 3, 'q2': 5, 'npts': 16, 'encff': 16, 'ff': 32,
   }  # fmt: skip
-  config = np.frombuffer(json.dumps(sizes).encode(), np.uint8)
-  arrays = recordings.Arrays(path, {'config': config})
-  recording = recordings.Recording(arrays, sizes, 2)
-  for name, rows in (
-    ('aavs/pixel_decoder/layer0/attention/weights/bias', 2 * 3 * 3),  # heads, levels, points
-    ('aavs/backbone/stage0_block0/fc1/bias', 2 * 16),
-    ('aavs/audio_projection/down/linear/bias', 12),
-  ):
-    arrays[f'param/{released_name(name)}'] = np.zeros(rows)
-  model = recordings.model(recording, 'gather')
+  rows = {  # what tells the sizes that are not in the config
+    'aavs/pixel_decoder/layer0/attention/weights/bias': 2 * 3 * 3,  # heads, levels, points
+    'aavs/backbone/stage0_block0/fc1/bias': 2 * 16,
+    'aavs/audio_projection/down/linear/bias': 12,
+  }
+  told = {f'param/{released_name(name)}': np.zeros(count) for name, count in rows.items()}
+  model = recordings.model(recordings.Recording(told, sizes, 2), 'gather')
   shapes = jax.eval_shape(
     model.init, jax.random.key(0), np.zeros((1, 64, 64, 3)), np.zeros((1, 20)), np.zeros((1, 8, 8))
   )
@@ -233,6 +230,9 @@ def record(path, seed):
     for name, leaf in flatten({'aavs': shapes['params']}).items()
   }
   empty = {released_name(name): value for name, value in empty.items()}
+  config = np.frombuffer(json.dumps(sizes).encode(), np.uint8)
+  arrays = recordings.Arrays(path, {'config': config})
+  recording = recordings.Recording(arrays, sizes, 2)
   generator = recordings.TorchGenerator(seed)
   for name, value in recordings.draw_parameters(empty, generator):
     arrays[f'param/{name}'] = value
