@@ -9,8 +9,8 @@ from aavs_jax import config as config_lib
 from input_pipeline.errors import UserError
 
 COMMANDS = (
-  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'report',
-  'bench', 'aot', 'selftest', 'quickstart',
+  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'recipe',
+  'reproduce', 'report', 'bench', 'aot', 'selftest', 'quickstart',
 )  # fmt: skip
 
 
@@ -27,7 +27,7 @@ def test_help_shows_an_example(command, capsys):
   with pytest.raises(SystemExit) as end:
     cli.main([command, '--help'])
   assert end.value.code == 0
-  assert f'example:\n  aavs {command} ' in capsys.readouterr().out
+  assert f'example:\n  aavs {command}' in capsys.readouterr().out
 
 
 def test_an_unknown_argument_is_refused(capsys):

@@ -75,7 +75,7 @@ QUICK = {
   'optimizer.clip_norm': 1.0,
   'optimizer.warmup_steps': 50,
   'optimizer.schedule': 'cosine',
-  'train.epochs': 2.5,
+  'train.epochs': 2.0,
   'train.phase2_epoch': 0,
   'train.trainable': ('.*',),
   'train.eval_every_epochs': 0.5,
