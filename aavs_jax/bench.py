@@ -30,6 +30,7 @@ def random_batch(config: ml_collections.ConfigDict, frames: int) -> dict[str, np
     'target_classes': classes,
     'weight': np.ones(frames, np.float32),
     'position': np.arange(frames, dtype=np.int32),
+    'group': np.arange(frames, dtype=np.int32) // 5,
   }
   if config.use_prior:
     batch['prior'] = rng.integers(0, 2, (frames, eval_size, eval_size)).astype(np.uint8) * 255

@@ -38,10 +38,10 @@ class PointDraws:
 
 @flax.struct.dataclass
 class Totals:
-  """What sums over a batch are divided by; known before any prediction."""
+  """What the terms of each frame are divided by; known before any prediction."""
 
-  targets: Float[Array, '']
-  class_weight: Float[Array, '']
+  targets: Float[Array, ' n']
+  class_weight: Float[Array, ' n']
 
 
 def draw_points(
@@ -80,15 +80,21 @@ def _real(targets: Targets) -> Bool[Array, 'n k']:
 def totals(targets: Targets, queries: int) -> Totals:
   """Of a whole batch, the global one under jit with a sharded batch.
 
-  Every target takes one query, which then weighs 1 in the class loss and not NULL_WEIGHT, so that
-  the weight is known without the matching.
+  The loss of a batch is the mean, over its groups with any weight, of the published loss of each:
+  one clip a step is the published recipe, more of them average its gradients, whatever their
+  lengths and numbers of targets. Every target takes one query, which then weighs 1 in the class
+  loss and not NULL_WEIGHT, so that the weight is known without the matching.
   """
   taken = jnp.sum(targets.classes >= 0, -1)
   weight = targets.weight * (taken + NULL_WEIGHT * (queries - taken))
-  return Totals(
-    jnp.maximum(jnp.sum(_real(targets)), 1).astype(jnp.float32),
-    jnp.maximum(jnp.sum(weight), 1e-12),
-  )
+  of_frame = jnp.stack([jnp.sum(_real(targets), -1), weight, targets.weight > 0], -1)
+  # As products, since the frames of a group may be on different devices: these add up n x 3 numbers.
+  member = jax.nn.one_hot(targets.group, len(targets.group))
+  of_group = jnp.matmul(member.T, of_frame, precision='highest')
+  groups = jnp.maximum(jnp.sum(of_group[:, 2] > 0), 1)
+  divisors = groups * jnp.maximum(of_group[:, :2], jnp.array([1, 1e-12]))
+  divisors = jnp.matmul(member, divisors, precision='highest')
+  return Totals(divisors[:, 0], divisors[:, 1])
 
 
 def _loss_points(mask_logits, candidates, extra, form):
@@ -128,7 +134,7 @@ def set_loss(
   weight = jnp.where(goal == null, NULL_WEIGHT, 1.0) * targets.weight[:, None]
   log_probability = jax.nn.log_softmax(class_logits, -1)
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
-  class_loss = -jnp.sum(weight * picked) / totals.class_weight
+  class_loss = -jnp.sum(weight * picked / totals.class_weight[:, None])
 
   matched = mask_logits[frame, query]  # n k h w
   points = _loss_points(jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form)
@@ -138,10 +144,11 @@ def set_loss(
   probability = jax.nn.sigmoid(logits)
   overlap = jnp.sum(probability * truth, -1)
   dice = 1 - (2 * overlap + 1) / (jnp.sum(probability, -1) + jnp.sum(truth, -1) + 1)
+  per_target = totals.targets[:, None]
   return {
     'class': CLASS_WEIGHT * class_loss,
-    'mask': MASK_WEIGHT * jnp.sum(jnp.where(real, cross_entropy, 0.0)) / totals.targets,
-    'dice': DICE_WEIGHT * jnp.sum(jnp.where(real, dice, 0.0)) / totals.targets,
+    'mask': MASK_WEIGHT * jnp.sum(jnp.where(real, cross_entropy, 0.0) / per_target),
+    'dice': DICE_WEIGHT * jnp.sum(jnp.where(real, dice, 0.0) / per_target),
     'query': query,
   }
 
@@ -159,8 +166,8 @@ def loss(
     outputs: all prediction sets.
     targets: ground truth; frames of weight 0 take no part.
     draw: the random points of a prediction set by its index.
-    totals: of the batch, or of the whole one where this is a part: then the losses of the parts add
-      up to that of the whole.
+    totals: of these frames, from the whole batch where they are a part of it: then the losses of
+      the parts add up to that of the whole.
     form: 'dense' or 'gather', see models.sampling.sample.
 
   Returns:

@@ -25,9 +25,9 @@ class Method(NamedTuple):
   apply: Callable[..., Outputs]
   """(params, batch, drop_path_key=None) -> outputs; a key means training."""
   totals: Callable[[Batch], losses.Totals]
-  """batch -> what its loss is divided by."""
+  """batch -> what the loss of each of its frames is divided by."""
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-  """(outputs, batch, totals, key) -> total and terms; totals may be of a batch this is part of."""
+  """(outputs, batch, totals, key) -> total and terms; batch and totals may be a part of a batch's."""
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
 
@@ -71,7 +71,7 @@ def aavs(config: ml_collections.ConfigDict) -> Method:
     )
 
   def targets_of(batch):
-    return Targets(batch['labels'], batch['target_classes'], batch['weight'])
+    return Targets(batch['labels'], batch['target_classes'], batch['weight'], batch['group'])
 
   def totals(batch):
     return losses.totals(targets_of(batch), config.model.num_queries)

@@ -195,7 +195,7 @@ def targets(recording: Recording) -> Targets:
   classes = np.full((n, max(map(len, present))), -1, np.int32)
   for row, values in zip(classes, present):
     row[: len(values)] = values
-  return Targets(labels, classes, np.ones(n, np.float32))
+  return Targets(labels, classes, np.ones(n, np.float32), np.zeros(n, np.int32))
 
 
 def draws(recording: Recording, prefix: str) -> tuple[PointDraws, np.ndarray]:

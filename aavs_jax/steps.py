@@ -35,28 +35,28 @@ def train_step(
 
   totals = method.totals(batch)
 
-  def loss_of(trained, batch, drop_path_key):
+  def loss_of(trained, batch, totals, drop_path_key):
     outputs = method.apply(merge(trained, state.frozen), batch, drop_path_key)
     loss, terms = method.loss(outputs, batch, totals, points_key)
     return loss, {f'loss_{name}': terms[name][-1] for name in ('class', 'mask', 'dice')}
 
   gradient_of = functools.partial(jax.value_and_grad(loss_of, has_aux=True), state.trained)
   if accumulate == 1:
-    (loss, terms), gradient = gradient_of(batch, drop_path_key)
+    (loss, terms), gradient = gradient_of(batch, totals, drop_path_key)
   else:
     # Every part takes each accumulate-th frame, so that a sharded batch stays where it is.
     parts = jax.tree.map(
-      lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), batch
+      lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), (batch, totals)
     )
     keys = jax.random.split(drop_path_key, accumulate)
     nothing = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      jax.eval_shape(gradient_of, batch, drop_path_key),
+      jax.eval_shape(gradient_of, batch, totals, drop_path_key),
     )
 
     def add(total, part):
-      batch, key = part
-      return jax.tree.map(jnp.add, total, gradient_of(batch, key)), None
+      (batch, totals), key = part
+      return jax.tree.map(jnp.add, total, gradient_of(batch, totals, key)), None
 
     ((loss, terms), gradient), _ = jax.lax.scan(add, nothing, (parts, keys))
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)

@@ -24,6 +24,7 @@ Batch = Mapping[str, jax.Array]
 #   prior           uint8 [n e e]      0 or 255: what sounds (stage 2 only)
 #   weight          float32 [n]        1, or 0 for padding and frames without loss
 #   position        int32 [n]          place in the batch of all processes (training)
+#   group           int32 [n]          frames of one clip of the batch have the same (training); < n
 # Batches of evaluation have, instead of labels and target_classes,
 #   target          uint8 [n e e]      ground truth as the metric of the stage defines it
 #   clip, frame     int32 [n]          which clip of the index, which of its frames
@@ -44,3 +45,4 @@ class Targets:
   labels: UInt8[Array, 'n h w']
   classes: Int[Array, 'n k']  # -1 = padding
   weight: Float[Array, ' n']
+  group: Int[Array, ' n']  # which clip of the batch: the loss is a mean over these; in 0..n-1

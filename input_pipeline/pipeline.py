@@ -231,11 +231,11 @@ def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _place(
   batch: dict[str, np.ndarray], items: int, process: int, processes: int
 ) -> dict[str, np.ndarray]:
-  """Adds where each frame stands in the batch of all processes, among which items are dealt out."""
+  """Adds each frame's place and item in the batch of all processes, which items are dealt out to."""
   frames = len(batch['clip']) // items
-  items = np.arange(items) * processes + process
-  position = (items[:, None] * frames + np.arange(frames)).reshape(-1)
-  return batch | {'position': position.astype(np.int32)}
+  items = np.arange(items, dtype=np.int32) * processes + process
+  position = (items[:, None] * frames + np.arange(frames, dtype=np.int32)).reshape(-1)
+  return batch | {'position': position, 'group': np.repeat(items, frames)}
 
 
 def training_batches(

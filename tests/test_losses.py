@@ -35,7 +35,8 @@ def case():
     jnp.asarray(rng.standard_normal((SETS, FRAMES, QUERIES, CLASSES + 1)), jnp.float32),
   )
   labels = jnp.asarray(rng.integers(0, 2, (FRAMES, 12, 12)) * 2, jnp.uint8)
-  targets = Targets(labels, jnp.asarray([[0, 2]] * FRAMES), jnp.ones(FRAMES))
+  classes, group = jnp.asarray([[0, 2]] * FRAMES), jnp.zeros(FRAMES, int)
+  targets = Targets(labels, classes, jnp.ones(FRAMES), group)
   return outputs, targets, draw_all(jax.random.key(0), 2)
 
 
@@ -58,15 +59,34 @@ def test_frames_of_weight_0_take_no_part(case):
 
 def test_the_losses_of_parts_add_up_to_that_of_the_whole(case):
   outputs, targets, draws = case
-  targets = targets.replace(classes=jnp.asarray([[0, 2], [2, -1], [0, 2]]))
+  classes, group = jnp.asarray([[0, 2], [2, -1], [0, 2]]), jnp.asarray([0, 0, 2])
+  targets = targets.replace(classes=classes, group=group)
   totals = losses.totals(targets, QUERIES)
   whole, _ = run(outputs, targets, draws, form='gather')
   parts = [
-    run(_frames(outputs, part, 1), _frames(targets, part, 0), _frames(draws, part, 1), totals,
-        form='gather')[0]
+    run(_frames(outputs, part, 1), _frames(targets, part, 0), _frames(draws, part, 1),
+        _frames(totals, part, 0), form='gather')[0]
     for part in ([0, 2], [1])
   ]  # fmt: skip
   assert sum(map(float, parts)) == pytest.approx(float(whole), rel=1e-5)
+
+
+@pytest.mark.parametrize('silent', [False, True])
+def test_the_loss_of_a_batch_is_the_mean_of_its_clips_each_as_if_it_were_alone(case, silent):
+  outputs, targets, draws = case
+  # A clip of frames 0 and 2, with fewer targets, and a clip of frame 1, which may have no weight.
+  targets = targets.replace(
+    classes=jnp.asarray([[0, 2], [0, 2], [2, -1]]),
+    group=jnp.asarray([2, 1, 2]),
+    weight=jnp.asarray([1.0, 0.0 if silent else 1.0, 1.0]),
+  )
+  together, _ = run(outputs, targets, draws, form='gather')
+  alone = []
+  for frames in ([0, 2], [1])[: 1 if silent else 2]:
+    clip = _frames(targets, frames, 0).replace(group=jnp.zeros(len(frames), int))
+    parts = _frames(outputs, frames, 1), clip, _frames(draws, frames, 1)
+    alone.append(float(run(*parts, form='gather')[0]))
+  assert float(together) == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 def test_a_frame_draws_the_same_in_any_part_of_the_batch():

@@ -65,6 +65,6 @@ def test_cost_follows_its_formula():
 def test_ignored_pixels_belong_to_no_target():
   labels = np.full((1, 4, 4), 255, np.uint8)
   labels[0, :2] = 1
-  targets = Targets(jnp.asarray(labels), jnp.asarray([[0, 1]]), jnp.ones(1))
+  targets = Targets(jnp.asarray(labels), jnp.asarray([[0, 1]]), jnp.ones(1), jnp.zeros(1, int))
   centres = jnp.asarray([[[[0.375, 0.125], [0.375, 0.875]]]])  # a pixel of class 1, one ignored
   np.testing.assert_allclose(sample_targets(targets, centres)[0], [[0, 0], [1, 0]])
