@@ -143,7 +143,10 @@ def abstract_state(
   params = flatten(jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0)))
   optimizer, _ = make_optimizer(config.optimizer, config.optimizer.lr_phase2, 1)
   paths = stages.trainable_paths(config, params, PHASE)
-  state = jax.eval_shape(functools.partial(create, trainable=paths, optimizer=optimizer), params)
+  make_state = functools.partial(
+    create, trainable=paths, optimizer=optimizer, frozen_dtype=config.train.frozen_dtype
+  )
+  state = jax.eval_shape(make_state, params)
   return jax.tree.map(_placed, state, state_sharding(mesh, state)), optimizer
 
 
@@ -190,7 +193,7 @@ def compile_train(
 def compile_predict(
   config: ml_collections.ConfigDict, mesh: Mesh, frames: int
 ) -> jax.stages.Compiled:
-  """The step of evaluation, with a copy of the parameters on every device.
+  """The step of evaluation and prediction, with a copy of the parameters on every device.
 
   Raises:
     DoesNotFit: it needs more memory than a device has.
@@ -299,7 +302,7 @@ def aot(
   fit: bool = False,
   progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-  """Compiles the training step and the step of evaluation for a slice.
+  """Compiles the training step and the step of evaluation and prediction for a slice.
 
   Args:
     config: the model and recipe.
@@ -386,6 +389,7 @@ def _measure(step: jax.stages.Compiled, where: Slice, seconds: float) -> dict[st
     'memory': memory(step),
     'flops': done.flops,
     'hbm_bytes': done.bytes,
+    'compiler_cycles': done.cycles,
     'collectives': {kind: value._asdict() for kind, value in done.collectives.items()},
     'open_loops': done.open_loops,
     'roofline': roofline(done, where),
@@ -406,7 +410,10 @@ def format_report(result: dict[str, Any]) -> str:
     f'fsdp {result["fsdp"]}',
     f'{trained:.2f} M of {trained + frozen:.2f} M parameters train; figures are per {unit}',
   ]
-  for name, title in (('train', f'training step, phase {PHASE}'), ('predict', 'evaluation step')):
+  for name, title in (
+    ('train', f'training step, phase {PHASE}'),
+    ('predict', 'evaluation and prediction, one program'),
+  ):
     part = result[name]
     sizes, line = part['memory'], part['roofline']
     rows = []
@@ -430,6 +437,7 @@ def format_report(result: dict[str, Any]) -> str:
       f'{result["hbm_bytes_per_device"] / gib:.2f} that programs can have',
       f'  {"matrix products":26}{part["flops"] / 1e12:12,.3f} TFLOP',
       f'  {"through HBM":26}{part["hbm_bytes"] / 1e9:12,.2f} GB',
+      f'  {"cycles, by the compiler":26}{part["compiler_cycles"] / 1e6:12,.1f} M',
     ]
     lines += [
       f'  {kind:26}{value["bytes"] / 1e6:12,.3f} MB in {value["count"]}'

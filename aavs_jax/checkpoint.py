@@ -92,7 +92,7 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
-  """Flat parameters {path: array} of the best checkpoint of a work folder, and its step.
+  """Flat float32 parameters {path: array} of the best checkpoint of a work folder, and its step.
 
   Args:
     source: a work folder of `aavs train`, or its checkpoints folder.
@@ -116,7 +116,9 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
     # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
     loaded = read_arrays(folder.absolute() / str(step) / 'state', ('trained', 'frozen'))
-  return {**loaded.get('trained', {}), **loaded.get('frozen', {})}, step
+  params = {**loaded.get('trained', {}), **loaded.get('frozen', {})}
+  # Frozen ones may be stored in bfloat16.
+  return {path: value.astype(np.float32, copy=False) for path, value in params.items()}, step
 
 
 def converted(folder: str | Path) -> dict[str, Any] | None:

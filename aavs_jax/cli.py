@@ -66,8 +66,40 @@ def _check_data(args) -> int:
   return 0 if report['ok'] else 1
 
 
+def _prepare(args) -> None:
+  from aavs_jax.logging import Progress, say
+  from input_pipeline.avsbench import read_index
+  from input_pipeline.shards import prepare
+
+  with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
+    manifest = prepare(
+      args.root,
+      args.out,
+      image_size=args.image_size,
+      eval_size=args.eval_size,
+      jpeg=args.jpeg,
+      workers=args.workers,
+      on_bad_clip=args.on_bad_clip,
+      max_bad_clips=args.max_bad_clips,
+      progress=lambda done, _: progress.advance_to(done),
+    )
+  for row in manifest['bad_clips']:
+    say(f'  left out {row["clip"]}: {row["text"]}')
+  size = sum(shard['bytes'] for shard in manifest['shards']) / 1e6
+  say(
+    f'{len(manifest["clips"])} clips in {len(manifest["shards"])} shards of {args.out}, '
+    f'{size:,.0f} MB'
+  )
+  if args.jpeg:
+    say(
+      f'frames are stored as JPEG of quality {args.jpeg}: what the model sees is close to the raw '
+      'data, not the same'
+    )
+
+
 def _train(args) -> None:
   from aavs_jax import config as config_lib
+  from aavs_jax import wandb_run
   from aavs_jax.train import train
 
   config = config_lib.load(args.config, args.overrides)
@@ -75,7 +107,18 @@ def _train(args) -> None:
     config.data.root = args.data
   if not config.data.root:
     raise UserError('no data set: name its folder with --data ROOT')
-  train(config, args.workdir)
+  if args.wandb:
+    wandb_run.require()
+  profile = _range(args.profile) if args.profile else None
+  train(config, args.workdir, profile=profile, wandb=args.wandb)
+
+
+def _range(text: str) -> tuple[int, int]:
+  try:
+    start, stop = (int(number) for number in text.split(':'))
+  except ValueError:
+    raise UserError(f'--profile {text!r} is not START:STOP: write it as 10:13') from None
+  return start, stop
 
 
 def _masks(args) -> None:
@@ -176,15 +219,52 @@ def _reproduce(args) -> None:
 
 
 def _bench(args) -> None:
+  from aavs_jax import bench
   from aavs_jax import config as config_lib
-  from aavs_jax.bench import bench
+  from aavs_jax.evaluate import write_json
   from aavs_jax.logging import say
 
   config = config_lib.load(args.config, args.overrides)
-  result = bench(args.what, config, args.frames, args.phase, args.repeats)
-  say(f'{args.what} of {args.config}, phase {args.phase}, {args.frames} frames, {config.dtype}')
-  for name, value in result.items():
-    say(f'  {name:20} {value:12,.2f}')
+  if args.what == 'compile':
+    result = bench.compile_times(config, args.frames, args.phase)
+    text = bench.format_compile_times(result)
+  elif args.peer:
+    result = bench.beside_peer(
+      args.what, config, args.frames, args.phase, args.repeats, lambda line: say(f'  {line}')
+    )
+    text = bench.format_peer(result)
+  else:
+    result = bench.bench(args.what, config, args.frames, args.phase, args.repeats)
+    text = bench.format_bench(result)
+  if args.json:
+    write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
+  say(f'{args.config} {" ".join(args.overrides)}'.rstrip())
+  say(text)
+
+
+def _bench_input(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.evaluate import write_json
+  from aavs_jax.logging import say
+  from input_pipeline import bench
+
+  config = config_lib.load(args.config, args.overrides)
+  task, data = config_lib.task_of(config), config.data
+  loading = bench.Loading(data.item_frames, data.batch_items, data.threads, data.workers)
+  if not args.data:
+    say('  making clips of 1280x720 ...')
+  if args.memory:
+    result = bench.bench_memory(task, loading, data=args.data, clips=args.memory, say=say)
+    text = bench.format_memory(result)
+  else:
+    result = bench.bench_input(
+      task, loading, data=args.data, clips=args.clips, seconds=args.seconds
+    )
+    text = bench.format_input(result, loading)
+  if args.json:
+    write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
+  say(f'{args.config} {" ".join(args.overrides)}'.rstrip())
+  say(text)
 
 
 def _aot(args) -> None:
@@ -225,8 +305,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
-  def command(name, run, text, example):
-    sub = commands.add_parser(
+  def command(name, run, text, example, into=commands):
+    sub = into.add_parser(
       name,
       help=text,
       description=text[0].upper() + text[1:] + '.',
@@ -275,6 +355,31 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--json', help='also write the report here')
 
   sub = command(
+    'prepare',
+    _prepare,
+    'write a data set as shards, from which training reads much faster',
+    'aavs prepare data data_shards',
+  )
+  sub.add_argument('root', help='the data set, in either layout')
+  sub.add_argument('out', help='new folder, or one to go on with; then --data of the others')
+  sub.add_argument(
+    '--image-size', type=int, default=384, help='config.data.image_size (%(default)s)'
+  )
+  sub.add_argument('--eval-size', type=int, default=224, help='config.data.eval_size (%(default)s)')
+  sub.add_argument(
+    '--jpeg',
+    type=int,
+    default=0,
+    metavar='QUALITY',
+    help='store frames with loss, as 95 for a third of the size; 0 without (%(default)s)',
+  )
+  sub.add_argument('--workers', type=int, help='processes (one a core)')
+  sub.add_argument(
+    '--on-bad-clip', default='error', choices=('error', 'skip'), help='skip: leave it out'
+  )
+  sub.add_argument('--max-bad-clips', type=int, default=0, help='with skip; more are an error')
+
+  sub = command(
     'train',
     _train,
     'train one stage, or go on with it',
@@ -284,6 +389,14 @@ def _parser() -> argparse.ArgumentParser:
   sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
   sub.add_argument('--workdir', required=True, help='where config, metrics and checkpoints go')
   sub.add_argument('--data', help='the data set (or --config.data.root)')
+  sub.add_argument(
+    '--profile',
+    metavar='START:STOP',
+    help='trace the steps after number START up to STOP into WORKDIR/profile',
+  )
+  sub.add_argument(
+    '--wandb', default='', metavar='PROJECT', help='also send metrics to Weights & Biases'
+  )
   several_processes(sub)
 
   sub = command(
@@ -388,15 +501,48 @@ def _parser() -> argparse.ArgumentParser:
 
   sub = command(
     'bench',
-    _bench,
-    'time the real steps on a batch of noise',
+    None,
+    'time the real steps on a batch of noise, compiling them, or reading the data',
     'aavs bench step --config configs/avss_stage1.py --phase 2',
   )
-  sub.add_argument('what', choices=('predict', 'step'))
-  sub.add_argument('--config', required=True)
-  sub.add_argument('--frames', type=int, default=5)
-  sub.add_argument('--phase', type=int, default=2, choices=(1, 2), help='(%(default)s)')
-  sub.add_argument('--repeats', type=int, default=3)
+  benches = sub.add_subparsers(dest='what', required=True, metavar='WHAT')
+  for what, text in (
+    ('step', 'time the training step'),
+    ('predict', 'time forward pass and post-processing'),
+    ('compile', 'time how long both take to compile, anew and from the persistent cache'),
+  ):
+    sub = command(what, _bench, text, f'aavs bench {what} --config configs/avss_stage1.py', benches)
+    sub.add_argument('--config', required=True, help='override with --config.KEY=VALUE')
+    sub.add_argument('--frames', type=int, default=5, help='of a batch (%(default)s)')
+    sub.add_argument(
+      '--phase', type=int, default=2, choices=(1, 2), help='of training (%(default)s)'
+    )
+    sub.add_argument('--json', help='also write the figures here')
+    if what != 'compile':
+      sub.add_argument('--repeats', type=int, default=3, help='timed ones (%(default)s)')
+      sub.add_argument(
+        '--peer', action='store_true', help="also time the transformers library's Mask2Former"
+      )
+
+  sub = command(
+    'input',
+    _bench_input,
+    'time what reads the data: CPU time a frame by part, and how many cores feed an accelerator',
+    'aavs bench input --config.data.batch_items=8 --config.data.workers=2',
+    benches,
+  )
+  sub.add_argument(
+    '--config',
+    default=str(Path(__file__).parents[1] / 'configs' / 'avss_stage2.py'),
+    help='override with --config.KEY=VALUE (%(default)s)',
+  )
+  sub.add_argument('--data', default='', help='a data set, raw or prepared, instead of made clips')
+  sub.add_argument('--clips', type=int, default=3, help='to read (%(default)s)')
+  sub.add_argument('--seconds', type=float, default=10, help='of each timing (%(default)s)')
+  sub.add_argument(
+    '--memory', type=int, metavar='CLIPS', help='watch memory over an epoch of so many, instead'
+  )
+  sub.add_argument('--json', help='also write the figures here')
 
   sub = command(
     'aot',

@@ -11,10 +11,11 @@ from ml_collections import config_flags
 
 from aavs_jax.models.repeat import REMAT_POLICIES
 from configs import base
-from input_pipeline.avsbench import FRAMES
+from input_pipeline.avsbench import FRAMES, Clip, require_classes
 from input_pipeline.errors import UserError
 from input_pipeline.labels import NUM_CLASSES
 from input_pipeline.pipeline import Task
+from input_pipeline.prepared import require_sizes
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -78,7 +79,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   # Mask2Former without adapters, which others are trained from, has the classes of its own data.
   fits = config.num_classes in classes or model.adapter_variant == 'none'
   need(fits, 'num_classes', config.num_classes, f'use {classes}')
-  need(config.dtype in ('float32', 'bfloat16'), 'dtype', config.dtype, 'use float32 or bfloat16')
+  for key, value in (('dtype', config.dtype), ('train.frozen_dtype', train.frozen_dtype)):
+    need(value in ('float32', 'bfloat16'), key, value, 'use float32 or bfloat16')
   need(
     config.use_prior or not config.oracle_prior,
     'oracle_prior',
@@ -132,7 +134,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     data.on_bad_clip,
     "use 'error' or 'skip'",
   )
-  need(data.max_bad_clips >= 0, 'data.max_bad_clips', data.max_bad_clips, 'use 0 or more')
+  for key in ('max_bad_clips', 'workers'):
+    need(data[key] >= 0, f'data.{key}', data[key], 'use 0 or more')
   need(data.item_frames in (0, 1, 5), 'data.item_frames', data.item_frames, 'use 0, 1 or 5')
   need(config.seed >= 0, 'seed', config.seed, 'use a whole number of at least 0')
   need(config.mesh.fsdp > 0, 'mesh.fsdp', config.mesh.fsdp, 'use 1 or a divisor of the devices')
@@ -160,6 +163,13 @@ def task_of(config: ml_collections.ConfigDict) -> Task:
     use_prior=config.use_prior,
     masks='' if config.oracle_prior else config.data.masks,
   )
+
+
+def require_fit(clips: Sequence[Clip], config: ml_collections.ConfigDict) -> None:
+  """Raises UserError for clips that cannot be used with a config, before any of them is read."""
+  if config.task == 'semantic':
+    require_classes(clips)
+  require_sizes(clips, config.data.image_size, config.data.eval_size)
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

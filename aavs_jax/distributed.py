@@ -4,9 +4,11 @@ import os
 import sys
 
 import jax
-from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from input_pipeline.errors import UserError
+
+_PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 
 
 def start(where: str) -> None:
@@ -44,5 +46,10 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here."""
-  multihost_utils.sync_global_devices(what)
+  """Returns when all processes have come here; `what` must be another one at every call.
+
+  Not by a collective of the devices, which on CPUs gives up after half a minute.
+  """
+  multihost.sync_global_processes(
+    what, timeout=_PATIENCE, processes=set(range(jax.process_count()))
+  )

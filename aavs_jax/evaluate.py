@@ -41,11 +41,13 @@ class Predictor:
 
   def __init__(self, method: Method):
     self._step = jax.jit(functools.partial(steps.predict_step, method=method))
-    self._sharding = batch_sharding(local_mesh())
+    self._mesh = local_mesh()
 
   def __call__(self, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
     seen = {name: batch[name] for name in _BATCH_KEYS if name in batch}
-    return np.asarray(self._step(params, jax.device_put(seen, self._sharding)))
+    seen = jax.device_put(seen, batch_sharding(self._mesh))
+    with jax.set_mesh(self._mesh):
+      return np.asarray(self._step(params, seen))
 
 
 def predict_clips(
@@ -242,8 +244,7 @@ def evaluate(
   if mask_folder:
     config.data.masks = str(mask_folder)
   clips = avsbench.read_index(data, split, subsets or config.data.subsets)
-  if config.task == 'semantic':
-    avsbench.require_classes(clips)
+  config_lib.require_fit(clips, config)
   on_clip = None
   if maps is not None:
 
@@ -297,6 +298,7 @@ def write_masks(
   clips = [
     clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
   ]
+  config_lib.require_fit(clips, config)
   _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(params)})
   size = config.data.eval_size
   todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]

@@ -18,7 +18,7 @@ _FREE = frozenset((
   'optimization-barrier', 'add-dependency', 'iota',
 ))  # fmt: skip
 # Their tuples hold the operands, then the results, then scalars to synchronise with.
-_WITH_OPERANDS = ('all-gather-start', 'collective-permute-start')
+_WITH_OPERANDS = ('all-gather-start', 'collective-permute-start', 'slice-start')
 
 
 class Collective(NamedTuple):
@@ -37,6 +37,7 @@ class Work(NamedTuple):
 
   flops: float  # of matrix products and convolutions, a multiply-add as 2
   bytes: float  # read from and written to HBM, with the padding of its layouts
+  cycles: float  # that the compiler expects it to take, by its own model of the chip
   collectives: dict[str, Collective]
   open_loops: int  # loops whose length depends on data; their bodies count once
 
@@ -69,7 +70,7 @@ class _Computation(NamedTuple):
 def work(text: str) -> Work:
   """Reads the text of a compiled module (`compiled.as_text()`)."""
   computations, entry = _parse(text)
-  total = {'flops': 0.0, 'bytes': 0.0, 'open_loops': 0}
+  total = {'flops': 0.0, 'bytes': 0.0, 'cycles': 0.0, 'open_loops': 0}
   collectives = dict.fromkeys(COLLECTIVES, Collective(0, 0))
 
   def walk(name: str, times: int, fused: bool) -> None:
@@ -86,6 +87,8 @@ def work(text: str) -> Work:
         total['flops'] += times * _convolution_flops(instruction, *operands)
       if not fused:
         total['bytes'] += times * _moved(instruction, operands, computations)
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+        total['cycles'] += times * int(estimate[1]) if estimate else 0
       if op == 'while':
         body, condition = instruction.called('body'), instruction.called('condition')
         length = _trip_count(computations[condition])
@@ -103,7 +106,7 @@ def work(text: str) -> Work:
 
   walk(entry, 1, False)
   found = {kind: value for kind, value in collectives.items() if value.count}
-  return Work(total['flops'], total['bytes'], found, total['open_loops'])
+  return Work(collectives=found, **total)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -251,6 +254,8 @@ def _read(instruction: _Instruction, i: int, computations: dict[str, _Computatio
   op = instruction.op
   if op in ('dynamic-slice', 'slice', 'gather') and i == 0:
     return _stored(instruction)
+  if op == 'slice-start':
+    return instruction.arrays[1].stored
   if op in ('dynamic-update-slice', 'scatter') and i == 0:
     return 0  # updated in place
   if op != 'fusion':

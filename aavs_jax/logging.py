@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -63,10 +64,12 @@ class Progress:
 
 
 class Clock:
-  """Frames per second, the share of time spent waiting for input, and the time left."""
+  """How fast training is, the share of time spent waiting for input, and the time left."""
 
   def __init__(self, step: int):
-    self.frames = 0  # taken since the last reading; the loop adds to it
+    # Of all processes since the last reading; the loop adds to them.
+    self.frames = 0
+    self.flops = 0
     self._step = step
     self._since = time.monotonic()
     self._waited = 0.0
@@ -94,26 +97,50 @@ class Clock:
       yield
     self._validation = time.monotonic() - started
 
-  def read(self, step: int, total: int, validations: int) -> tuple[float, float, float]:
-    """Frames a second, share of waiting, and seconds left.
+  def read(self, step: int, total: int, validations: int) -> dict[str, float]:
+    """Figures of the steps since the last reading.
 
-    Left are total - step steps at the pace since the last reading, and so many validations.
+    Returns:
+      step_seconds, frames_per_second, flops_per_second, input_wait (a share of the time), and
+      eta_seconds: of total - step steps at this pace and so many validations.
     """
     elapsed = max(time.monotonic() - self._since, 1e-9)
-    left = elapsed / max(step - self._step, 1) * (total - step) + validations * self._validation
-    result = self.frames / elapsed, self._waited / elapsed, left
-    self.frames, self._waited, self._step, self._since = 0, 0.0, step, time.monotonic()
+    step_seconds = elapsed / max(step - self._step, 1)
+    result = {
+      'step_seconds': step_seconds,
+      'frames_per_second': self.frames / elapsed,
+      'flops_per_second': self.flops / elapsed,
+      'input_wait': self._waited / elapsed,
+      'eta_seconds': step_seconds * (total - step) + validations * self._validation,
+    }
+    self.frames = self.flops = self._waited = 0
+    self._step, self._since = step, time.monotonic()
     return result
+
+
+def step_line(row: dict[str, float], total: int) -> str:
+  """What the terminal shows of a row of training."""
+  mfu = f'  MFU {100 * row["mfu"]:.1f} %' if 'mfu' in row else ''
+  return (
+    f'  step {row["step"]}/{total}  loss {row["loss"]:.3f} (class {row["loss_class"]:.3f} '
+    f'mask {row["loss_mask"]:.3f} dice {row["loss_dice"]:.3f})  {row["step_seconds"]:.3g} s a step '
+    f'({100 * row["input_wait"]:.0f} % waiting for input)  {row["frames_per_second"]:.1f} frames/s'
+    f'{mfu}  {duration(row["eta_seconds"])} left'
+  )
 
 
 class Writer:
   """Appends metrics to metrics.jsonl, one JSON object a line, and to TensorBoard's files.
 
   The latter where the extra `tensorboard` is installed. Of several processes one alone writes.
+  What else takes rows, with `write(kind, values)` and `close()`, is handed in as `others`.
   """
 
-  def __init__(self, folder: epath.Path, resume_step: int, silent: bool = False):
+  def __init__(
+    self, folder: epath.Path, resume_step: int, silent: bool = False, others: Sequence[Any] = ()
+  ):
     self._silent = silent
+    self._others = others
     if silent:
       return
     self._path = folder / 'metrics.jsonl'
@@ -142,6 +169,16 @@ class Writer:
     if self._board:
       for name, value in values.items():
         self._board.add_scalar(f'{kind}/{name}', value, values['step'])
+    for other in self._others:
+      other.write(kind, values)
+
+  def close(self) -> None:
+    if self._silent:
+      return
+    if self._board:
+      self._board.close()
+    for other in self._others:
+      other.close()
 
 
 def _step(line: str) -> float:

@@ -88,7 +88,7 @@ def totals(targets: Targets, queries: int) -> Totals:
   taken = jnp.sum(targets.classes >= 0, -1)
   weight = targets.weight * (taken + NULL_WEIGHT * (queries - taken))
   of_frame = jnp.stack([jnp.sum(_real(targets), -1), weight, targets.weight > 0], -1)
-  # As products, since the frames of a group may be on different devices: these add up n x 3 numbers.
+  # As products: the frames of a group may be on different devices, which add up n x 3 numbers.
   member = jax.nn.one_hot(targets.group, len(targets.group))
   of_group = jnp.matmul(member.T, of_frame, precision='highest')
   groups = jnp.maximum(jnp.sum(of_group[:, 2] > 0), 1)
@@ -136,7 +136,8 @@ def set_loss(
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
   class_loss = -jnp.sum(weight * picked / totals.class_weight[:, None])
 
-  matched = mask_logits[frame, query]  # n k h w
+  # Not mask_logits[frame, query], for which the masks of all devices' frames would be gathered.
+  matched = jnp.take_along_axis(mask_logits, query[..., None, None], axis=1)  # n k h w
   points = _loss_points(jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form)
   logits = sample(matched[:, :, None], points, form)[:, :, 0]
   truth = sample_targets(targets, points)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from aavs_jax.mesh import on_each_device
 from aavs_jax.models.sampling import corners
 from aavs_jax.types import Targets
 
@@ -55,7 +56,7 @@ def match(cost: Float[Array, 'n q k']) -> Int[Array, 'n k']:
     query, target = optax.assignment.hungarian_algorithm(matrix)
     return jnp.zeros(matrix.shape[1], jnp.int32).at[target].set(query.astype(jnp.int32))
 
-  return jax.vmap(one)(cost)
+  return on_each_device(jax.vmap(one))(cost)
 
 
 def sample_targets(

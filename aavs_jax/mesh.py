@@ -1,7 +1,8 @@
 """Devices, and where each array lives on them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,6 +48,20 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def on_each_device(f: Callable[..., Any]) -> Callable[..., Any]:
+  """f, run by every device on its own frames, where a mesh is set (jax.set_mesh).
+
+  All arrays that f takes and returns have frames as their first axis, and f must treat each frame
+  alone. For loops over frames, and loops that end when the last frame is done: the compiler, which
+  sees all frames of all devices, would have the devices wait for each other in every round.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return f
+  frames = PartitionSpec(mesh.axis_names)
+  return jax.shard_map(f, in_specs=frames, out_specs=frames, check_vma=False)
 
 
 def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

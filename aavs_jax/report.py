@@ -306,7 +306,19 @@ def _curves(workdir: Path, stage: str) -> str:
   names = {'stage1': ('IoU', 'F'), 'stage2': ('mIoU', 'F')}[stage]
   if val:
     score.legend(score.lines[:2], names, frameon=False, loc='lower right')
-  return f'<h3>{_text(_STAGES[stage])}</h3><div class="wide">{_svg(figure, stage)}</div>'
+  return (
+    f'<h3>{_text(_STAGES[stage])}</h3><div class="wide">{_svg(figure, stage)}</div>'
+    + _left_out(workdir, stage)
+  )
+
+
+def _left_out(workdir: Path, stage: str) -> str:
+  """The clips that a stage was trained without, and what is wrong with each."""
+  bad = _read_json(workdir / stage / 'bad_clips.json')
+  if not bad:
+    return ''
+  rows = ''.join(f'<li>{_text(row["clip"])}: {_text(row["text"])}</li>' for row in bad)
+  return f'<details><summary>Bad clips left out of training: {len(bad)}</summary><ul>{rows}</ul></details>'
 
 
 def _plot(

@@ -48,9 +48,17 @@ def create(
   trainable: Sequence[str],
   optimizer: optax.GradientTransformation,
   step: int = 0,
+  frozen_dtype: str = 'float32',
 ) -> TrainState:
-  """State of a phase that begins at a step; `trainable` holds the paths that train."""
+  """State of a phase that begins at a step; `trainable` holds the paths that train.
+
+  The others are stored as `frozen_dtype`; the model computes in its own type all the same.
+  """
   chosen = set(trainable)
   trained = {path: value for path, value in params.items() if path in chosen}
-  frozen = {path: value for path, value in params.items() if path not in chosen}
+  frozen = {
+    path: value.astype(frozen_dtype, copy=False)
+    for path, value in params.items()
+    if path not in chosen
+  }
   return TrainState(jnp.asarray(step, jnp.int32), trained, frozen, optimizer.init(trained))

@@ -14,7 +14,7 @@ from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
 from aavs_jax.state import merge
 from aavs_jax.train import train
-from input_pipeline import avsbench
+from input_pipeline import avsbench, prepared
 from input_pipeline.compose import compose
 from input_pipeline.errors import UserError
 
@@ -66,7 +66,9 @@ def run_study(
         size=tuple(config.image),
         progress=lambda done, _: progress.advance_to(done),
       )
-  avsbench.require_classes(avsbench.read_index(data))  # now, not after stage 1
+  index = avsbench.read_index(data)  # checked now, not after stage 1
+  avsbench.require_classes(index)
+  prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]

@@ -1,6 +1,7 @@
 """The training loop of one stage, from first to last step."""
 
 import collections
+import contextlib
 import functools
 import signal
 import time
@@ -14,13 +15,14 @@ import numpy as np
 import optax
 from etils import epath
 
-from aavs_jax import checkpoint, distributed, evaluate, stages, steps, work_folder
+from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
 from aavs_jax import config as config_lib
 from aavs_jax.interrupt import StopSignal
-from aavs_jax.logging import Clock, Writer, duration, say
+from aavs_jax.logging import Clock, Writer, duration, say, step_line
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
+from aavs_jax.profiling import Profiler
 from aavs_jax.state import TrainState, create, flatten
 from input_pipeline import avsbench, masks, pipeline
 from input_pipeline.errors import UserError
@@ -38,11 +40,23 @@ class _Phase(NamedTuple):
   begin: Callable  # (first parameters, best ones of phase 1 or None, step=0) -> state
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, float]:
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str | Path,
+  *,
+  profile: tuple[int, int] | None = None,
+  wandb: str = '',
+) -> dict[str, float]:
   """Trains one stage; called again after any interruption, goes on where it was.
 
   Writes config.json, metrics.jsonl and checkpoints/ into workdir. On the CPU an interrupted run
   reaches weights bit-identical to those of an uninterrupted one.
+
+  Args:
+    config: what to train.
+    workdir: the run's folder, local or in a bucket.
+    profile: trace the steps after the first up to the second number, into workdir/profile.
+    wandb: project at Weights & Biases that takes the metrics too.
 
   Returns:
     Metrics of the best validation: 'miou', 'fscore' and 'step'.
@@ -60,13 +74,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     )
   train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
   val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
-  if config.task == 'semantic':
-    avsbench.require_classes(train_clips + val_clips)
+  config_lib.require_fit(train_clips + val_clips, config)
   train_clips, bad_clips = work_folder.leave_out_bad(config, workdir, train_clips)
 
   # How long: epochs over items, in steps.
-  items = pipeline.make_items(train_clips, config.data.item_frames)
-  steps_per_epoch = len(items) / config.data.batch_items
+  steps_per_epoch, frames = pipeline.epoch_size(
+    train_clips, config.data.item_frames, config.data.batch_items
+  )
   total = max(1, round(config.train.epochs * steps_per_epoch))
   eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
   boundary = round(config.train.phase2_epoch * steps_per_epoch)
@@ -75,13 +89,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       f'config.train.phase2_epoch is {config.train.phase2_epoch}, step {boundary} of {total}: let '
       'phase 2 begin after the first step, at the very end if never, or use 0 for a single phase'
     )
-  frames = config.data.batch_items * items[0].frames
   if frames % (jax.device_count() * config.train.accumulate):
     raise UserError(
       f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
       f'{jax.device_count()} devices cannot share evenly in {config.train.accumulate} parts: use a '
       'multiple of devices times config.train.accumulate'
     )
+  profiler = Profiler(profile, workdir / 'profile', total)
 
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
   method = aavs(config)
@@ -117,7 +131,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
 
     def make_state(first, best=None, step=0):
       params = stages.params_of_phase(config, phase, first, best)
-      return create(params, paths, optimizer, step)
+      return create(params, paths, optimizer, step, config.train.frozen_dtype)
 
     abstract = jax.eval_shape(make_state, abstract_params, abstract_params)
     sharding = state_sharding(mesh, abstract)
@@ -148,8 +162,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     state = checkpoint.restore(manager, latest, phase_tools(phase).abstract)
   first = stages.needed_later(config, first)
   step = int(state.step)
-  writer = Writer(workdir, step, silent=not distributed.is_first())
-  _announce(config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step)
+  others = wandb_run.begin(wandb, workdir, config)
+  writer = Writer(workdir, step, silent=not distributed.is_first(), others=others)
+  work_folder.announce(
+    config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step
+  )
   if bad_clips and not step:
     writer.write('data', step=0, bad_clips=len(bad_clips))
 
@@ -161,6 +178,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     seed=config.seed,
     start=step,
     threads=config.data.threads,
+    workers=config.data.workers,
     process=jax.process_index(),
     processes=jax.process_count(),
   )
@@ -189,7 +207,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
     look(0)
     checkpoint.save(manager, state, phase, metrics)
 
-  with stop:
+  with stop, profiler, contextlib.closing(batches), contextlib.closing(writer):
+    profiler.at(step, state)
     while step < total:
       if stages.phase_at(config, step, steps_per_epoch) != phase:
         phase = 2
@@ -202,13 +221,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
       with clock.waiting():
         batch = next(batches)
       clips = batch.pop('clip')
-      clock.frames += len(clips)
+      # The host is up to _LAG steps ahead, and neither this nor the step's call waits for a device:
+      # the next batch travels while the devices are at the steps before it.
       batch = global_batch(batch, batch_sharding(mesh))
       if (phase, len(clips)) not in compiled:
-        with clock.paused():
-          compiled[phase, len(clips)] = _compile(phase_tools(phase).step, state, batch, key)
-      state, metrics = compiled[phase, len(clips)](state, batch, key)
+        with clock.paused(), jax.set_mesh(mesh):
+          compiled[phase, len(clips)] = _compile(config, phase_tools(phase).step, state, batch, key)
+          distributed.wait_for_all(f'compiled for step {step}')
+      run, work = compiled[phase, len(clips)]
+      with jax.profiler.StepTraceAnnotation('train', step_num=step):
+        state, metrics = run(state, batch, key)
       step += 1
+      clock.frames += len(batch['weight'])
+      clock.flops += work
+      profiler.at(step, state)
       in_flight.append((step, clips, metrics))
       look(_LAG)
 
@@ -217,8 +243,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> dict[str, f
         lr = float(phase_tools(phase).schedule(step - 1 - (boundary if phase == 2 else 0)))
         look(0)
         validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
-        clock_values = clock.read(step, total, validations)
-        _log(writer, clock_values, values, lr, phase, step, total, steps_per_epoch)
+        pace = clock.read(step, total, validations)
+        pace |= flops.speed(pace.pop('flops_per_second'), flops.peak())
+        epoch = step / steps_per_epoch
+        row = dict(step=step, epoch=epoch, phase=phase, **values, learning_rate=lr, **pace)
+        writer.write('train', **row)
+        say(step_line(row, total))
       if step % eval_every == 0 or step in (total, boundary):
         look(0)
         with clock.validating():
@@ -252,47 +282,11 @@ def _result(manager, workdir: epath.Path) -> dict[str, float]:
   return result
 
 
-def _announce(config, workdir, lacking, abstract: TrainState, clips, total, step) -> None:
-  trained, frozen = stages.count(abstract.trained) / 1e6, stages.count(abstract.frozen) / 1e6
-  say(
-    f'  {config.task} task, {trained + frozen:.2f} M parameters, {trained:.2f} M of them trained, '
-    f'{clips} clips, {total} steps, {jax.device_count()} {jax.devices()[0].platform} '
-    f'device{"s" * (jax.device_count() > 1)}; work folder {workdir}'
-  )
-  if frozen and not config.train.init:
-    say(
-      f'  WARNING: {frozen:.2f} M parameters stay at their random initialisation, since '
-      'config.train.init names no start'
-    )
-  if lacking:
-    say(f'  not in {config.train.init}, so initialised anew: {stages.in_groups(lacking)}')
-  if step:
-    say(f'  going on from step {step}')
-
-
-def _compile(step, *arguments):
+def _compile(config, step, state, batch, key):
+  """The compiled step, and the FLOPs of the model in one run of it."""
   started = time.monotonic()
-  say(f'  compiling the training step for {arguments[1]["frames"].shape[0]} frames ...')
-  compiled = step.lower(*arguments).compile()
+  say(f'  compiling the training step for {len(batch["weight"])} frames ...')
+  compiled = step.lower(state, batch, key).compile()
+  work = flops.step_flops(config, state, batch)
   say(f'  compiled in {duration(time.monotonic() - started)}')
-  return compiled
-
-
-def _log(writer, clock_values, metrics, lr, phase, step, total, steps_per_epoch) -> None:
-  rate, wait, eta = clock_values
-  writer.write(
-    'train',
-    step=step,
-    epoch=step / steps_per_epoch,
-    phase=phase,
-    **metrics,
-    learning_rate=lr,
-    frames_per_second=rate,
-    input_wait=wait,
-    eta_seconds=eta,
-  )
-  say(
-    f'  step {step}/{total}  loss {metrics["loss"]:.3f} (class {metrics["loss_class"]:.3f} '
-    f'mask {metrics["loss_mask"]:.3f} dice {metrics["loss_dice"]:.3f})  {rate:.1f} frames/s'
-    f'  {duration(eta)} left'
-  )
+  return compiled, work

@@ -1,13 +1,15 @@
-"""What a run of training keeps beside its checkpoints: its config, and which clips it is of."""
+"""What a run of training says at first, and keeps beside its checkpoints: config, list of clips."""
 
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 from etils import epath
 
-from aavs_jax import checkpoint, distributed, evaluate
+from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
 from aavs_jax.logging import say
+from aavs_jax.state import TrainState
 from input_pipeline import pipeline
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
@@ -16,7 +18,8 @@ from input_pipeline.errors import UserError
 # clips are compared one by one and that the masks are checked.
 _FREE_KEYS = (
   'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'train.accumulate', 'mesh.',
-  'data.threads', 'data.root', 'data.masks', 'data.on_bad_clip', 'data.max_bad_clips',
+  'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
+  'data.max_bad_clips',
 )  # fmt: skip
 
 
@@ -66,3 +69,30 @@ def leave_out_bad(
   for row in bad:
     say(f'  left out {row["clip"]}: {row["text"]}')
   return good, bad
+
+
+def announce(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  lacking: Sequence[str],
+  state: TrainState,
+  clips: int,
+  total: int,
+  step: int,
+) -> None:
+  """Says what is trained on what, and for how long; `lacking`: see stages.first_params."""
+  trained, frozen = stages.count(state.trained) / 1e6, stages.count(state.frozen) / 1e6
+  say(
+    f'  {config.task} task, {trained + frozen:.2f} M parameters, {trained:.2f} M of them trained, '
+    f'{clips} clips, {total} steps, {jax.device_count()} {jax.devices()[0].platform} '
+    f'device{"s" * (jax.device_count() > 1)}; work folder {workdir}'
+  )
+  if frozen and not config.train.init:
+    say(
+      f'  WARNING: {frozen:.2f} M parameters stay at their random initialisation, since '
+      'config.train.init names no start'
+    )
+  if lacking:
+    say(f'  not in {config.train.init}, so initialised anew: {stages.in_groups(lacking)}')
+  if step:
+    say(f'  going on from step {step}')

@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.use_prior = False  # stage 2: a mask of what sounds enters the decoder
   config.oracle_prior = False  # validation and test take it from the labels, as training does
   config.seed = 0
-  config.dtype = 'float32'  # of the computation; parameters and optimiser stay float32
+  config.dtype = 'float32'  # of the computation; what trains and its optimiser stay float32
 
   config.mesh = ml_collections.ConfigDict()
   config.mesh.fsdp = 1  # devices that share one copy of the parameters
@@ -27,9 +27,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.image_size = 384
   config.data.eval_size = 224  # of predictions, masks and metrics
   config.data.item_frames = 0  # frames of one training item: 0 = a whole clip, 5 = half of v2's ten
-  config.data.batch_items = 1
+  config.data.batch_items = 1  # of all processes; if > 1, whole clips are packed: slots of 5 frames
   config.data.max_targets = 2  # label values in one frame, at most
-  config.data.threads = 4
+  config.data.threads = 4  # that read, in every process or, if there are any, in every worker
+  config.data.workers = 0  # processes that read for each process in training
   config.data.on_bad_clip = 'error'  # 'skip': training leaves out clips with a file it cannot use
   config.data.max_bad_clips = 0  # with 'skip': more of them are an error
 
@@ -51,7 +52,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.mask_fusion = True  # the three places of the prior, off in the ablations
   config.model.robust_key = True
   config.model.prior_attention = True
-  config.model.sampling = 'gather'  # 'dense' on accelerators and for small maps
+  config.model.sampling = 'gather'  # 'dense' on TPUs and for small maps
   # What the backward pass keeps of repeated layers: all ('none'), the outputs of dense layers
   # ('dots'), nothing ('full'). The rest is computed again, which costs time and saves memory.
   config.model.remat = 'dots'
@@ -85,6 +86,7 @@ def get_config() -> ml_collections.ConfigDict:
     r'aavs/decoder/class_predictor/',
     r'aavs/audio_projection/',
   )
+  config.train.frozen_dtype = 'float32'  # 'bfloat16' stores what does not train in half the memory
   config.train.init = ''  # a work folder or checkpoint folder whose best weights are the start
   config.train.eval_every_epochs = 1.0
   config.train.checkpoint_every_steps = 1000

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from input_pipeline import audio, avsbench_object, clips, labels
+from input_pipeline import audio, avsbench_object, clips, labels, prepared
 from input_pipeline.clips import FRAMES, SPLITS, Clip
 from input_pipeline.errors import UserError
 
@@ -43,6 +43,8 @@ def read_index(
   ms3_meta_data.csv (one of them or both) are those of AVSBench-object. Every row is checked, also
   those of other splits and subsets. Whether a clip's files exist shows when they are read.
 
+  A folder that `aavs prepare` wrote gives the same clips (prepared.PreparedClip) in the same order.
+
   Args:
     root: folder of the data set.
     split: train, val or test; None for all three.
@@ -51,7 +53,8 @@ def read_index(
   Raises:
     UserError: there is no table, or those of both layouts; a table is not UTF-8 or not CSV, lacks a
       column, holds an unknown label or split, an unsafe uid or the same uid twice in a subset; or
-      no clip is left; or `split` or `subsets` is unknown.
+      no clip is left; or `split` or `subsets` is unknown; or `root` is in a bucket, or has damaged
+      shards.
   """
   root = os.fspath(root)
   if split is not None and split not in SPLITS:
@@ -60,6 +63,13 @@ def read_index(
     if subset not in FRAMES:
       raise UserError(f'subsets holds {subset!r}; choose from {", ".join(FRAMES)}.')
 
+  if '://' in root:
+    raise UserError(
+      f'{root} is in a bucket, where neither images nor shards can be read piece by piece: mount '
+      'the bucket or copy the folder, and name that'
+    )
+  if prepared.is_prepared(root):
+    return _choose(prepared.read_index(root), os.path.join(root, prepared.MANIFEST), split, subsets)
   table = os.path.join(root, 'metadata.csv')
   is_semantic = os.path.lexists(table)
   others = [avsbench_object.table_path(root, subset) for subset in ('v1s', 'v1m')]
@@ -74,7 +84,12 @@ def read_index(
     tables = ' and '.join(avsbench_object.table_path(folders[s], s) for s in folders)
   else:
     found, tables = _read_semantic(root, table), table
+  return _choose(found, tables, split, subsets)
 
+
+def _choose(
+  found: list[Clip], tables: str, split: str | None, subsets: Sequence[str]
+) -> list[Clip]:
   chosen = [clip for clip in found if clip.subset in subsets and split in (None, clip.split)]
   if not chosen:
     counts = collections.Counter(f'{clip.subset} {clip.split}' for clip in found)
@@ -256,7 +271,11 @@ def _decode(path: str, keep_grey: bool = False) -> Image.Image:
         raise UserError(
           f'{path}: {image.width} x {image.height} pixels; shrink it below {_MAX_PIXELS} pixels.'
         )
-      return image.convert('L' if keep_grey and image.mode == 'L' else 'RGB')
+      mode = 'L' if keep_grey and image.mode == 'L' else 'RGB'
+      if image.mode != mode:
+        return image.convert(mode)
+      image.load()  # `convert` would copy what is decoded
+      return image
   except UserError:
     raise
   except Image.UnidentifiedImageError as error:

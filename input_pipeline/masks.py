@@ -1,5 +1,6 @@
 """Stage 1's masks on disk, the prior of stage 2: MASKS/{v1s,v1m,v2}/UID/{0..}.png, 0 or 255."""
 
+import io
 import os
 import re
 import shutil
@@ -10,6 +11,8 @@ from PIL import Image
 
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
+
+_PNG_FRAME = 1 << 16  # bytes of a PNG beside its pixels, at most
 
 
 def mask_path(root: str, clip: Clip, t: int) -> str:
@@ -55,16 +58,23 @@ def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
   path = mask_path(root, clip, t)
   advice = 'write the masks again with `aavs masks`'
   try:
-    with Image.open(path) as image:
+    # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
+    # is smaller than its pixels and the frame of a PNG.
+    with open(path, 'rb') as file:
+      data = file.read(size * size + _PNG_FRAME)
+    with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
+      if image.size != (size, size):
+        raise UserError(
+          f'{path} is {image.width}x{image.height}, expected {size}x{size}: {advice} at this config'
+        )
       mask = np.asarray(image)
+  except UserError:
+    raise
   except FileNotFoundError:
     raise UserError(f'{path} is missing: {advice}') from None
-  except (OSError, ValueError, SyntaxError) as error:
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise UserError(f'{path} is not a readable PNG ({error}): {advice}') from None
-  if mask.shape != (size, size):
-    found = 'x'.join(map(str, mask.shape))
-    raise UserError(f'{path} is {found}, expected {size}x{size}: {advice} at this config')
-  if mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
+  if mask.ndim != 2 or mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
     raise UserError(f'{path} holds values other than 0 and 255: {advice}')
   return mask
 

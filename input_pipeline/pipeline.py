@@ -2,7 +2,7 @@
 
 Frames do not mix inside the model, so a batch is a set of n frames. An item is the unit that is
 shuffled and read: a whole clip, or five consecutive frames (then every item has the same length
-and v2's ten frames are two items).
+and v2's ten frames are two items). Several whole clips to a batch are packed, see packing.py.
 """
 
 import concurrent.futures
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from input_pipeline import avsbench, labels, masks, sounds
+from input_pipeline import avsbench, labels, loaders, masks, packing, prepared, reading, sounds
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
 
@@ -56,32 +56,38 @@ def make_items(clips: Sequence[Clip], item_frames: int) -> list[Item]:
   return items
 
 
-def _frames_and_sound(clip: Clip, sound: sounds.Sound, item: Item, task: Task, training: bool):
-  only_first = training and clip.labelled_frames == (0,)
-  times = [0 if only_first else item.first + i for i in range(item.frames)]
-  distinct = {t: avsbench.load_frame(clip, t, task.image_size) for t in dict.fromkeys(times)}
-  log_mel = sounds.load_sound(clip, sound)[item.first : item.first + item.frames]
-  return times, np.stack([distinct[t] for t in times]), log_mel
+def _times(item: Item) -> list[int]:
+  return list(range(item.first, item.first + item.frames))
 
 
-def _to_prior(ids: np.ndarray, size: int) -> np.ndarray:
-  sounding = (ids > 0) & (ids != labels.IGNORE)
-  return labels.resize_ids(sounding.astype(np.uint8) * 255, size)
+def _empty_frames(item: Item, task: Task) -> np.ndarray:
+  # Filled frame by frame: to stack them afterwards would touch twice the memory, which costs more
+  # than to decode a frame of a shard.
+  return np.empty((item.frames, task.image_size, task.image_size, 3), np.uint8)
 
 
-def _to_targets(ids: np.ndarray, task: Task) -> np.ndarray:
+def _log_mel(clip: Clip, sound: sounds.Sound, item: Item) -> np.ndarray:
+  return sounds.load_sound(clip, sound)[item.first : item.first + item.frames]
+
+
+def _prior(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
+  """The ground truth as the prior, uint8 [eval_size, eval_size] of 0 and 255."""
+  ids = reader.label_ids(t, task.eval_size)
+  return ((ids > 0) & (ids != labels.IGNORE)).astype(np.uint8) * 255
+
+
+def _targets(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
   """Class ids at the model's size; in the binary task 1 stands for all that sound."""
-  if not task.semantic:
-    ids = np.where(ids == labels.IGNORE, labels.IGNORE, ids > 0).astype(np.uint8)
-  return labels.resize_ids(ids, task.image_size)
+  ids = reader.label_ids(t, task.image_size)
+  return ids if task.semantic else np.where(ids == labels.IGNORE, ids, np.minimum(ids, 1))
 
 
-def _is_silent(clip: Clip, known: dict[int, np.ndarray], task: Task) -> bool:
+def _is_silent(
+  clip: Clip, reader: reading.Reader, known: dict[int, np.ndarray], task: Task
+) -> bool:
   """Whether nothing sounds in any frame of a clip; `known` has the targets read already by time."""
   unread = (t for t in clip.labelled_frames if t not in known)
-  maps = itertools.chain(
-    known.values(), (_to_targets(avsbench.load_label_ids(clip, t), task) for t in unread)
-  )
+  maps = itertools.chain(known.values(), (_targets(reader, t, task) for t in unread))
   return not any((targets == 1).any() for targets in maps)
 
 
@@ -94,29 +100,33 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
   Raises:
     UserError: a file is missing or damaged, or a frame has more than max_targets label values.
   """
-  times, frames, log_mel = _frames_and_sound(clip, clip, item, task, training=True)
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times = [0] * item.frames if clip.labelled_frames == (0,) else _times(item)
+  frames = _empty_frames(item, task)
   maps, priors = {}, {}
-  for t in dict.fromkeys(times):
-    ids = avsbench.load_label_ids(clip, t)
-    if task.use_prior:
-      priors[t] = _to_prior(ids, task.eval_size)
-    maps[t] = _to_targets(ids, task)
   classes = np.full((item.frames, task.max_targets), -1, np.int32)
   for i, t in enumerate(times):
-    present = np.unique(maps[t])
+    if t in maps:
+      frames[i], classes[i] = frames[i - 1], classes[i - 1]
+      continue
+    frames[i] = reader.frame(t)
+    maps[t] = _targets(reader, t, task)
+    if task.use_prior:
+      priors[t] = _prior(reader, t, task)
+    present = labels.values(maps[t])
     present = present[present != labels.IGNORE]
     if len(present) > task.max_targets:
       raise UserError(
-        f'{clip.label_ids_path(t)} has {len(present)} label values, data.max_targets is '
+        f'{reader.label_name(t)} has {len(present)} label values, data.max_targets is '
         f'{task.max_targets}: raise data.max_targets'
       )
     classes[i, : len(present)] = present
   # The release skips a multi-source clip in which nothing sounds at all (stage 1), be the item all
   # of it or one frame.
-  silent = not task.semantic and clip.subset == 'v1m' and _is_silent(clip, maps, task)
+  silent = not task.semantic and clip.subset == 'v1m' and _is_silent(clip, reader, maps, task)
   batch = {
     'frames': frames,
-    'log_mel': log_mel,
+    'log_mel': _log_mel(clip, clip, item),
     'labels': np.stack([maps[t] for t in times]),
     'target_classes': classes,
     'weight': np.full(item.frames, 0.0 if silent else 1.0, np.float32),
@@ -135,28 +145,29 @@ def load_eval_item(
   The prior is stage 1's masks from task.masks, or the ground truth if that is ''. Frames without a
   label (v1s/train) have weight 0, and zeros for what would come from the label.
   """
-  times, frames, log_mel = _frames_and_sound(clip, sound, item, task, training=False)
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times, frames = _times(item), _empty_frames(item, task)
   targets, priors = [], []
   nothing = np.zeros((task.eval_size, task.eval_size), np.uint8)
-  for t in times:
+  for i, t in enumerate(times):
+    frames[i] = reader.frame(t)
     labelled = t in clip.labelled_frames
     if not labelled:
       targets.append(nothing)
     elif task.semantic:
       avsbench.require_classes([clip])
-      targets.append(labels.resize_ids(avsbench.load_label_ids(clip, t), task.eval_size))
+      targets.append(reader.label_ids(t, task.eval_size))
     else:
-      colours = avsbench.load_label_rgb(clip, t)
-      targets.append(labels.binary_metric_target(colours, task.eval_size).astype(np.uint8))
+      targets.append(reader.metric_target(t).astype(np.uint8))
     if task.use_prior and task.masks:
       priors.append(masks.read_mask(task.masks, clip, t, task.eval_size))
     elif task.use_prior and labelled:
-      priors.append(_to_prior(avsbench.load_label_ids(clip, t), task.eval_size))
+      priors.append(_prior(reader, t, task))
     elif task.use_prior:
       priors.append(nothing)
   batch = {
     'frames': frames,
-    'log_mel': log_mel,
+    'log_mel': _log_mel(clip, sound, item),
     'target': np.stack(targets),
     'weight': np.isin(times, clip.labelled_frames).astype(np.float32),
     'clip': np.full(item.frames, item.clip, np.int32),
@@ -169,10 +180,13 @@ def load_eval_item(
 
 def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
   """Frames and sound alone, for writing masks of clips whose labels are partial (v1s/train)."""
-  times, frames, log_mel = _frames_and_sound(clip, clip, item, task, training=False)
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times, frames = _times(item), _empty_frames(item, task)
+  for i, t in enumerate(times):
+    frames[i] = reader.frame(t)
   return {
     'frames': frames,
-    'log_mel': log_mel,
+    'log_mel': _log_mel(clip, clip, item),
     'weight': np.ones(item.frames, np.float32),
     'clip': np.full(item.frames, item.clip, np.int32),
     'frame': np.asarray(times, np.int32),
@@ -181,6 +195,8 @@ def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.nda
 
 def find_bad_clips(clips: Sequence[Clip], threads: int) -> list[dict[str, str]]:
   """Training clips with a file that cannot be used, in order; reads every file that training reads.
+
+  Prepared clips are not read again: they were when they were prepared.
 
   Returns:
     {'clip': 'SUBSET/UID', 'text': a sentence that names the file and what is wrong with it} each.
@@ -191,6 +207,8 @@ def find_bad_clips(clips: Sequence[Clip], threads: int) -> list[dict[str, str]]:
 
 
 def _fault(clip: Clip) -> str | None:
+  if isinstance(clip, prepared.PreparedClip):
+    return None
   try:
     for t in clip.labelled_frames:
       avsbench.read_image(clip.frame_path(t))
@@ -231,11 +249,44 @@ def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _place(
   batch: dict[str, np.ndarray], items: int, process: int, processes: int
 ) -> dict[str, np.ndarray]:
-  """Adds each frame's place and item in the batch of all processes, which items are dealt out to."""
+  """Adds where each frame stands in the batch of all processes, among which items are dealt out.
+
+  And with which others it is normalised in the loss: those of its item, unless the batch knows.
+  """
   frames = len(batch['clip']) // items
   items = np.arange(items, dtype=np.int32) * processes + process
   position = (items[:, None] * frames + np.arange(frames, dtype=np.int32)).reshape(-1)
-  return batch | {'position': position, 'group': np.repeat(items, frames)}
+  return {'group': np.repeat(items, frames), **batch, 'position': position}
+
+
+def _load_item(item: Item, clips: Sequence[Clip], task: Task) -> dict[str, np.ndarray]:
+  return load_training_item(clips[item.clip], item, task)
+
+
+def _load_slot(slot: packing.Slot, clips: Sequence[Clip], task: Task) -> dict[str, np.ndarray]:
+  item = Item(slot.clip, slot.part * packing.SLOT_FRAMES, packing.SLOT_FRAMES)
+  batch = _load_item(item, clips, task)
+  if slot.empty:
+    batch['weight'] = np.zeros_like(batch['weight'])
+  return batch | {'group': np.full(packing.SLOT_FRAMES, slot.begin, np.int32)}
+
+
+def _is_packed(item_frames: int, batch_items: int) -> bool:
+  """Whether batches are whole clips in slots of five frames (see packing.py), or else of items."""
+  return item_frames == 0 and batch_items > 1
+
+
+def _slots(clips: Sequence[Clip]) -> list[int]:
+  return [clip.num_frames // packing.SLOT_FRAMES for clip in clips]
+
+
+def epoch_size(clips: Sequence[Clip], item_frames: int, batch_items: int) -> tuple[float, int]:
+  """How many batches are an epoch, a fraction as well, and how many frames the shortest one has."""
+  if _is_packed(item_frames, batch_items):
+    batches = packing.batches_an_epoch(_slots(clips), batch_items)
+    return batches, batch_items * packing.SLOT_FRAMES
+  items = make_items(clips, item_frames)
+  return len(items) / batch_items, batch_items * min(item.frames for item in items)
 
 
 def training_batches(
@@ -247,17 +298,34 @@ def training_batches(
   seed: int,
   start: int,
   threads: int,
+  workers: int = 0,
   process: int = 0,
   processes: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Endless shuffled batches from batch number `start` on.
 
   The stream is a function of clips, seed and the global batch size: a run restarted at batch
-  `start` sees what it would have seen, and so do any number of threads and processes together.
+  `start` sees what it would have seen, and so do any number of threads, loader processes and
+  processes together.
+
+  Args:
+    clips: what to train on.
+    task: what a batch must hold.
+    item_frames: frames of an item; 0: whole clips, which several to a batch are packed, see
+      packing.py.
+    batch_items: items of a batch, or slots of five frames where whole clips are packed; of all
+      processes together.
+    seed: of the order.
+    start: number of the first batch.
+    threads: that read, in each worker.
+    workers: loader processes, 0 = threads of this one; `close` the stream where there are any.
+    process: which share of each batch this process reads.
+    processes: of how many.
   """
   if task.semantic:
     avsbench.require_classes(clips)
-  items = make_items(clips, item_frames)
+  packed = _is_packed(item_frames, batch_items)
+  items = make_items(clips, packing.SLOT_FRAMES if packed else item_frames)
   if batch_items > len(items):
     raise UserError(
       f'data.batch_items={batch_items} is more than the {len(items)} training items: lower it'
@@ -267,23 +335,21 @@ def training_batches(
       f'data.batch_items={batch_items} cannot be shared by {processes} processes: '
       'make it a multiple of them'
     )
-  if batch_items > 1 and not item_frames and len({item.frames for item in items}) > 1:
-    raise UserError(
-      f'data.batch_items={batch_items} with whole clips of different lengths cannot be one batch: '
-      'set data.item_frames=5'
-    )
+  if packed:
+    order = grain.MapDataset.source(packing.PackedSlots(_slots(clips), batch_items, seed))
+  else:
+    order = grain.MapDataset.source(items).seed(seed).shuffle().repeat(None)
   local = batch_items // processes
+  load = functools.partial(_load_slot if packed else _load_item, clips=clips, task=task)
+  place = functools.partial(_place, items=local, process=process, processes=processes)
   dataset = (
-    grain.MapDataset.source(items)
-    .seed(seed)
-    .shuffle()
-    .repeat(None)[process::processes]
-    .map(lambda item: load_training_item(clips[item.clip], item, task))
+    order[process::processes]
+    .map(loaders.unless_stopping)
+    .map(load)
     .batch(local, drop_remainder=True, batch_fn=_stack)
-    .map(functools.partial(_place, items=local, process=process, processes=processes))
+    .map(place)
   )
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  return iter(dataset[start:].to_iter_dataset(options))
+  return loaders.read_ahead(dataset[start:], threads=threads, workers=workers)
 
 
 def eval_batches(

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from input_pipeline import audio, avsbench, clips
-from input_pipeline.avsbench_object import ObjectClip
+from input_pipeline import audio, clips, reading
 from input_pipeline.clips import Clip
 from input_pipeline.errors import UserError
 
@@ -26,7 +25,7 @@ def load_sound(clip: Clip, sound: Sound) -> np.ndarray:
   if sound == 'noise':
     return noise_log_mel(clip)
   # Off-screen sound may come from a subset whose clips are shorter or longer.
-  return audio.fit_examples(avsbench.load_log_mel(sound), clip.num_frames)[0]
+  return audio.fit_examples(reading.load_log_mel(sound), clip.num_frames)[0]
 
 
 def noise_log_mel(clip: Clip) -> np.ndarray:
@@ -140,4 +139,4 @@ def _read_objects(split: Sequence[Clip]) -> dict[Clip, tuple[set[str], set[str]]
 
 
 def _category(clip: Clip) -> str:
-  return clip.category if isinstance(clip, ObjectClip) else ''
+  return getattr(clip, 'category', '')  # of S4 alone

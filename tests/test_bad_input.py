@@ -28,7 +28,7 @@ from PIL import Image
 
 from aavs_jax import checkpoint
 from aavs_jax.train import train
-from input_pipeline import audio, avsbench, check, compose, labels, pipeline
+from input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
 from input_pipeline.errors import UserError
 from tests import tiny
 
@@ -200,13 +200,16 @@ def test_a_truncated_image(tmp_path, kind, share):
   assert 'again' in refusal(lambda: avsbench.read_image(path), path)
 
 
-def test_a_chunk_that_claims_gigabytes(tmp_path):
+def test_a_chunk_that_claims_gigabytes(root, tmp_path):
   # Pillow asks the file for as many bytes as the chunk claims to have.
-  path = tmp_path / 'a.png'
-  data = png_header(64, 48) + struct.pack('>I', 0x7FFFFFF0) + b'IDAT' + zlib.compress(bytes(99))
+  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  path = tmp_path / clip.subset / clip.uid / '0.png'
+  path.parent.mkdir(parents=True)
+  data = png_header(64, 64) + struct.pack('>I', 0x7FFFFFF0) + b'IDAT' + zlib.compress(bytes(99))
   path.write_bytes(data)
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   refusal(lambda: avsbench.read_image(path), path)
+  refusal(lambda: masks.read_mask(str(tmp_path), clip, 0, 64), path, 'aavs masks')
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 

@@ -104,6 +104,15 @@ def test_compose_and_check_data_agree(capsys, tmp_path):
   assert 'not three whole numbers' in _refusal(capsys, 'compose', str(tmp_path), '--train', '3')
 
 
+@pytest.mark.parametrize('steps', ['5', '3:2', 'a:b', '-1:2', '0:1000'])
+def test_steps_that_cannot_be_traced_are_refused(steps, capsys, data_root, tmp_path):
+  line = _refusal(
+    capsys, 'train', '--config', 'tests/tiny.py:stage1', '--data', data_root,
+    '--workdir', str(tmp_path / 'run'), f'--profile={steps}',
+  )  # fmt: skip
+  assert '--profile' in line and 'START' in line and not (tmp_path / 'run').exists()
+
+
 def test_debug_shows_the_traceback(tmp_path):
   with pytest.raises(UserError):
     cli.main(['check-data', str(tmp_path), '--debug'])

@@ -22,6 +22,14 @@ def test_palette_bit_by_bit():
   ]  # fmt: skip
 
 
+def test_values_are_those_of_np_unique():
+  rng = np.random.default_rng(0)
+  for some in ([0], [255], [0, 70, 255], [1, 2, 3, 128, 254], range(256)):
+    ids = rng.choice(np.array(some, np.uint8), (40, 30))
+    ids.setflags(write=False)
+    np.testing.assert_array_equal(labels.values(ids), np.unique(ids))
+
+
 def test_class_names():
   assert labels.NUM_CLASSES == len(set(labels.CLASS_NAMES)) == 71
   for class_id, name in ((0, 'background'), (28, 'guitar'), (41, 'man'), (70, 'woman')):

@@ -58,6 +58,75 @@ def test_an_epoch_takes_every_item_once(tiny_stage1, train_clips):
   np.testing.assert_array_equal(np.bincount(seen), expected)
 
 
+def test_frames_are_grouped_by_item(tiny_stage1, train_clips):
+  task = config_lib.task_of(tiny_stage1)
+  for process in range(2):
+    batch = _stream(train_clips, task, 1, batch_items=4, process=process, processes=2)[0]
+    assert batch['group'].tolist() == [process] * 5 + [2 + process] * 5
+    assert (batch['group'] == batch['position'] // 5).all()
+  lengths = set()
+  for batch in _stream(train_clips, task, 10, item_frames=0, batch_items=1):
+    lengths.add(len(batch['group']))
+    assert not batch['group'].any() and len(set(batch['clip'])) == 1
+    assert len(batch['group']) == train_clips[batch['clip'][0]].num_frames
+  assert lengths == {5, 10}
+
+
+@pytest.mark.parametrize('batch_items', [2, 3, 4])
+def test_packed_batches_hold_whole_clips(tiny_stage2, train_clips, batch_items):
+  task = config_lib.task_of(tiny_stage2)
+  for batch in _stream(train_clips, task, 8, item_frames=0, batch_items=batch_items):
+    assert batch['position'].tolist() == list(range(5 * batch_items))
+    for group in np.unique(batch['group']):
+      frames = np.flatnonzero(batch['group'] == group)
+      assert frames[0] == 5 * group and (np.diff(frames) == 1).all()
+      index = batch['clip'][frames[0]]
+      clip = train_clips[index]
+      item = pipeline.Item(index, 0, clip.num_frames)
+      alone = pipeline.load_training_item(clip, item, task)
+      full = len(frames) == clip.num_frames and batch['weight'][frames].all()
+      assert full or (len(frames) == 5 and group == batch_items - 1)
+      for name in alone:
+        if full or name != 'weight':
+          assert np.array_equal(batch[name][frames], alone[name][: len(frames)])
+      assert full or not batch['weight'][frames].any()
+
+
+def test_packed_batches_do_not_depend_on_start_threads_and_processes(tiny_stage1, train_clips):
+  task = config_lib.task_of(tiny_stage1)
+  packed = dict(item_frames=0, batch_items=4)
+  whole = _stream(train_clips, task, 9, **packed)
+  assert _same(whole[5:], _stream(train_clips, task, 4, start=5, threads=3, **packed))
+  assert not _same(whole, _stream(train_clips, task, 9, seed=4, **packed))
+  for processes in (2, 4):
+    shares = [
+      _stream(train_clips, task, 9, process=p, processes=processes, **packed)
+      for p in range(processes)
+    ]
+    for batch, *parts in zip(whole, *shares):
+      together = {name: np.concatenate([part[name] for part in parts]) for name in batch}
+      order = np.argsort(together['position'])
+      assert _same([batch], [{name: value[order] for name, value in together.items()}])
+
+
+def test_clips_of_two_slots_alone_leave_one_of_an_odd_batch_without_weight(
+  tiny_stage1, train_clips
+):
+  clips = [clip for clip in train_clips if clip.subset == 'v2']
+  task = config_lib.task_of(tiny_stage1)
+  assert pipeline.epoch_size(clips, 0, 3) == (len(clips), 15)
+  for batch in _stream(clips, task, 3, item_frames=0, batch_items=3):
+    assert batch['weight'].tolist() == [1] * 10 + [0] * 5
+    assert batch['group'].tolist() == [0] * 10 + [2] * 5
+
+
+def test_an_epoch_is_as_many_batches_as_its_clips_fill(train_clips):
+  assert pipeline.epoch_size(train_clips, 5, 4) == (3.0, 20)
+  assert pipeline.epoch_size(train_clips, 0, 4) == (3.0, 20)
+  assert pipeline.epoch_size(train_clips, 0, 1) == (10.0, 5)
+  assert pipeline.epoch_size(train_clips, 1, 8) == (7.5, 8)
+
+
 def test_v1s_training_repeats_its_labelled_frame_with_each_sound(tiny_stage1, train_clips):
   clip = next(clip for clip in train_clips if clip.subset == 'v1s')
   item = pipeline.Item(0, 0, 5)
@@ -114,12 +183,13 @@ def test_evaluation_sees_every_frame_once(data_root, tiny_stage1, batch_items, p
   assert sorted(seen) == expected
 
 
-def test_mixed_lengths_and_large_batches_are_refused(tiny_stage1, train_clips):
+def test_large_batches_and_lengths_that_do_not_divide_a_clip_are_refused(tiny_stage1, train_clips):
   task = config_lib.task_of(tiny_stage1)
-  with pytest.raises(UserError, match='item_frames=5'):
-    _stream(train_clips, task, 1, item_frames=0)
-  with pytest.raises(UserError, match='batch_items=99'):
-    _stream(train_clips, task, 1, batch_items=99)
+  for item_frames in (0, 5):
+    with pytest.raises(UserError, match='batch_items=99'):
+      _stream(train_clips, task, 1, batch_items=99, item_frames=item_frames)
+    with pytest.raises(UserError, match='cannot be shared by 2 processes'):
+      _stream(train_clips, task, 1, batch_items=3, item_frames=item_frames, processes=2)
   with pytest.raises(UserError, match='item_frames=3'):
     pipeline.make_items(train_clips, 3)
   # Ten divides v2's clips, but no others.
@@ -213,7 +283,7 @@ class TestMasks:
       (lambda path: path.unlink(), 'missing'),
       (lambda path: path.write_bytes(path.read_bytes()[:40]), 'not a readable PNG'),
       (lambda path: path.write_bytes(b''), 'not a readable PNG'),
-      (lambda path: _resave(path, lambda m: m[:4]), '4x8, expected 8x8'),
+      (lambda path: _resave(path, lambda m: m[:4]), '8x4, expected 8x8'),
       (lambda path: _resave(path, lambda m: m // 2), 'other than 0 and 255'),
     ],
   )

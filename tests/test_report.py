@@ -210,6 +210,17 @@ def test_naming_leads_with_the_classes_that_occur(page):
   assert firsts == ['48.0', '24.0', '16.0']
 
 
+def test_clips_left_out_of_training_are_listed_with_their_faults(run):
+  folder, data = run
+  listing = folder / 'stage2' / 'bad_clips.json'
+  listing.write_text(json.dumps([{'clip': 'v2/-a_0_10000', 'text': 'audio.wav: 0 bytes & <none>'}]))
+  page = write_report(folder, data, folder / 'other.html').read_text(encoding='utf-8')
+  listing.unlink()
+  check(page)
+  assert 'Bad clips left out of training: 1' in page
+  assert '<li>v2/-a_0_10000: audio.wav: 0 bytes &amp; &lt;none&gt;</li>' in page
+
+
 def test_text_is_escaped(page):
   assert '<b>bold' not in page
   assert '&lt;b&gt;bold &amp; free' in page

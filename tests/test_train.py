@@ -69,7 +69,9 @@ def _state(workdir):
 
 def _history(workdir):
   """Log lines without what depends on the clock."""
-  clock = ('time', 'frames_per_second', 'input_wait', 'eta_seconds')
+  clock = (
+    'time', 'step_seconds', 'frames_per_second', 'tflops_per_second', 'input_wait', 'eta_seconds',
+  )  # fmt: skip
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   return [{key: value for key, value in row.items() if key not in clock} for row in rows]
@@ -126,11 +128,12 @@ def test_a_finished_run_is_not_trained_again(start, uninterrupted):
 
 
 def test_sigterm_saves_and_ends_well(start, uninterrupted, tmp_path):
-  process = start(tmp_path)
+  process = start(tmp_path, '--config.data.workers=1')
   _wait(process, lambda: _logged(tmp_path) >= 2)
   process.send_signal(signal.SIGTERM)
   output = process.communicate(timeout=30)[0]
   assert process.returncode == 0 and 'stopped by a signal at step' in output
+  assert 'Traceback' not in output and 'leaked' not in output
   step, _ = _state(tmp_path)
   assert f'at step {step};' in output
 
@@ -151,20 +154,50 @@ def test_another_config_in_the_same_folder_is_refused(start, uninterrupted):
   assert 'optimizer.lr is 0.5, was 0.001' in output and 'Traceback' not in output
 
 
+def _check_trace(folder, steps):
+  """A trace of the steps that follow these numbers, and of no other."""
+  (path,) = folder.rglob('*.xplane.pb')
+  events = [
+    event
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+    for line in plane.lines
+    for event in line.events
+    if event.name == 'train'
+  ]
+  assert sorted(dict(event.stats)['step_num'] for event in events) == steps
+
+
+def _check_pace(workdir):
+  """What rows say of speed fits together; a step has 10 frames."""
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  rows = [row for row in map(json.loads, lines) if row['kind'] == 'train']
+  work = {1: set(), 2: set()}
+  for row in rows:
+    assert row['frames_per_second'] * row['step_seconds'] == pytest.approx(10)
+    assert 0 <= row['input_wait'] <= 1 and 'mfu' not in row
+    work[row['phase']].add(round(row['tflops_per_second'] * row['step_seconds'] * 1e12))
+  # The same work in every step, and more where the backbone's adapters train.
+  assert [len(values) for values in work.values()] == [1, 1]
+  assert min(work[2]) > min(work[1]) > 0
+
+
 def test_two_phases(tiny_stage1, tmp_path):
   config = tiny_stage1
-  config.seed = 1  # of this one the best validation of phase 1 is not its last
+  config.seed = 3  # of this one the best validation of phase 1 is not its last
   config.train.epochs = 1.5
   config.train.phase2_epoch = 1
   config.train.eval_every_epochs = 0.34
   config.train.trainable = ('adapter/', 'class_predictor', 'audio_projection')
+  config.train.frozen_dtype = 'bfloat16'
   config.train.checkpoint_every_steps = 1
   config.train.keep_checkpoints = 100
   config.optimizer.lr = 0.3  # so that validations differ
   config.optimizer.lr_phase2 = 0.0  # so that phase 2 shows what it began with
   config.model.decoder_layers = 0  # what is compiled twice should be small
-  train(config, tmp_path)
+  train(config, tmp_path, profile=(3, 5))
 
+  _check_trace(tmp_path / 'profile', [3, 4])
+  _check_pace(tmp_path)
   rows = [row for row in _history(tmp_path) if row['kind'] == 'val' and row['step'] <= 6]
   best = max(rows, key=lambda row: (row['miou'], row['step']))['step']
   assert len(rows) == 3 and best != 6, 'the best weights of phase 1 are its last: shows nothing'
@@ -181,6 +214,8 @@ def test_two_phases(tiny_stage1, tmp_path):
   shared = [path for path in states[7]['trained'] if path not in swin]
   assert all((states[7]['trained'][p] == states[best]['trained'][p]).all() for p in shared)
   assert any((states[7]['trained'][p] != states[6]['trained'][p]).any() for p in shared)
+  assert {str(value.dtype) for value in states[7]['trained'].values()} == {'float32'}
+  assert {str(value.dtype) for value in states[7]['frozen'].values()} == {'bfloat16'}
   # What trains in neither phase never changes.
   for path, value in states[7]['frozen'].items():
     np.testing.assert_array_equal(value, states[1]['frozen'][path])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from aavs_jax.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
 from aavs_jax.models.sampling import corners, hat_weights
 
@@ -18,22 +19,44 @@ def attend_dense(
   locations: Float[Array, 'n q a l p 2'],
   weights: Float[Array, 'n q a l p'],
 ) -> Float[Array, 'n q a c']:
-  """Weighted sum of samples as two products a level: hat weights make an attention map, the map
+  """Weighted sum of samples as one product a level: hat weights make an attention map, the map
 
-  meets the values. Costs queries x pixels a head, so it is for accelerators and small maps.
+  meets the values. Costs queries x pixels a head, without a gather or scatter: the form for TPUs.
+
+  One frame's head after the other, each computed again in the backward pass, so that its map (14 MB
+  in bfloat16 at the published size) stays on the chip; queries, the longest axis, are the last.
   """
-  total = 0.0
-  for level, value in enumerate(values):
-    n, height, width, heads, channels = value.shape
-    dtype = value.dtype
-    x = hat_weights(locations[:, :, :, level, :, 0], width).astype(dtype)
-    y = hat_weights(locations[:, :, :, level, :, 1], height)
-    y = (y * weights[:, :, :, level, :, None]).astype(dtype)
-    attention = jnp.einsum('nqapy,nqapx->naqyx', y, x)
-    attention = attention.reshape(n, heads, -1, height * width)
-    flat = value.reshape(n, height * width, heads, channels)
-    total = total + jnp.einsum('naqk,nkac->nqac', attention, flat)
-  return total
+  *_, heads, channels = values[0].shape
+
+  @jax.checkpoint
+  def one_map(head):
+    values, locations, weights = head
+    total = 0.0
+    for level, value in enumerate(values):
+      height, width, _ = value.shape
+      x = hat_weights(locations[level, :, 0], width).swapaxes(-1, -2)  # p w q
+      y = hat_weights(locations[level, :, 1], height).swapaxes(-1, -2)
+      y = y * weights[level, :, None]
+      # As an einsum this would be a product of 4 terms for each of thousands of queries.
+      attention = sum(y[p, :, None] * x[p] for p in range(x.shape[0]))  # h w q
+      attention = attention.astype(value.dtype).reshape(height * width, -1)
+      total = total + attention.T @ value.reshape(height * width, channels)
+    return total
+
+  def maps(values, locations, weights):
+    out = jax.lax.map(one_map, jax.tree.map(_frames_and_heads, (values, locations, weights)))
+    return out.reshape(-1, heads, *out.shape[1:])
+
+  out = on_each_device(maps)(
+    [jnp.moveaxis(value, 3, 1) for value in values],  # n a h w c
+    jnp.moveaxis(locations, 1, -1),  # n a l p 2 q
+    jnp.moveaxis(weights, 1, -1),
+  )
+  return jnp.moveaxis(out, 1, 2)
+
+
+def _frames_and_heads(x: Float[Array, 'n a ...']) -> Float[Array, 'n*a ...']:
+  return x.reshape(-1, *x.shape[2:])
 
 
 def attend_gather(

@@ -1,0 +1,106 @@
+"""Reading ahead: grain's threads, in this process or in loader processes."""
+
+import concurrent.futures
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+
+import grain
+import numpy as np
+from absl import flags
+
+from input_pipeline.errors import UserError
+
+_OUTSIDE = (signal.SIGINT, signal.SIGTERM)  # from outside
+_STOP = signal.SIGUSR1  # from the process that started a worker
+_stopping = threading.Event()  # in a worker
+
+
+def read_ahead(
+  batches: grain.MapDataset, *, threads: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """All batches in order, read before they are asked for.
+
+  Args:
+    batches: the dataset; its functions must be picklable if there are workers.
+    threads: that read, each a batch at a time; two batches a thread are kept ready.
+    workers: processes with so many threads each, started by the first `next`; 0 = this one alone.
+  """
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  stream = batches.to_iter_dataset(options)
+  if not workers:
+    return iter(stream)
+  if not flags.FLAGS.is_parsed():  # grain has flags of its own and reads them here
+    flags.FLAGS.mark_as_parsed()
+  # Every workers-th batch comes from the same process: the order does not depend on how many.
+  return _from_workers(
+    iter(
+      stream.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+        worker_init_fn=_end_promptly,
+      )
+    ),
+    workers,
+  )
+
+
+def unless_stopping(item):
+  """The item, to be asked for before each is read: a worker stops between items, not batches."""
+  if _stopping.is_set():
+    raise RuntimeError('the stream is closed')
+  return item
+
+
+def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
+  others = set(multiprocessing.active_children())
+  try:
+    # Ctrl-C and what ends a job reach all processes of a group, but it is up to this one when to
+    # stop. So workers are started by a thread that blocks these signals, which they inherit.
+    with concurrent.futures.ThreadPoolExecutor(1, initializer=_block_signals) as starter:
+      yield _own(starter.submit(next, batches).result())
+    while True:
+      yield _own(next(batches))
+  except RuntimeError as error:
+    if 'terminated unexpectedly' not in str(error):
+      raise
+    text = str(error).partition('. ')[0]
+    raise UserError(
+      f'data.workers={workers}: one of the loader processes died ({text}): give the machine or '
+      'container more memory, shared memory (/dev/shm) too, or set fewer of them or 0'
+    ) from error
+  finally:
+    # All at once: `close` would let one after the other finish its batch.
+    for worker in set(multiprocessing.active_children()) - others:
+      os.kill(worker.pid, _STOP)
+    batches.close()
+    del batches
+    gc.collect()  # what was read ahead hangs in cycles, and in shared memory that long
+
+
+def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """A copy, since arrays of workers lie in shared memory, which is scarce and outlives a crash."""
+  return {name: np.array(value) for name, value in batch.items()}
+
+
+def _block_signals() -> None:
+  resource_tracker.ensure_running()  # which, later on, would let them through again
+  signal.pthread_sigmask(signal.SIG_BLOCK, _OUTSIDE)
+
+
+def _end_promptly(index: int, count: int) -> None:
+  """In a worker: has it end with the process that started it, which may have been killed.
+
+  And when its work is over, where Python would first finish the batches that threads have begun.
+  """
+  signal.signal(_STOP, lambda *_: _stopping.set())
+  for whatever in (multiprocessing.parent_process(), threading.main_thread()):
+    threading.Thread(target=_exit_after, args=(whatever,), daemon=True).start()
+
+
+def _exit_after(whatever) -> None:
+  whatever.join()
+  os._exit(1)  # not 0, which would tell a parent that still waits that all is well

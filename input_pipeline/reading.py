@@ -1,0 +1,71 @@
+"""What training and evaluation read of a clip, be it files of a data set or records of a shard."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from input_pipeline import avsbench, labels, prepared
+from input_pipeline.clips import Clip
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """One clip at the sizes of a task. Nothing is read before it is asked for.
+
+  What is asked of one frame after the other is read once.
+
+  All of them raise UserError where a file or shard is missing or damaged. The labels are those of
+  clip.labelled_frames alone.
+
+  Attributes:
+    frame: time -> uint8 [image_size, image_size, 3] RGB.
+    label_ids: (time, size) -> class ids uint8 [size, size] as labels.resize_ids makes them, of
+      image_size or eval_size. Targets, priors and silence follow: what is done to each pixel alone
+      may as well be done after this resize.
+    metric_target: time -> bool [eval_size, eval_size], see labels.binary_metric_target.
+    label_name: time -> what to call the label in a message.
+  """
+
+  frame: Callable[[int], np.ndarray]
+  label_ids: Callable[[int, int], np.ndarray]
+  metric_target: Callable[[int], np.ndarray]
+  label_name: Callable[[int], str]
+
+
+def read_clip(clip: Clip, image_size: int, eval_size: int) -> Reader:
+  """A reader of the clip. Raises UserError if it was prepared for other sizes."""
+  if isinstance(clip, prepared.PreparedClip):
+    prepared.require_sizes([clip], image_size, eval_size)
+    return _of_shard(clip)
+  return _of_files(clip, image_size, eval_size)
+
+
+def _of_files(clip: Clip, image_size: int, eval_size: int) -> Reader:
+  whole_ids = functools.lru_cache(1)(functools.partial(avsbench.load_label_ids, clip))
+  return Reader(
+    frame=lambda t: avsbench.load_frame(clip, t, image_size),
+    label_ids=lambda t, size: labels.resize_ids(whole_ids(t), size),
+    metric_target=lambda t: labels.binary_metric_target(
+      avsbench.load_label_rgb(clip, t), eval_size
+    ),
+    label_name=clip.label_ids_path,
+  )
+
+
+def _of_shard(clip: prepared.PreparedClip) -> Reader:
+  record = functools.lru_cache(1)(functools.partial(prepared.read_frame, clip))
+  return Reader(
+    frame=lambda t: record(t).image(),
+    label_ids=lambda t, size: record(t).label_ids[size],
+    metric_target=lambda t: record(t).metric_target,
+    label_name=lambda t: f'{clip.shard_path}: frame {t} of {clip.subset}/{clip.uid}',
+  )
+
+
+def load_log_mel(clip: Clip) -> np.ndarray:
+  """A clip's sound, float32 [num_frames, 96, 64]. Raises UserError as avsbench.load_log_mel."""
+  if isinstance(clip, prepared.PreparedClip):
+    return prepared.read_log_mel(clip)
+  return avsbench.load_log_mel(clip)

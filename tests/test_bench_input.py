@@ -1,0 +1,69 @@
+"""`aavs bench input`: its figures fit together, and it sees memory grow."""
+
+import json
+
+import numpy as np
+import pytest
+
+from aavs_jax import cli
+from input_pipeline import bench, pipeline, shards
+from input_pipeline.errors import UserError
+
+TASK = pipeline.Task(True, 32, 32, 4, True, '')
+LOADING = bench.Loading(item_frames=5, batch_items=2, threads=1, workers=0)
+
+
+def test_parts_add_up_to_what_a_core_can_read(data_root, tmp_path, capsys):
+  path = tmp_path / 'input.json'
+  assert not cli.main([
+    'bench', 'input', '--config', 'tests/tiny.py:stage2', '--data', data_root, '--clips', '2',
+    '--seconds', '0.2', '--json', str(path), '--config.data.threads=2',
+  ])  # fmt: skip
+  result = json.loads(path.read_text())['result']
+  assert 'shards' not in result
+  parts = result['raw']['milliseconds']
+  assert set(parts) == {'log-mel', 'image: decode', 'image: resize', 'label', 'the rest'}
+  per_core = result['raw']['frames_per_second_per_core']
+  assert sum(parts.values()) == pytest.approx(1000 / per_core)
+  assert result['raw']['cores'] == pytest.approx(1000 / per_core)
+  assert result['raw']['delivered'] > 0
+  assert result['log_mel_times_real_time'] > 10
+  shown = capsys.readouterr().out
+  assert f'{per_core:.0f} frames/s a core' in shown and '2 threads' in shown
+
+
+def test_a_prepared_data_set_is_timed_as_shards(data_root, tmp_path):
+  shards.prepare(data_root, tmp_path / 'shards', image_size=32, eval_size=32, workers=1)
+  result = bench.bench_input(TASK, LOADING, data=str(tmp_path / 'shards'), clips=2, seconds=0.2)
+  assert 'raw' not in result and 'log_mel_times_real_time' not in result
+  parts = result['shards']['milliseconds']
+  assert set(parts) == {'log-mel', 'record, labels', 'image', 'the rest'}
+  assert 'shards' in bench.format_input(result, LOADING)
+
+
+def test_memory_that_an_epoch_keeps_is_seen(data_root):
+  def watch(say):
+    return bench.bench_memory(TASK, LOADING, data=data_root, clips=10, say=say)
+
+  told = []
+  result = watch(told.append)
+  assert len(result['megabytes']) == len(told) == 6  # an epoch of 12 items in batches of 2
+  assert abs(result['growth']) < bench.FLAT_MB and ': flat' in bench.format_memory(result)
+  kept = []
+  result = watch(lambda line: kept.append(np.ones(1 << 21)))  # 16 MB
+  assert 70 < result['growth'] < 120 and 'NOT flat' in bench.format_memory(result)
+
+
+def test_more_clips_than_there_are_is_refused(data_root):
+  with pytest.raises(UserError, match='has 10 training clips'):
+    bench.bench_memory(TASK, LOADING, data=data_root, clips=11, say=print)
+
+
+def test_copies_are_clips_of_their_own(data_root, tmp_path):
+  made = bench._sample(bench.avsbench.read_index(data_root, 'train'), 3)
+  copies = bench._multiply(made, tmp_path, 7)
+  assert len({copy.folder for copy in copies}) == 7
+  first = [
+    pipeline.load_training_item(c, pipeline.Item(0, 0, 5), TASK) for c in (made[0], copies[3])
+  ]
+  assert all(np.array_equal(first[0][name], first[1][name]) for name in first[0])

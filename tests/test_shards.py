@@ -1,0 +1,349 @@
+"""Prepared shards: the same batches as from files, whatever happens while they are written."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.dirfs import DirFileSystem
+
+from aavs_jax import cli
+from aavs_jax import config as config_lib
+from aavs_jax.train import train
+from input_pipeline import avsbench, pipeline, prepared, shards, sounds
+from input_pipeline.compose import compose
+from input_pipeline.errors import UserError
+
+SIZE, EVAL_SIZE = 32, 24
+SIZES = {'image_size': SIZE, 'eval_size': EVAL_SIZE}
+
+
+@pytest.fixture(scope='module')
+def object_root(tmp_path_factory):
+  root = tmp_path_factory.mktemp('object') / 'set'
+  counts = {'v1s': 2, 'v1m': 2, 'v2': 0}
+  compose(root, clips=dict.fromkeys(('train', 'val', 'test'), counts), num_classes=4,
+          layout='object')  # fmt: skip
+  return str(root)
+
+
+@pytest.fixture(scope='module')
+def pairs(data_root, object_root, tmp_path_factory):
+  """For each layout the folder of its files and that of its shards."""
+  out = tmp_path_factory.mktemp('shards')
+  roots = {'semantic': data_root, 'object': object_root}
+  for layout, root in roots.items():
+    shards.prepare(root, out / layout, **SIZES, clips_per_shard=3, workers=1)
+  return {layout: (root, str(out / layout)) for layout, root in roots.items()}
+
+
+@pytest.fixture
+def own(pairs, tmp_path):
+  """Files of a made data set, and shards of them that a test may spoil."""
+  root, out = pairs['semantic']
+  return root, pathlib.Path(shutil.copytree(out, tmp_path / 'out'))
+
+
+def same(a, b):
+  return a.keys() == b.keys() and all(
+    a[key].dtype == b[key].dtype and np.array_equal(a[key], b[key]) for key in a
+  )
+
+
+def files(folder):
+  return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def refusal(function, *found):
+  with pytest.raises(UserError) as caught:
+    function()
+  message = str(caught.value)
+  assert '\n' not in message
+  for part in found:
+    assert str(part) in message, message
+
+
+@pytest.mark.parametrize(
+  ('layout', 'semantic', 'prior'),
+  [
+    ('semantic', True, True),
+    ('semantic', False, False),
+    ('object', False, True),
+  ],
+)
+def test_items_are_those_of_the_files(pairs, layout, semantic, prior):
+  task = pipeline.Task(semantic, SIZE, EVAL_SIZE, 5, prior, '')
+  both = [avsbench.read_index(root) for root in pairs[layout]]
+  assert [(c.split, c.subset, c.uid) for c in both[0]] == [
+    (c.split, c.subset, c.uid) for c in both[1]
+  ]
+  for clips in zip(*both):
+    for item_frames in (0, 1):
+      for item in pipeline.make_items(clips[:1], item_frames):
+        assert same(*(pipeline.load_training_item(clip, item, task) for clip in clips))
+        assert same(*(pipeline.load_unlabelled_item(clip, item, task) for clip in clips))
+        assert same(*(pipeline.load_eval_item(clip, clip, item, task) for clip in clips))
+
+
+@pytest.mark.parametrize('layout', ['semantic', 'object'])
+@pytest.mark.parametrize('choice', sounds.CHOICES)
+def test_every_sound_is_that_of_the_files(pairs, layout, choice):
+  heard = []
+  for root in pairs[layout]:
+    # Of AVSBench-object S4 alone tells what sounds.
+    clips = avsbench.read_index(root, 'train', ['v1s'] if layout == 'object' else ('v1m', 'v2'))
+    try:
+      chosen = sounds.choose_sounds(clips, choice)
+    except UserError as error:
+      assert choice == 'offscreen'  # there may be none among so few clips
+      heard.append([str(error)])
+    else:
+      heard.append([sounds.load_sound(*pair).tolist() for pair in zip(clips, chosen)])
+  assert heard[1] == heard[0]
+
+
+def test_the_stream_is_that_of_the_files(pairs):
+  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, True, '')
+  streams = [
+    pipeline.training_batches(
+      avsbench.read_index(root, 'train'), task, item_frames=5, batch_items=2, seed=0, start=3,
+      threads=2,
+    )
+    for root in pairs['semantic']
+  ]  # fmt: skip
+  for batches in itertools.islice(zip(*streams), 8):
+    assert same(*batches)
+
+
+def test_what_is_refused_of_a_label_names_its_shard(pairs):
+  clip = avsbench.read_index(pairs['semantic'][1], 'train', ['v2'])[0]
+  task = pipeline.Task(True, SIZE, EVAL_SIZE, 1, False, '')
+  item = pipeline.Item(0, 5, 5)
+  name = f'{clip.shard}: frame 5 of v2/{clip.uid} has'
+  refusal(lambda: pipeline.load_training_item(clip, item, task), name, 'max_targets is 1')
+
+
+@pytest.mark.parametrize('size', [1, 2, 33])
+def test_frames_come_back_as_they_were(size):
+  frame = np.random.default_rng(size).integers(0, 256, (size, size, 3), np.uint8)
+  data = prepared.encode_frame(frame, prepared.LOSSLESS)
+  np.testing.assert_array_equal(prepared.decode_frame(data, size, prepared.LOSSLESS), frame)
+
+
+_PREPARE = """
+import sys
+from input_pipeline.shards import prepare
+prepare(*sys.argv[1:], image_size=32, eval_size=24, clips_per_shard=1, workers=2)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
+  shards.prepare(data_root, tmp_path / 'whole', **SIZES, clips_per_shard=1, workers=1)
+  out = tmp_path / 'out'
+  process = subprocess.Popen(
+    [sys.executable, '-c', _PREPARE, data_root, str(out)], start_new_session=True
+  )
+  deadline = time.monotonic() + 300
+  while len(list(out.glob('*-of-*.json'))) < 3:
+    assert process.poll() is None and time.monotonic() < deadline
+    time.sleep(0.005)
+  os.kill(process.pid, signal.SIGKILL)
+  process.wait()
+  while True:  # the processes that it started end by themselves
+    try:
+      os.killpg(process.pid, 0)
+    except ProcessLookupError:
+      break
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+  done = {path.name: path.stat().st_mtime_ns for path in out.glob('*-of-*.json')}
+  assert 3 <= len(done) < 20 and not (out / 'prepared.json').exists()
+  refusal(lambda: avsbench.read_index(out), 'cannot be read')
+  (out / '.writing-test-00000-of-00005.array_record').write_bytes(b'half')
+  shards.prepare(data_root, out, **SIZES, clips_per_shard=1, workers=1)
+  assert files(out) == files(tmp_path / 'whole')
+  assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())
+
+
+def test_other_settings_and_other_clips_are_refused(own, object_root, tmp_path):
+  root, out = own
+  before = files(out)
+  settings = dict(SIZES, clips_per_shard=3, workers=1)
+  for change, *found in (
+    ({'image_size': 64}, 'image_size 32, not 64'),
+    ({'eval_size': 32}, 'eval_size 24, not 32'),
+    ({'jpeg': 95}, "frames 'lossless', not 'jpeg 95'"),
+    ({'clips_per_shard': 4}, 'clips_per_shard 3, not 4'),
+    ({'jpeg': 101}, 'jpeg is 101: use 0 to 100'),
+    ({'workers': 0}, 'workers is 0'),
+    ({'on_bad_clip': 'ignore'}, "on_bad_clip is 'ignore'"),
+  ):
+    refusal(lambda change=change: shards.prepare(root, out, **settings | change), *found)
+  refusal(lambda: shards.prepare(object_root, out, **settings), 'other clips, not those of')
+  refusal(lambda: shards.prepare(out, tmp_path / 'again', **settings), 'holds prepared shards')
+  assert files(out) == before
+  foreign = tmp_path / 'foreign'
+  foreign.mkdir()
+  (foreign / 'thesis.tex').write_text('words')
+  refusal(lambda: shards.prepare(root, foreign, **settings), 'holds something')
+  refusal(lambda: shards.prepare(root, 'nowhere', image_size=0), 'image_size is 0')
+
+
+def _flip(path, place):
+  data = bytearray(path.read_bytes())
+  data[place] ^= 4
+  path.write_bytes(data)
+
+
+def test_damage_is_named_and_mended(own):
+  root, out = own
+  whole = files(out)
+  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, True, '')
+  clips = avsbench.read_index(out, 'train')
+  first = [clip for clip in clips if clip.shard == clips[0].shard]
+  path = out / first[0].shard
+  for place in range(200, 20_000, 3000):
+    _flip(path, place)
+  prepared._open.cache_clear()  # of this process, which has read the file before
+  for clip in first[:1]:
+    refusal(
+      lambda clip=clip: [
+        pipeline.load_training_item(clip, item, task) for item in pipeline.make_items([clip], 5)
+      ],
+      path, f'v1s/{clip.uid} cannot be read', 'hash mismatch', 'run `aavs prepare` again',
+    )  # fmt: skip
+  batches = pipeline.training_batches(
+    first, task, item_frames=5, batch_items=1, seed=0, start=0, threads=2
+  )
+  refusal(lambda: [next(batches) for _ in first], path, 'cannot be read')
+
+  with open(path, 'r+b') as file:
+    file.truncate(path.stat().st_size // 2)
+  refusal(lambda: avsbench.read_index(out), path, 'bytes: run `aavs prepare` again')
+  path.unlink()
+  refusal(lambda: avsbench.read_index(out), path, 'has no of')
+  shards.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
+  assert files(out) == whole
+  prepared._open.cache_clear()
+  assert pipeline.load_training_item(first[0], pipeline.Item(0, 0, 5), task)['weight'].all()
+
+
+def test_a_manifest_of_another_kind_is_refused(own):
+  _, out = own
+  path = out / prepared.MANIFEST
+  manifest = json.loads(path.read_text())
+  path.write_text(json.dumps(manifest | {'format': 99}))
+  refusal(lambda: avsbench.read_index(out), path, 'format 99')
+  path.write_text('{')
+  refusal(lambda: avsbench.read_index(out), path, 'not a list of shards')
+
+
+def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys):
+  for name, options in (('lossy', ['--jpeg', '95']), ('exact', [])):
+    arguments = ['prepare', data_root, str(tmp_path / name), '--image-size', '128', '--workers=1']
+    assert cli.main([*arguments, *options]) == 0
+    said = capsys.readouterr().out
+    assert '20 clips in 3 shards' in said
+    assert ('JPEG of quality 95' in said and 'not the same' in said) == (name == 'lossy')
+  manifest = json.loads((tmp_path / 'lossy' / 'prepared.json').read_text())
+  assert manifest['settings'] == {'image_size': 128, 'eval_size': 224, 'frames': 'jpeg 95'}
+  task = pipeline.Task(True, 128, 224, 5, True, '')
+  lossy, exact = (avsbench.read_index(tmp_path / name, 'test') for name in ('lossy', 'exact'))
+  for pair in zip(lossy, exact):
+    item = pipeline.Item(0, 0, 5)
+    a, b = (pipeline.load_training_item(clip, item, task) for clip in pair)
+    difference = np.abs(a.pop('frames').astype(int) - b.pop('frames'))
+    assert 0 < difference.mean() < 3
+    assert same(a, b)
+
+
+def test_a_config_of_other_sizes_is_refused(pairs, tiny_stage1, tmp_path):
+  out = pairs['semantic'][1]
+  tiny_stage1.data.root = out
+  found = f'config.data.eval_size is 32, but {out} was prepared with 24', '--eval-size 32'
+  refusal(lambda: train(tiny_stage1, tmp_path / 'run'), *found)
+  assert not (tmp_path / 'run').exists()
+  tiny_stage1.data.eval_size = 24
+  tiny_stage1.data.image_size = 64
+  clips = avsbench.read_index(out)
+  refusal(lambda: config_lib.require_fit(clips, tiny_stage1), 'image_size is 64', 'with 32')
+  task = config_lib.task_of(tiny_stage1)
+  item = pipeline.Item(0, 0, 5)
+  refusal(lambda: pipeline.load_unlabelled_item(clips[0], item, task), 'image_size is 64')
+
+
+def test_what_needs_the_files_refuses_shards(pairs, tmp_path, capsys):
+  out = pairs['semantic'][1]
+  for arguments in (
+    ['check-data', out],
+    ['quickstart', '--data', out, '--workdir', str(tmp_path / 'study')],
+    ['predict', out, '--stage1', 'none', '--out', str(tmp_path / 'prediction')],
+  ):
+    assert cli.main(arguments) == 2
+    assert out in capsys.readouterr().err
+  refusal(lambda: avsbench.read_index('gs://bucket/shards'), 'gs://bucket/shards is in a bucket')
+
+
+def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
+  root = pathlib.Path(shutil.copytree(data_root, tmp_path / 'set'))
+  clips = avsbench.read_index(root)
+  bad = [next(clip for clip in clips if clip.split == split) for split in ('train', 'test')]
+  for clip in bad:
+    os.truncate(clip.audio_path, 0)
+  out = tmp_path / 'out'
+  settings = dict(SIZES, clips_per_shard=3, workers=1)
+  refusal(lambda: shards.prepare(root, out, **settings), bad[0].audio_path)
+  skip = settings | {'on_bad_clip': 'skip'}
+  refusal(lambda: shards.prepare(root, out, **skip, max_bad_clips=1), 'max_bad_clips is 1')
+  manifest = shards.prepare(root, out, **skip, max_bad_clips=2)
+  names = {f'{clip.split}/{clip.subset}/{clip.uid}' for clip in bad}
+  assert {row['clip'] for row in manifest['bad_clips']} == names
+  assert sum(row['clips'] for row in manifest['counts']) == 18
+  found = avsbench.read_index(out)
+  assert [clip.uid for clip in found] == [clip.uid for clip in clips if clip not in bad]
+  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, False, '')
+  by_name = {(clip.subset, clip.uid): clip for clip in clips}
+  for clip in found:  # the places of those after a bad one as well
+    raw = by_name[clip.subset, clip.uid]
+    item = pipeline.Item(0, 0, 5)
+    assert same(*(pipeline.load_training_item(c, item, task) for c in (raw, clip)))
+
+  for clip in bad:
+    shutil.copyfile(dataclasses.replace(clip, root=data_root).audio_path, clip.audio_path)
+  shards.prepare(root, out, **settings)
+  shards.prepare(root, tmp_path / 'mended', **settings)
+  assert files(out) == files(tmp_path / 'mended')
+
+
+def test_a_bucket_gets_the_same_files(own, tmp_path):
+  root, local = own
+  (tmp_path / 'bucket').mkdir()
+
+  class Bucket(DirFileSystem):
+    """A folder that stands for s3://bucket."""
+
+    protocol = 's3'
+    cachable = False
+
+    def __init__(self, **_):
+      super().__init__(path=str(tmp_path), auto_mkdir=True)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return path.removeprefix('s3://')
+
+  fsspec.register_implementation('s3', Bucket, clobber=True)
+  for _ in range(2):  # the second time all is there
+    shards.prepare(root, 's3://bucket/out', **SIZES, clips_per_shard=3, workers=1)
+    assert files(tmp_path / 'bucket' / 'out') == files(local)
