@@ -27,7 +27,7 @@ class Method(NamedTuple):
   totals: Callable[[Batch], losses.Totals]
   """batch -> what the loss of each of its frames is divided by."""
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-  """(outputs, batch, totals, key) -> total and terms; batch and totals may be a part of a batch's."""
+  """(outputs, batch, totals, key) -> total and terms; or a part of them, of a part of a batch."""
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
 

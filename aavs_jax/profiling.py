@@ -39,7 +39,10 @@ class Profiler:
       # The host is ahead of the devices, which finish what comes before.
       jax.block_until_ready(state)
       if inside:
-        jax.profiler.start_trace(str(self._folder))
+        # Not of Python's calls, for which every thread would be hooked, those of readers too.
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        jax.profiler.start_trace(str(self._folder), profiler_options=options)
         self._running = True
       else:
         self._end()

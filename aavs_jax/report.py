@@ -318,7 +318,8 @@ def _left_out(workdir: Path, stage: str) -> str:
   if not bad:
     return ''
   rows = ''.join(f'<li>{_text(row["clip"])}: {_text(row["text"])}</li>' for row in bad)
-  return f'<details><summary>Bad clips left out of training: {len(bad)}</summary><ul>{rows}</ul></details>'
+  title = f'Bad clips left out of training: {len(bad)}'
+  return f'<details><summary>{title}</summary><ul>{rows}</ul></details>'
 
 
 def _plot(

@@ -2,7 +2,7 @@
 
 A batch has slots of five frames. A clip of v1s and v1m fills one, a clip of v2 two; none is split
 between batches, so that the loss of a clip can be what it is where the clip is a batch of its own.
-Of all of AVSBench that leaves no slot empty, but that batches of three slots, each with room for one
+Of all of AVSBench that leaves no slot empty. Only batches of three slots, each with room for one
 clip of v2, are 7 % empty: there are fewer clips of one slot than of two.
 """
 

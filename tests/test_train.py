@@ -54,7 +54,7 @@ def start(environment, data_root):
 @pytest.fixture(scope='module')
 def uninterrupted(start, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('uninterrupted')
-  process = start(workdir)
+  process = start(workdir, '--profile', '3:5')
   output = process.communicate()[0]
   assert process.returncode == 0, output
   return workdir
@@ -119,6 +119,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(start, uninterrupted, t
   assert _history(tmp_path) == _history(uninterrupted)
 
 
+def test_a_trace_holds_the_steps_that_it_was_asked_for(uninterrupted):
+  (path,) = (uninterrupted / 'profile').rglob('*.xplane.pb')
+  trace = jax.profiler.ProfileData.from_file(str(path))
+  found = []
+  for plane in trace.planes:
+    for line in plane.lines:
+      found += [dict(event.stats)['step_num'] for event in line.events if event.name == 'train']
+  assert sorted(found) == [3, 4]
+
+
 def test_a_finished_run_is_not_trained_again(start, uninterrupted):
   before = (uninterrupted / 'metrics.jsonl').read_text()
   process = start(uninterrupted)
@@ -154,19 +164,6 @@ def test_another_config_in_the_same_folder_is_refused(start, uninterrupted):
   assert 'optimizer.lr is 0.5, was 0.001' in output and 'Traceback' not in output
 
 
-def _check_trace(folder, steps):
-  """A trace of the steps that follow these numbers, and of no other."""
-  (path,) = folder.rglob('*.xplane.pb')
-  events = [
-    event
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-    for line in plane.lines
-    for event in line.events
-    if event.name == 'train'
-  ]
-  assert sorted(dict(event.stats)['step_num'] for event in events) == steps
-
-
 def _check_pace(workdir):
   """What rows say of speed fits together; a step has 10 frames."""
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
@@ -194,9 +191,8 @@ def test_two_phases(tiny_stage1, tmp_path):
   config.optimizer.lr = 0.3  # so that validations differ
   config.optimizer.lr_phase2 = 0.0  # so that phase 2 shows what it began with
   config.model.decoder_layers = 0  # what is compiled twice should be small
-  train(config, tmp_path, profile=(3, 5))
+  train(config, tmp_path)
 
-  _check_trace(tmp_path / 'profile', [3, 4])
   _check_pace(tmp_path)
   rows = [row for row in _history(tmp_path) if row['kind'] == 'val' and row['step'] <= 6]
   best = max(rows, key=lambda row: (row['miou'], row['step']))['step']
