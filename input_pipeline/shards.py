@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -115,34 +116,53 @@ def prepare(
     'clips_per_shard': clips_per_shard,
     'index': hashlib.sha256(json.dumps([_name(clip) for clip in clips]).encode()).hexdigest(),
   }
-  _claim_folder(out, claim, root)
+  with _alone_in(out):
+    _claim_folder(out, claim, root)
+    plan = _plan(clips, clips_per_shard)
+    write = functools.partial(_write_shard, out=out, settings=settings, skip=on_bad_clip == 'skip')
+    shards, bad_clips, done = {}, [], 0
+    with contextlib.closing(_run(write, plan, workers)) as results:
+      for shard in results:
+        shards[shard['file']] = shard
+        bad_clips += shard['bad_clips']
+        if len(bad_clips) > max_bad_clips:
+          raise UserError(
+            f'{len(bad_clips)} clips or more cannot be used, but max_bad_clips is {max_bad_clips}: '
+            f'mend them (`aavs check-data` lists all faults) or raise it; one is '
+            f'{bad_clips[0]["text"]}'
+          )
+        done += len(plan[shard['file']])
+        if progress:
+          progress(done, len(clips))
 
-  plan = _plan(clips, clips_per_shard)
-  write = functools.partial(_write_shard, out=out, settings=settings, skip=on_bad_clip == 'skip')
-  shards, bad_clips, done = {}, [], 0
-  with contextlib.closing(_run(write, plan, workers)) as results:
-    for shard in results:
-      shards[shard['file']] = shard
-      bad_clips += shard['bad_clips']
-      if len(bad_clips) > max_bad_clips:
-        raise UserError(
-          f'{len(bad_clips)} clips or more cannot be used, but max_bad_clips is {max_bad_clips}: '
-          f'mend them (`aavs check-data` lists all faults) or raise it; one is '
-          f'{bad_clips[0]["text"]}'
-        )
-      done += len(plan[shard['file']])
-      if progress:
-        progress(done, len(clips))
+    tables = sorted({clip.table for clip in clips})
+    for table in tables:
+      with _appearing(out / os.path.basename(table)) as file:
+        shutil.copyfile(table, file)
+    manifest = claim | {'tables': [os.path.basename(table) for table in tables]}
+    manifest |= _contents(clips, [shards[name] for name in plan])
+    _write_json(out / MANIFEST, manifest)
+    (out / _CLAIM).unlink(missing_ok=True)
+    return manifest
 
-  tables = sorted({clip.table for clip in clips})
-  for table in tables:
-    with _appearing(out / os.path.basename(table)) as file:
-      shutil.copyfile(table, file)
-  manifest = claim | {'tables': [os.path.basename(table) for table in tables]}
-  manifest |= _contents(clips, [shards[name] for name in plan])
-  _write_json(out / MANIFEST, manifest)
-  (out / _CLAIM).unlink(missing_ok=True)
-  return manifest
+
+@contextlib.contextmanager
+def _alone_in(out: epath.Path) -> Iterator[None]:
+  """Makes the folder, and keeps other processes of this machine from writing to it."""
+  out.mkdir(parents=True, exist_ok=True)
+  if '://' in str(out):  # a bucket's objects are written as a whole or not at all
+    yield
+    return
+  folder = os.open(out, os.O_RDONLY)
+  try:
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however
+    yield
+  except BlockingIOError as error:
+    raise UserError(
+      f'{out} is being written by another process: wait for it, or name another folder'
+    ) from error
+  finally:
+    os.close(folder)
 
 
 def _name(clip: Clip) -> str:
@@ -153,11 +173,10 @@ def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None
   """Notes in the folder what it is for, or compares; removes what a killed run half wrote."""
   note = next((out / name for name in (MANIFEST, _CLAIM) if (out / name).exists()), None)
   if note is None:
-    if out.exists() and any(not path.name.startswith(_WORKING) for path in out.iterdir()):
+    if any(not path.name.startswith(_WORKING) for path in out.iterdir()):
       raise UserError(
         f'{out} holds something, but no {MANIFEST}: name a new or empty folder for the shards'
       )
-    out.mkdir(parents=True, exist_ok=True)
     _write_json(out / _CLAIM, claim)
   else:
     try:

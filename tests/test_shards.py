@@ -176,6 +176,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
   assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())
 
 
+def test_two_runs_do_not_write_to_one_folder(data_root, tmp_path):
+  def second(done, total):
+    with pytest.raises(UserError, match='is being written by another process'):
+      shards.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1)
+    refused.append(done)
+
+  refused = []
+  shards.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1, progress=second)
+  assert refused
+
+
 def test_other_settings_and_other_clips_are_refused(own, object_root, tmp_path):
   root, out = own
   before = files(out)
