@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from input_pipeline.errors import UserError
 
@@ -79,11 +81,22 @@ def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
     batches.close()
     del batches
     gc.collect()  # what was read ahead hangs in cycles, and in shared memory that long
+    _wait_for_shared_memory()
 
 
 def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """A copy, since arrays of workers lie in shared memory, which is scarce and outlives a crash."""
   return {name: np.array(value) for name, value in batch.items()}
+
+
+def _wait_for_shared_memory() -> None:
+  """Grain frees shared memory in a thread, in order: the end of a process would overtake it."""
+  freed = threading.Event()
+  last = SharedMemoryArray((1,), np.uint8)
+  last.unlink_on_del()
+  weakref.finalize(last.shm, freed.set)
+  del last
+  freed.wait(timeout=10)
 
 
 def _block_signals() -> None:
