@@ -353,35 +353,19 @@ def training_batches(
 
 
 def eval_batches(
-  clips: Sequence[Clip],
-  load,
-  *,
-  batch_items: int,
-  threads: int,
-  process: int = 0,
-  processes: int = 1,
+  clips: Sequence[Clip], load, *, batch_items: int, threads: int
 ) -> Iterator[dict[str, np.ndarray]]:
   """Every frame of every clip once, in order, in batches of one size; padding has weight 0.
 
   Args:
     clips: what to read.
     load: function of an Item to its arrays, such as load_eval_item with its clip bound.
-    batch_items: items of five frames a batch, all processes together.
+    batch_items: items of five frames a batch.
     threads: readers.
-    process: which share of the clips this process reads.
-    processes: of how many; every process gets the same number of batches.
   """
   items = make_items(clips, EVAL_ITEM_FRAMES)
-  local = batch_items // processes
-  rounds = -(-len(items) // batch_items)
-  mine = items[process::processes]
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  stream = iter(grain.MapDataset.source(mine).map(load).to_iter_dataset(options)) if mine else None
-  last = None
-  remaining = len(mine)
-  for _ in range(rounds):
-    parts = [next(stream) for _ in range(min(local, remaining))]
-    remaining -= len(parts)
-    last = parts[-1] if parts else last if last is not None else load(items[0])
-    padding = {**last, 'weight': np.zeros_like(last['weight'])}
-    yield _stack(parts + [padding] * (local - len(parts)))
+  stream = iter(grain.MapDataset.source(items).map(load).to_iter_dataset(options))
+  while parts := list(itertools.islice(stream, batch_items)):
+    padding = {**parts[-1], 'weight': np.zeros_like(parts[-1]['weight'])}
+    yield _stack([*parts, *[padding] * (batch_items - len(parts))])
