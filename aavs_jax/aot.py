@@ -29,6 +29,10 @@ from input_pipeline.errors import UserError
 PHASE = 2  # of the recipe, the one that needs more
 SEEN = ('frames', 'log_mel', 'prior')  # what predictions are made from
 HOP_SECONDS = 1e-6  # from one chip to the next
+# A scatter on the SparseCores of v5p and later (the matching has some, of a few numbers) is written
+# by libtpu 0.0.52 in a way that jaxlib 0.10.2 cannot read back: 'async-update instruction should
+# have 1 operands'.
+COMPILER_OPTIONS = {'xla_tpu_enable_offloading_scatter_to_sparsecore': False}
 
 
 class Chip(NamedTuple):
@@ -212,7 +216,7 @@ def compile_predict(
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   try:
-    return lowered.compile()
+    return lowered.compile(COMPILER_OPTIONS)
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error) or 'hbm' not in str(error).lower():
       raise
