@@ -13,25 +13,38 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from aavs_jax.state import TrainState
-from input_pipeline.errors import UserError
+from input_pipeline.errors import UserError, may_pass
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _METRIC = 'miou'
 
 
+_REMOVE = 'remove it to go on from the one before, or train again'
+# How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach.
+_PASSING = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED')
+
+
 @contextlib.contextmanager
-def _readable(path: str | Path):
-  """Turns what Orbax and TensorStore raise on damaged files into one sentence."""
+def _readable(path: str | Path, advice: str):
+  """Turns what Orbax and TensorStore raise on damaged files into one sentence.
+
+  Not what disks and networks raise when they fail: then the files may be as good as ever.
+  """
   try:
     yield
-  except UserError:
-    raise
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    text = ' '.join(str(error).split())[:200]
-    raise UserError(
-      f'the checkpoint {path} cannot be read ({type(error).__name__}: {text}): remove it to go on '
-      'from the one before, or train again'
-    ) from error
+    if isinstance(error, UserError) or (isinstance(error, OSError) and may_pass(error)):
+      raise
+    text = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    if isinstance(error, ValueError) and str(error).startswith(_PASSING):
+      raise OSError(f'{path} cannot be reached now ({text}): try again') from error
+    raise UserError(f'the checkpoint {path} cannot be read ({text}): {advice}') from error
+
+
+class _Manager(ocp.CheckpointManager):
+  def reached_preemption(self, step: int) -> bool:
+    """No: the training loop asks JAX, and steps must not be asked about in another order."""
+    return False
 
 
 def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
@@ -49,8 +62,8 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy, best_fn=metric, cleanup_tmp_directories=True
   )
-  with _readable(folder):
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+  with _readable(folder, 'look at what it holds'):
+    return _Manager(epath.Path(folder).absolute(), options=options)
 
 
 def save(
@@ -70,14 +83,14 @@ def save(
 def saved_phase(manager: ocp.CheckpointManager, step: int) -> int:
   """Which phase the checkpoint of a step belongs to; it decides what the state looks like."""
   args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-  with _readable(Path(manager.directory) / str(step)):
+  with _readable(manager.directory / str(step), _REMOVE):
     return manager.restore(step, args=args)['meta']['phase']
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
   """State of a step, with the shapes and shardings of `abstract`, whatever mesh saved it."""
   args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-  with _readable(Path(manager.directory) / str(step)):
+  with _readable(manager.directory / str(step), _REMOVE):
     return manager.restore(step, args=args)['state']
 
 
@@ -107,7 +120,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
   options = ocp.CheckpointManagerOptions(read_only=True)
   with (
-    _readable(folder),
+    _readable(folder, 'look at what it holds, or train again'),
     ocp.CheckpointManager(folder.absolute(), options=options) as manager,
   ):
     step = best_step(manager)

@@ -2,13 +2,15 @@
 
 import argparse
 import os
+import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging as absl_logging
 
-from input_pipeline.errors import UserError
+from input_pipeline.errors import UserError, may_pass
 
 
 def _compose(args) -> None:
@@ -582,15 +584,6 @@ def _parser() -> argparse.ArgumentParser:
   return parser
 
 
-_WRONG_PATH = (
-  FileNotFoundError,
-  FileExistsError,
-  NotADirectoryError,
-  IsADirectoryError,
-  PermissionError,
-)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit status.
 
@@ -602,39 +595,65 @@ def main(argv: Sequence[str] | None = None) -> int:
   unknown = [text for text in rest if text not in args.overrides]
   if unknown or (args.overrides and args.command not in ('train', 'bench', 'aot', 'quickstart')):
     parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
-  _keep_compiled()
+  several = getattr(args, 'distributed', None)
+  _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
+  if not several:
+    try:
+      return args.run(args) or 0
+    except Exception as error:
+      status, text = _fault(error)
+      if args.debug or text is None:
+        raise
+      print(f'aavs: {text}', file=sys.stderr)
+      return status
+
+  from aavs_jax import distributed
+
   try:
-    if getattr(args, 'distributed', None):
-      from aavs_jax import distributed
-
-      distributed.start(args.distributed)
+    distributed.start(several)
     return args.run(args) or 0
-  except (UserError, FloatingPointError, OSError) as error:
-    if args.debug:
-      raise
-    print(f'aavs: {str(error).rstrip(".")}', file=sys.stderr)
-    # A disk that is full or a network that fails may be well again at the next start.
-    passing = isinstance(error, OSError) and not isinstance(error, _WRONG_PATH)
-    return 1 if passing else 2
-  except RuntimeError as error:  # what JAX raises when a collective operation fails
-    if args.debug or not getattr(args, 'distributed', None):
-      raise
-    text = ' '.join(str(error).split())[:200]
-    print(
-      f'aavs: another process or the network between them has failed ({text}): start all processes '
-      'again, they go on from the last checkpoint',
-      file=sys.stderr,
-      flush=True,
+  except Exception as error:
+    status, text = _fault(error)
+    if text is None and isinstance(error, RuntimeError):  # as when a collective operation fails
+      text = (
+        f'another process or the network between them has failed ({_one_line(error)}): start all '
+        'processes again, they go on from the last checkpoint'
+      )
+    if args.debug or text is None:
+      traceback.print_exc()
+    else:
+      print(f'aavs: {text}', file=sys.stderr)
+    distributed.leave(status)
+
+
+def _fault(error: Exception) -> tuple[int, str | None]:
+  """The exit status after an error and what to say of it; None for a fault of ours."""
+  if isinstance(error, OSError) and may_pass(error):
+    return 1, str(error)
+  if isinstance(error, (UserError, FloatingPointError, OSError)):
+    return 2, str(error).rstrip('.')
+  if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
+    return 2, (
+      f'a device has too little memory ({_one_line(error)}): use fewer frames a step '
+      '(config.data.batch_items), config.train.accumulate, config.dtype=bfloat16 or '
+      'config.model.remat=full'
     )
-    # Not through JAX's own end of the run, which would wait for the others.
-    os._exit(1)
+  return 1, None
 
 
-def _keep_compiled() -> None:
-  """Compiled programs are kept between runs, unless the user has a cache already."""
-  cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'aavs_jax'
-  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache))
+def _one_line(error: Exception) -> str:
+  return ' '.join(str(error).split())[:200]
+
+
+def _keep_compiled(workdir: str | None) -> None:
+  """Compiled programs are kept between runs, unless the user has a cache already.
+
+  Of several processes only the first one writes them, so all must see the folder.
+  """
+  home = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
+  cache = f'{workdir}/compiled' if workdir else str(home / 'aavs_jax')
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', cache)
 
 
 def _quiet_libraries() -> None:

@@ -90,8 +90,11 @@ def local_params(params: Params) -> Params:
   """
 
   def whole(leaf):
-    spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    return multihost_utils.process_allgather(leaf, tiled=True) if spread else leaf
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+      return leaf
+    if leaf.is_fully_replicated:
+      return leaf.addressable_data(0)
+    return multihost_utils.process_allgather(leaf, tiled=True)
 
   return jax.device_put(jax.tree.map(whole, params), replicated(local_mesh()))
 
@@ -121,6 +124,7 @@ def score(
     title: of the line that shows the progress.
   """
   task = config_lib.task_of(config)
+  masks.refuse_bucket(task.masks)
   if task.use_prior and not (task.masks or config.oracle_prior):
     raise UserError(
       'config.data.masks is empty: write the masks of stage 1 with `aavs masks`, or ask for the '
@@ -131,7 +135,7 @@ def score(
   batches = pipeline.eval_batches(
     mine,
     lambda item: pipeline.load_eval_item(mine[item.clip], heard[item.clip], item, task),
-    batch_items=eval_batch_items(config),
+    batch_items=eval_batch_items(config, jax.local_device_count(), jax.process_count()),
     threads=config.data.threads,
   )
   records = np.zeros(len(mine), metrics.record_type(config.task, config.num_classes))
@@ -187,11 +191,15 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params
   return config, local_params(merge(flat, {})), step
 
 
-def eval_batch_items(config: ml_collections.ConfigDict) -> int:
-  """Items of an evaluation batch: as in training, rounded up so that devices share the frames."""
-  devices, frames = jax.local_device_count(), pipeline.EVAL_ITEM_FRAMES
-  step = devices // math.gcd(devices, frames)
-  return -(-config.data.batch_items // step) * step
+def eval_batch_items(config: ml_collections.ConfigDict, devices: int, processes: int) -> int:
+  """Items of an evaluation batch of one process: as many frames as training has there.
+
+  Rounded up so that its `devices` share them evenly.
+  """
+  length = pipeline.EVAL_ITEM_FRAMES
+  frames = config.data.batch_items * (config.data.item_frames or length)
+  step = devices // math.gcd(devices, length)
+  return -(-frames // (processes * length * step)) * step
 
 
 def evaluate(
@@ -229,8 +237,8 @@ def evaluate(
     UserError: a prior for a model without one, or two of them; a data set as `maps`; `out` with the
       suffix .md; an unknown audio or subset; faults of model, masks or data.
   """
-  tables_file = Path(out).with_suffix('.md')
-  if tables_file == Path(out):
+  tables_file = epath.Path(out).with_suffix('.md')
+  if tables_file == epath.Path(out):
     raise UserError(f'--out {out} is where the tables go, beside the JSON: name it .json')
   if oracle and mask_folder:
     raise UserError(f'--oracle and --masks {mask_folder} are two priors: give one of them')
@@ -306,7 +314,7 @@ def write_masks(
   batches = pipeline.eval_batches(
     todo,
     lambda item: pipeline.load_unlabelled_item(todo[item.clip], item, task),
-    batch_items=eval_batch_items(config),
+    batch_items=eval_batch_items(config, jax.local_device_count(), jax.process_count()),
     threads=config.data.threads,
   )
   predictor = Predictor(aavs(config))

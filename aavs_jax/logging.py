@@ -121,11 +121,12 @@ class Clock:
 def step_line(row: dict[str, float], total: int) -> str:
   """What the terminal shows of a row of training."""
   mfu = f'  MFU {100 * row["mfu"]:.1f} %' if 'mfu' in row else ''
+  whose = f', process {row["input_wait_process"]}' if 'input_wait_process' in row else ''
   return (
     f'  step {row["step"]}/{total}  loss {row["loss"]:.3f} (class {row["loss_class"]:.3f} '
     f'mask {row["loss_mask"]:.3f} dice {row["loss_dice"]:.3f})  {row["step_seconds"]:.3g} s a step '
-    f'({100 * row["input_wait"]:.0f} % waiting for input)  {row["frames_per_second"]:.1f} frames/s'
-    f'{mfu}  {duration(row["eta_seconds"])} left'
+    f'({100 * row["input_wait"]:.0f} % waiting for input{whose})  '
+    f'{row["frames_per_second"]:.1f} frames/s{mfu}  {duration(row["eta_seconds"])} left'
   )
 
 

@@ -24,7 +24,7 @@ from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.profiling import Profiler
 from aavs_jax.state import TrainState, create, flatten
-from input_pipeline import avsbench, masks, pipeline
+from input_pipeline import avsbench, pipeline
 from input_pipeline.errors import UserError
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
@@ -102,13 +102,11 @@ def train(
   mesh = make_mesh(config.mesh.fsdp)
   manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
   latest = manager.latest_step()
-  work_folder.claim(workdir, config, train_clips + val_clips, begun=latest is not None)
+  work_folder.claim(workdir, config, train_clips + val_clips, latest)
   if latest == total:
     return _result(manager, workdir)
   if config.use_prior and not config.oracle_prior:
-    for clip in val_clips:  # now, not after the first epoch
-      for t in range(clip.num_frames):
-        masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
+    work_folder.require_masks(config, val_clips)
   start = stages.load_start(config) if config.train.init and (latest is None or boundary) else None
   key = jax.random.key(config.seed)
 
@@ -245,6 +243,7 @@ def train(
         validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
         pace = clock.read(step, total, validations)
         pace |= flops.speed(pace.pop('flops_per_second'), flops.peak())
+        pace |= _slowest_input(pace['input_wait'])
         epoch = step / steps_per_epoch
         row = dict(step=step, epoch=epoch, phase=phase, **values, learning_rate=lr, **pace)
         writer.write('train', **row)
@@ -280,6 +279,14 @@ def _result(manager, workdir: epath.Path) -> dict[str, float]:
   manager.close()
   say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
   return result
+
+
+def _slowest_input(wait: float) -> dict[str, float]:
+  """The largest share of waiting for input of all processes, and whose it is of several."""
+  waits = distributed.gather(wait)
+  slowest = max(range(len(waits)), key=waits.__getitem__)
+  process = {'input_wait_process': slowest} if len(waits) > 1 else {}
+  return {'input_wait': waits[slowest], **process}
 
 
 def _compile(config, step, state, batch, key):

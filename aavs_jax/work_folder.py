@@ -1,6 +1,10 @@
 """What a run of training says at first, and keeps beside its checkpoints: config, list of clips."""
 
+import concurrent.futures
+import hashlib
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -10,7 +14,7 @@ from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
 from aavs_jax.logging import say
 from aavs_jax.state import TrainState
-from input_pipeline import pipeline
+from input_pipeline import masks, pipeline
 from input_pipeline.avsbench import Clip
 from input_pipeline.errors import UserError
 
@@ -23,13 +27,27 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 
+# Of config.data: what may differ between processes, each of which may have a disk of its own.
+_OWN_KEYS = ('root', 'masks', 'threads', 'workers')
+
+
 def claim(
-  workdir: epath.Path, config: ml_collections.ConfigDict, clips: Sequence[Clip], begun: bool
+  workdir: epath.Path,
+  config: ml_collections.ConfigDict,
+  clips: Sequence[Clip],
+  latest: int | None,
 ) -> None:
-  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved."""
+  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved.
+
+  Raises:
+    UserError: on all processes, if they do not begin with the same.
+  """
   path, listing = workdir / 'config.json', workdir / 'clips.json'
   found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips]
-  if not begun:
+  common = json.loads(config_lib.to_json(config))
+  common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
+  _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
+  if latest is None:
     if distributed.is_first():
       evaluate.write_json(path, config.to_dict())
       evaluate.write_json(listing, found)
@@ -51,6 +69,34 @@ def claim(
     )
 
 
+def _require_same(facts: dict[str, Any]) -> None:
+  """Raises UserError on every process unless all call it with the same."""
+  digests = {
+    name: hashlib.sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()
+  }
+  first, *others = distributed.gather(digests)
+  for process, found in enumerate(others, 1):
+    for name in facts:
+      if found[name] != first[name]:
+        raise UserError(
+          f'process {process} finds another {name} than process 0: give all of them the same '
+          'command, code and data, and a work folder that all see'
+        )
+
+
+def require_masks(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> None:
+  """Reads the masks of this process's share of the clips, now and not after the first epoch."""
+  masks.refuse_bucket(config.data.masks)
+
+  def read(clip):
+    for t in range(clip.num_frames):
+      masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
+
+  with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
+    for _ in pool.map(read, evaluate.share(clips)):
+      pass
+
+
 def leave_out_bad(
   config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
 ) -> tuple[Sequence[Clip], list[dict[str, str]]]:
@@ -58,11 +104,14 @@ def leave_out_bad(
   if config.data.on_bad_clip == 'error':
     return clips, []
   listing = workdir / 'bad_clips.json'
-  if distributed.is_first() and not listing.exists():
+  if not any(distributed.gather(listing.exists())):
     say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
-    bad = pipeline.find_bad_clips(clips, config.data.threads)
+    bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
+    distributed.wait_for_all('bad clips found')
+    bad = [row for rows in distributed.gather(bad) for row in rows]
     pipeline.leave_out(clips, bad, config.data.max_bad_clips)  # too many are not written down
-    evaluate.write_json(listing, bad)
+    if distributed.is_first():
+      evaluate.write_json(listing, bad)
   distributed.wait_for_all('bad clips')
   bad = checkpoint.read_json(listing)
   good = pipeline.leave_out(clips, bad, config.data.max_bad_clips)

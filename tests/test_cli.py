@@ -2,6 +2,7 @@
 
 import shutil
 
+import jax
 import pytest
 
 from aavs_jax import cli
@@ -111,6 +112,15 @@ def test_steps_that_cannot_be_traced_are_refused(steps, capsys, data_root, tmp_p
     '--workdir', str(tmp_path / 'run'), f'--profile={steps}',
   )  # fmt: skip
   assert '--profile' in line and 'START' in line and not (tmp_path / 'run').exists()
+
+
+def test_a_device_with_too_little_memory_is_one_sentence(capsys, monkeypatch):
+  def full(args):
+    raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9')
+
+  monkeypatch.setattr(cli, '_selftest', full)
+  line = _refusal(capsys, 'selftest')
+  assert 'too little memory' in line and 'config.data.batch_items' in line
 
 
 def test_debug_shows_the_traceback(tmp_path):

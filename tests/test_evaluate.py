@@ -352,6 +352,35 @@ class TestWriteMasks:
     assert _contents(root) == before
 
 
+@pytest.mark.parametrize(
+  ('items', 'length', 'devices', 'processes', 'expected'),
+  [
+    (1, 0, 1, 1, 1),
+    (4, 5, 1, 1, 4),
+    (16, 5, 4, 4, 4),  # five frames a device, as in training
+    (256, 5, 4, 64, 4),
+    (256, 1, 4, 64, 4),  # one frame a device cannot be kept: items are of five
+    (1024, 1, 4, 64, 4),
+    (6, 5, 4, 1, 8),
+    (8, 0, 5, 2, 4),
+  ],
+)
+def test_evaluation_has_the_frames_of_training_on_a_device(
+  items, length, devices, processes, expected
+):
+  config = tiny.get_config('stage1')
+  config.data.batch_items, config.data.item_frames = items, length
+  assert evaluate.eval_batch_items(config, devices, processes) == expected
+
+
+def test_maps_and_masks_in_a_bucket_are_refused(stage1, data_root, tmp_path):
+  with pytest.raises(UserError, match='gs://b/masks is in a bucket'):
+    evaluate.write_masks(stage1, data=data_root, out='gs://b/masks')
+  with pytest.raises(UserError, match='gs://b/maps is in a bucket'):
+    evaluate.evaluate(stage1, data=data_root, out=tmp_path / 'r.json', maps='gs://b/maps')
+  assert not os.path.exists('gs:')
+
+
 _PROCESS = """
 import json, sys
 process, processes, port, stage1, data, folder = sys.argv[1:]

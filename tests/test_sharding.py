@@ -51,7 +51,7 @@ def start(data_root, tmp_path_factory):
   """Starts the processes of a run; programs are compiled once for all of them."""
   cache = tmp_path_factory.mktemp('cache')
 
-  def run(workdir, layout, *overrides):
+  def run(workdir, layout, *overrides, of_last=()):
     flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={layout.devices}'
     environment = os.environ | {
       'XLA_FLAGS': flags,
@@ -72,6 +72,8 @@ def start(data_root, tmp_path_factory):
         f'--config.mesh.fsdp={layout.fsdp}', f'--config.train.accumulate={layout.accumulate}',
         '--config.train.checkpoint_every_steps=1', '--config.train.keep_checkpoints=9', *overrides,
       ]  # fmt: skip
+      if index == layout.processes - 1:
+        arguments += of_last
       if layout.processes > 1:
         arguments += ['--distributed', f'localhost:{port},{layout.processes},{index}']
       processes.append(
@@ -187,4 +189,27 @@ def test_a_process_that_is_killed_ends_the_others(victim, start, tmp_path):
   processes[victim].kill()
   output = processes[1 - victim].communicate(timeout=150)[0]
   assert processes[1 - victim].returncode not in (0, None)
+  assert 'another process' in output, output
+
+
+def test_processes_that_begin_with_something_else_all_say_so(start, tmp_path):
+  processes = start(
+    tmp_path / 'work', LAYOUTS['2 processes of 4'], of_last=['--config.optimizer.lr=0.5']
+  )
+  for process in processes:
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2
+    assert 'aavs: process 1 finds another config than process 0' in output
+  assert not (tmp_path / 'work' / 'config.json').exists()
+
+
+def test_an_error_of_one_process_keeps_its_status_and_ends_the_others(start, data_root, tmp_path):
+  copy = shutil.copytree(data_root, tmp_path / 'data')
+  for image in copy.glob('v*/*/frames/*.jpg'):
+    image.write_bytes(image.read_bytes()[:100])
+  first, last = start(tmp_path / 'work', LAYOUTS['2 processes of 4'], of_last=['--data', str(copy)])
+  output = last.communicate(timeout=100)[0]
+  assert last.returncode == 2 and str(copy) in output, output
+  output = first.communicate(timeout=150)[0]
+  assert first.returncode not in (0, None)
   assert 'another process' in output, output

@@ -1,0 +1,51 @@
+"""What is said of a checkpoint that cannot be read."""
+
+import errno
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from aavs_jax import checkpoint
+from aavs_jax.state import create
+from input_pipeline.errors import UserError
+
+
+@pytest.fixture
+def saved(tmp_path):
+  """A manager with one checkpoint, its abstract state, and its folder."""
+  state = create({'a': jnp.arange(4.0)}, ['a'], optax.sgd(0.1), step=3)
+  manager = checkpoint.make_manager(tmp_path, 2)
+  checkpoint.save(manager, state, 1, None)
+  manager.wait_until_finished()
+  yield manager, state, tmp_path / '3'
+  manager.close()
+
+
+def test_a_damaged_one_is_named_and_may_be_removed(saved):
+  manager, state, folder = saved
+  for path in folder.glob('state/**/*'):
+    if path.is_file() and 'ocdbt' not in path.name:
+      path.write_bytes(b'')
+  with pytest.raises(UserError, match=r'checkpoint .*/3 cannot be read .* remove it to go on'):
+    checkpoint.restore(manager, 3, state)
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    OSError(errno.EIO, 'Input/output error'),
+    ConnectionResetError('reset by peer'),
+    ValueError('UNAVAILABLE: CURL error: could not connect'),
+  ],
+)
+def test_a_failing_disk_or_network_is_no_reason_to_remove_it(saved, error, monkeypatch):
+  manager, state, _ = saved
+
+  def fail(*args, **kwargs):
+    raise error
+
+  monkeypatch.setattr(manager, 'restore', fail)
+  with pytest.raises(OSError) as raised:
+    checkpoint.restore(manager, 3, state)
+  assert 'remove' not in str(raised.value)
