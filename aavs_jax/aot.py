@@ -29,12 +29,15 @@ from input_pipeline.errors import UserError
 PHASE = 2  # of the recipe, the one that needs more
 SEEN = ('frames', 'log_mel', 'prior')  # what predictions are made from
 HOP_SECONDS = 1e-6  # from one chip to the next
-# What v5p and later do on their SparseCores (gathers of loss points, scatters of the matching)
-# libtpu 0.0.52 writes in a way that jaxlib 0.10.2 cannot read back: 'async-update instruction
-# should have 1 operands'. So it stays on the other cores here.
+# What v5p and later do on their SparseCores (gathers, scatters, collectives) libtpu 0.0.52 writes
+# in a way that jaxlib 0.10.2 cannot read back: 'async-update instruction should have 1 operands'.
+# So it stays on the other cores here.
 COMPILER_OPTIONS = {
   'xla_tpu_offload_gather_to_sparsecore': False,
   'xla_tpu_enable_offloading_scatter_to_sparsecore': False,
+  'xla_tpu_enable_sparse_core_collective_offload_all_gather': False,
+  'xla_tpu_enable_sparse_core_collective_offload_all_reduce': False,
+  'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': False,
 }
 
 

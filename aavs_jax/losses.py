@@ -127,10 +127,10 @@ def set_loss(
   real = _real(targets)
 
   # Class loss over all queries; those without a target should say null.
-  frame = jnp.arange(query.shape[0])[:, None]
-  goal = jnp.full(class_logits.shape[:2], null)
-  # Padded targets hold queries too (the matching is one-to-one), so they write null there.
-  goal = goal.at[frame, query].set(jnp.where(targets.classes >= 0, targets.classes, null))
+  # Compared, not scattered: for a scatter, some TPU compilers gather the frames of all devices.
+  holds = query[:, None, :] == jnp.arange(class_logits.shape[1])[:, None]  # n q k, one k at most
+  goal = jnp.max(jnp.where(holds, targets.classes[:, None, :], -1), -1)  # padding has -1 too
+  goal = jnp.where(goal >= 0, goal, null)
   weight = jnp.where(goal == null, NULL_WEIGHT, 1.0) * targets.weight[:, None]
   log_probability = jax.nn.log_softmax(class_logits, -1)
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
