@@ -4,6 +4,7 @@ The TPU compiler (libtpu) needs no TPU; what it accepts for a slice fits that sl
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -29,16 +30,6 @@ from input_pipeline.errors import UserError
 PHASE = 2  # of the recipe, the one that needs more
 SEEN = ('frames', 'log_mel', 'prior')  # what predictions are made from
 HOP_SECONDS = 1e-6  # from one chip to the next
-# What v5p and later do on their SparseCores (gathers, scatters, collectives) libtpu 0.0.52 writes
-# in a way that jaxlib 0.10.2 cannot read back: 'async-update instruction should have 1 operands'.
-# So it stays on the other cores here.
-COMPILER_OPTIONS = {
-  'xla_tpu_offload_gather_to_sparsecore': False,
-  'xla_tpu_enable_offloading_scatter_to_sparsecore': False,
-  'xla_tpu_enable_sparse_core_collective_offload_all_gather': False,
-  'xla_tpu_enable_sparse_core_collective_offload_all_reduce': False,
-  'xla_tpu_enable_sparse_core_collective_offload_reduce_scatter': False,
-}
 
 
 class Chip(NamedTuple):
@@ -222,7 +213,7 @@ def compile_predict(
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   try:
-    return lowered.compile(COMPILER_OPTIONS)
+    return lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error) or 'hbm' not in str(error).lower():
       raise
@@ -326,7 +317,7 @@ def aot(
     [bytes], flops, hbm_bytes, collectives, open_loops and roofline [seconds]; of one device each.
 
   Raises:
-    UserError: topology, batch or mesh are impossible, or libtpu is missing.
+    UserError: topology, batch or mesh are impossible, or libtpu is missing or of another release.
     DoesNotFit: the batch is too large for the memory.
   """
   where = parse_topology(topology)
@@ -393,7 +384,15 @@ def aot(
 
 
 def _measure(step: jax.stages.Compiled, where: Slice, seconds: float) -> dict[str, Any]:
-  done = work(step.as_text())
+  try:
+    text = step.as_text()
+  except jax.errors.JaxRuntimeError as error:  # seen with libtpu 0.0.52 and jaxlib 0.10.2
+    raise UserError(
+      f'libtpu {importlib.metadata.version("libtpu")} has compiled what jaxlib '
+      f'{jax.lib.__version__} cannot read back: install the one of the same release with '
+      "`pip install -e '.[aot]'`"
+    ) from error
+  done = work(text)
   return {
     'compile_seconds': seconds,
     'memory': memory(step),

@@ -255,9 +255,8 @@ def _assert_all_on_the_device(text):
   'slice_name',
   [
     'v5e:2x4',
-    # Has SparseCores, and read-back of what they do fails.
+    # These have SparseCores, whose instructions another libtpu writes as jaxlib cannot read.
     pytest.param('v5p:2x2x1', marks=pytest.mark.slow),
-    # Its compiler gathers all frames for a scatter where v5e's does not.
     pytest.param('tpu7x:2x2x1', marks=pytest.mark.slow),
   ],
 )
