@@ -17,8 +17,6 @@ from input_pipeline.errors import UserError, may_pass
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _METRIC = 'miou'
-
-
 _REMOVE = 'remove it to go on from the one before, or train again'
 # How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach.
 _PASSING = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED')

@@ -598,39 +598,35 @@ def main(argv: Sequence[str] | None = None) -> int:
   several = getattr(args, 'distributed', None)
   _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
-  if not several:
-    try:
-      return args.run(args) or 0
-    except Exception as error:
-      status, text = _fault(error)
-      if args.debug or text is None:
-        raise
-      print(f'aavs: {text}', file=sys.stderr)
-      return status
-
-  from aavs_jax import distributed
-
   try:
-    distributed.start(several)
+    if several:
+      from aavs_jax import distributed
+
+      distributed.start(several)
     return args.run(args) or 0
   except Exception as error:
     status, text = _fault(error)
-    if text is None and isinstance(error, RuntimeError):  # as when a collective operation fails
+    if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is
       text = (
         f'another process or the network between them has failed ({_one_line(error)}): start all '
         'processes again, they go on from the last checkpoint'
       )
-    if args.debug or text is None:
-      traceback.print_exc()
-    else:
+    explained = text is not None and not args.debug
+    if not explained and not several:
+      raise
+    if explained:
       print(f'aavs: {text}', file=sys.stderr)
-    distributed.leave(status)
+    else:
+      traceback.print_exc()
+    if several:
+      distributed.leave(status)
+    return status
 
 
 def _fault(error: Exception) -> tuple[int, str | None]:
   """The exit status after an error and what to say of it; None for a fault of ours."""
   if isinstance(error, OSError) and may_pass(error):
-    return 1, str(error)
+    return 1, str(error).rstrip('.')
   if isinstance(error, (UserError, FloatingPointError, OSError)):
     return 2, str(error).rstrip('.')
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):

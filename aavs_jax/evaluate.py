@@ -324,7 +324,7 @@ def write_masks(
       masks.write_clip_masks(str(out), todo[index], binary)
       progress.advance(1)
   # Not before all masks are there: what comes next may read those of any process.
-  return int(multihost_utils.process_allgather(np.int32(len(todo))).sum())
+  return sum(distributed.gather(len(todo)))
 
 
 def digest(params: Params) -> str:

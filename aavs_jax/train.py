@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
+from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
 from aavs_jax import config as config_lib
@@ -283,10 +284,10 @@ def _result(manager, workdir: epath.Path) -> dict[str, float]:
 
 def _slowest_input(wait: float) -> dict[str, float]:
   """The largest share of waiting for input of all processes, and whose it is of several."""
-  waits = distributed.gather(wait)
-  slowest = max(range(len(waits)), key=waits.__getitem__)
+  waits = multihost_utils.process_allgather(np.float32(wait)).reshape(-1)
+  slowest = int(waits.argmax())
   process = {'input_wait_process': slowest} if len(waits) > 1 else {}
-  return {'input_wait': waits[slowest], **process}
+  return {'input_wait': float(waits[slowest]), **process}
 
 
 def _compile(config, step, state, batch, key):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -108,7 +109,8 @@ def leave_out_bad(
     say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
     bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
     distributed.wait_for_all('bad clips found')
-    bad = [row for rows in distributed.gather(bad) for row in rows]
+    place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
+    bad = sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
     pipeline.leave_out(clips, bad, config.data.max_bad_clips)  # too many are not written down
     if distributed.is_first():
       evaluate.write_json(listing, bad)

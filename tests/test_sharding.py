@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from input_pipeline import avsbench
+
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 
@@ -213,3 +215,19 @@ def test_an_error_of_one_process_keeps_its_status_and_ends_the_others(start, dat
   output = first.communicate(timeout=150)[0]
   assert first.returncode not in (0, None)
   assert 'another process' in output, output
+
+
+def test_bad_clips_found_by_any_process_count_for_all(start, data_root, tmp_path):
+  copy = shutil.copytree(data_root, tmp_path / 'data')
+  clips = avsbench.read_index(str(copy), 'train')[:2]  # one of each process's share
+  for clip in clips:
+    Path(clip.frame_path(0)).write_bytes(b'')
+  processes = start(
+    tmp_path / 'work', LAYOUTS['2 processes of 4'], '--data', str(copy),
+    '--config.data.on_bad_clip=skip', '--config.data.max_bad_clips=1',
+  )  # fmt: skip
+  for process in processes:
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2, output
+    assert '2 of 10 training clips cannot be used' in output
+    assert clips[0].frame_path(0) in output
