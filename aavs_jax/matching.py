@@ -64,9 +64,10 @@ def sample_targets(
 ) -> Float[Array, 'n k p']:
   """Target masks at points, bilinear, zeros outside: one set of points a target, or one for all."""
   n, height, width = targets.labels.shape
-  index, weight = corners(points, height, width)
   flat = targets.labels.reshape(n, 1, -1)
-  labels = jnp.take_along_axis(flat, index.reshape(n, index.shape[1], -1), axis=-1)
-  labels = labels.reshape(index.shape)
-  is_class = labels.astype(jnp.int32) == targets.classes[:, :, None, None]
-  return jnp.sum(jnp.where(is_class, weight, 0.0), -1)
+
+  def weight_inside(index, weight):
+    labels = jnp.take_along_axis(flat, index, axis=-1, mode='clip').astype(jnp.int32)
+    return jnp.where(labels == targets.classes[:, :, None], weight, 0.0)
+
+  return sum(weight_inside(*corner) for corner in corners(points, height, width))

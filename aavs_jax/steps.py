@@ -49,16 +49,15 @@ def train_step(
       lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), (batch, totals)
     )
     keys = jax.random.split(drop_path_key, accumulate)
-    nothing = jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      jax.eval_shape(gradient_of, batch, totals, drop_path_key),
-    )
 
-    def add(total, part):
+    def add(gradient, part):
       (batch, totals), key = part
-      return jax.tree.map(jnp.add, total, gradient_of(batch, totals, key)), None
+      value, more = gradient_of(batch, totals, key)
+      return jax.tree.map(jnp.add, gradient, more), value
 
-    ((loss, terms), gradient), _ = jax.lax.scan(add, nothing, (parts, keys))
+    nothing = jax.tree.map(jnp.zeros_like, state.trained)
+    gradient, values = jax.lax.scan(add, nothing, (parts, keys))
+    loss, terms = jax.tree.map(functools.partial(jnp.sum, axis=0), values)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
   trained = optax.apply_updates(state.trained, updates)
   metrics = {

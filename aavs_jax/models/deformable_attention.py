@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from aavs_jax.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
+from aavs_jax.models.repeat import SAMPLED
 from aavs_jax.models.sampling import corners, hat_weights
 
 
@@ -76,10 +78,14 @@ def attend_gather(
     total = 0.0
     for level, value in enumerate(values):
       n, height, width, channels = value.shape
-      index, corner_weight = corners(locations[:, :, level], height, width)  # n q p 4
+      found = corners(locations[:, :, level], height, width)
+      index, corner_weight = (jnp.stack(of_corners, -1) for of_corners in zip(*found))  # n q p 4
       weight = (weights[:, :, level, :, None] * corner_weight).astype(value.dtype)
       rows = jnp.take_along_axis(
-        value.reshape(n, height * width, channels), index.reshape(n, -1, 1), axis=1
+        value.reshape(n, height * width, channels),
+        index.reshape(n, -1, 1),
+        axis=1,
+        mode='clip',  # they are inside already: no row has to be looked at
       )
       weight = weight.reshape(*weight.shape[:2], -1)
       total = total + jnp.einsum('nqr,nqrc->nqc', weight, rows.reshape(*weight.shape, channels))
@@ -148,4 +154,5 @@ class DeformableAttention(nn.Module):
       start += h * w
     attend = attend_dense if self.sampling == 'dense' else attend_gather
     h = attend(values, locations, weights).reshape(n, queries, width)
+    h = checkpoint_name(h, SAMPLED)
     return AdaptedProjection(self.adapter_variant, dtype=self.dtype, name='output')(h)

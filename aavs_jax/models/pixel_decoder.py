@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -26,6 +27,46 @@ def sine_positions(height: int, width: int, features: int) -> np.ndarray:
   y = np.broadcast_to(encode(height)[:, None], (height, width, half))
   x = np.broadcast_to(encode(width)[None, :], (height, width, half))
   return np.concatenate([y, x], -1).astype(np.float32)
+
+
+@jax.custom_vjp
+def convolve(
+  x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c d']
+) -> Float[Array, 'n h w d']:
+  """2D convolution, padded to the same size; k is odd.
+
+  The gradient of x is written as the convolution that it is, with the kernel turned: left to JAX,
+  XLA on CPUs takes five times as long for it inside a loop (a generic product, 0.45 for 0.09 s).
+  """
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=numbers)
+
+
+def _convolve_forward(x, kernel):
+  return convolve(x, kernel), (x, kernel)
+
+
+def _convolve_backward(kept, gradient):
+  x, kernel = kept
+  _, gradient_of_kernel = jax.vjp(functools.partial(convolve.fun, x), kernel)
+  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+  return convolve(gradient, turned), *gradient_of_kernel(gradient)
+
+
+convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+class Convolution(nn.Module):
+  """`convolve` with a kernel of 3x3 and no bias."""
+
+  features: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w d']:
+    shape = (3, 3, x.shape[-1], self.features)
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -118,7 +159,7 @@ class PixelDecoder(nn.Module):
     h = group_norm('lateral_norm')(lateral(maps[0]))
     finest = outputs[-1].transpose(0, 3, 1, 2)
     h = h + resize(finest, maps[0].shape[1:3]).transpose(0, 2, 3, 1)
-    smooth = nn.Conv(self.hidden, (3, 3), use_bias=False, dtype=self.dtype, name='smooth')
+    smooth = Convolution(self.hidden, self.dtype, name='smooth')
     h = nn.relu(group_norm('smooth_norm')(smooth(h)))
     mask_features = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name='mask_features')(h)
     return outputs, mask_features

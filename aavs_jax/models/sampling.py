@@ -25,20 +25,21 @@ def hat_weights(position: Float[Array, '...'], length: int) -> Float[Array, '...
 
 def corners(
   points: Float[Array, '*b p 2'], height: int, width: int
-) -> tuple[Int[Array, '*b p 4'], Float[Array, '*b p 4']]:
-  """Flat indices of the four pixels around each point (x, y in 0..1), and their weights.
+) -> list[tuple[Int[Array, '*b p'], Float[Array, '*b p']]]:
+  """The four pixels around each point (x, y in 0..1): flat index and weight of each.
 
   Pixels outside the image have weight 0 and an index inside it.
   """
   x = points[..., 0] * width - 0.5
   y = points[..., 1] * height - 0.5
-  x0, y0 = jnp.floor(x), jnp.floor(y)
-  columns = jnp.stack([x0, x0 + 1, x0, x0 + 1], -1)
-  rows = jnp.stack([y0, y0, y0 + 1, y0 + 1], -1)
-  weight = (1 - jnp.abs(x[..., None] - columns)) * (1 - jnp.abs(y[..., None] - rows))
-  inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-  index = jnp.clip(rows, 0, height - 1) * width + jnp.clip(columns, 0, width - 1)
-  return index.astype(jnp.int32), jnp.where(inside, weight, 0.0)
+  found = []
+  for row in (jnp.floor(y), jnp.floor(y) + 1):
+    for column in (jnp.floor(x), jnp.floor(x) + 1):
+      weight = (1 - jnp.abs(x - column)) * (1 - jnp.abs(y - row))
+      inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+      index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
+      found.append((index.astype(jnp.int32), jnp.where(inside, weight, 0.0)))
+  return found
 
 
 def sample(
@@ -52,9 +53,9 @@ def sample(
   if form == 'dense':
     across = jnp.einsum('...mhw,...pw->...mhp', maps, hat_weights(points[..., 0], width))
     return jnp.einsum('...mhp,...ph->...mp', across, hat_weights(points[..., 1], height))
-  index, weight = corners(points, height, width)
   flat = maps.reshape(*maps.shape[:-2], height * width)
-  index = index.reshape(*index.shape[:-2], 1, -1)
-  values = jnp.take_along_axis(flat, index, axis=-1)
-  values = values.reshape(*values.shape[:-1], -1, 4)
-  return jnp.sum(values * weight[..., None, :, :], -1)
+  # A corner at a time, not a sum over an axis of four, which vector units make little of.
+  return sum(
+    jnp.take_along_axis(flat, index[..., None, :], axis=-1, mode='clip') * weight[..., None, :]
+    for index, weight in corners(points, height, width)
+  )
