@@ -1,0 +1,62 @@
+"""A training step, sent through in parts or not, against the same step in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aavs_jax.methods import Method
+from aavs_jax.state import create
+from aavs_jax.steps import train_step
+
+FRAMES, RATE = 6, 0.5
+
+
+def linear_regression() -> Method:
+  """Least squares, each frame's square divided by its total; only the first parameter trains."""
+
+  def apply(params, batch, drop_path_key=None):
+    return batch['x'] @ params['trained'] + params['frozen']
+
+  def loss(outputs, batch, totals, key):
+    of_set = jnp.sum((outputs - batch['y']) ** 2 / totals)
+    names = ('class', 'mask', 'dice')
+    terms = {name: jnp.stack([0 * of_set, share * of_set]) for name, share in zip(names, (1, 2, 3))}
+    return of_set, terms
+
+  return Method(
+    init=lambda key: {'trained': jnp.ones(3), 'frozen': jnp.array(2.0)},
+    apply=apply,
+    totals=lambda batch: jnp.sum(batch['weight']) * batch['weight'],
+    loss=loss,
+    predict=lambda outputs: outputs,
+  )
+
+
+@pytest.mark.parametrize('accumulate', [1, 2, 3])
+def test_a_step_of_least_squares(accumulate):
+  rng = np.random.default_rng(0)
+  batch = {
+    'x': rng.standard_normal((FRAMES, 3), np.float32),
+    'y': rng.standard_normal(FRAMES, np.float32),
+    'weight': np.arange(1, FRAMES + 1, dtype=np.float32),
+  }
+  method, optimizer = linear_regression(), optax.sgd(RATE)
+  state = create(method.init(jax.random.key(0)), ['trained'], optimizer)
+  state, metrics = train_step(
+    state, batch, jax.random.key(1), method=method, optimizer=optimizer, accumulate=accumulate
+  )
+
+  error = batch['x'] @ np.ones(3) + 2.0 - batch['y']
+  divisors = batch['weight'].sum() * batch['weight']
+  gradient = (2 * error / divisors) @ batch['x']
+  loss = np.sum(error**2 / divisors)
+  np.testing.assert_allclose(state.trained['trained'], 1 - RATE * gradient, rtol=1e-5)
+  assert state.frozen['frozen'] == 2.0
+  assert state.step == 1
+  expected = {'loss': loss, 'loss_class': loss, 'loss_mask': 2 * loss, 'loss_dice': 3 * loss}
+  expected['gradient_norm'] = np.linalg.norm(gradient)
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
