@@ -42,9 +42,10 @@ TRAINED = (
 
 def require() -> None:
   """Raises UserError if the peer is not installed."""
-  for name in ('torch', 'transformers', 'scipy'):
-    if importlib.util.find_spec(name) is None:
-      raise UserError(f"--peer needs {name}, which is missing: run `pip install -e '.[peer]'`")
+  names = ('torch', 'transformers', 'scipy')
+  missing = ', '.join(name for name in names if importlib.util.find_spec(name) is None)
+  if missing:
+    raise UserError(f"--peer needs what is not installed ({missing}): run `pip install -e '.[peer]'`")
 
 
 def process_memory() -> int:
