@@ -45,7 +45,7 @@ def require() -> None:
   names = ('torch', 'transformers', 'scipy')
   missing = ', '.join(name for name in names if importlib.util.find_spec(name) is None)
   if missing:
-    raise UserError(f"--peer needs what is not installed ({missing}): run `pip install -e '.[peer]'`")
+    raise UserError(f"--peer needs {missing}, not installed here: run `pip install -e '.[peer]'`")
 
 
 def process_memory() -> int:
