@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from aavs_jax import stages, steps
 from aavs_jax.bench import random_batch
 from aavs_jax.hlo import Work, work
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.mesh import batch_sharding, make_mesh, replicated, state_sharding
 from aavs_jax.methods import Method, aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import TrainState, create, flatten
-from input_pipeline.errors import UserError
 
 PHASE = 2  # of the recipe, the one that needs more
 SEEN = ('frames', 'log_mel', 'prior')  # what predictions are made from

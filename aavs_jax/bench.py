@@ -15,11 +15,11 @@ import ml_collections
 import numpy as np
 
 from aavs_jax import flops, peer, stages, steps
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated, state_sharding
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import create, flatten
-from input_pipeline.errors import UserError
 
 ROUNDS = 2  # ours and the peer take turns so often
 TITLES = {'step': 'training step', 'predict': 'forward and post-processing'}

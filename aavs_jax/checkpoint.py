@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.state import TrainState
-from input_pipeline.errors import UserError, may_pass
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _METRIC = 'miou'

@@ -10,12 +10,15 @@ from pathlib import Path
 
 from absl import logging as absl_logging
 
-from input_pipeline.errors import UserError, may_pass
+from aavs_jax import configs
+from aavs_jax.input_pipeline.errors import UserError, may_pass
+
+_CONFIGS = Path(configs.__path__[0])
 
 
 def _compose(args) -> None:
+  from aavs_jax.input_pipeline.compose import compose
   from aavs_jax.logging import Progress, say
-  from input_pipeline.compose import compose
 
   clips = {split: _per_subset(split, getattr(args, split)) for split in ('train', 'val', 'test')}
   if args.layout == 'object':
@@ -56,9 +59,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def _check_data(args) -> int:
   from aavs_jax.evaluate import write_json
+  from aavs_jax.input_pipeline.avsbench import read_index
+  from aavs_jax.input_pipeline.check import check_data, format_check
   from aavs_jax.logging import Progress, say
-  from input_pipeline.avsbench import read_index
-  from input_pipeline.check import check_data, format_check
 
   with Progress('checking', len(read_index(args.root)), 'clips') as progress:
     report = check_data(args.root, progress=lambda done, _: progress.advance_to(done))
@@ -69,9 +72,9 @@ def _check_data(args) -> int:
 
 
 def _prepare(args) -> None:
+  from aavs_jax.input_pipeline.avsbench import read_index
+  from aavs_jax.input_pipeline.shards import prepare
   from aavs_jax.logging import Progress, say
-  from input_pipeline.avsbench import read_index
-  from input_pipeline.shards import prepare
 
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(
@@ -247,8 +250,8 @@ def _bench(args) -> None:
 def _bench_input(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.evaluate import write_json
+  from aavs_jax.input_pipeline import bench
   from aavs_jax.logging import say
-  from input_pipeline import bench
 
   config = config_lib.load(args.config, args.overrides)
   task, data = config_lib.task_of(config), config.data
@@ -535,7 +538,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   sub.add_argument(
     '--config',
-    default=str(Path(__file__).parents[1] / 'configs' / 'avss_stage2.py'),
+    default=str(_CONFIGS / 'avss_stage2.py'),
     help='override with --config.KEY=VALUE (%(default)s)',
   )
   sub.add_argument('--data', default='', help='a data set, raw or prepared, instead of made clips')
@@ -574,9 +577,8 @@ def _parser() -> argparse.ArgumentParser:
     'both stages end to end, with evaluation and report',
     'aavs quickstart --workdir runs/quickstart',
   )
-  root = Path(__file__).parents[1]
   sub.add_argument(
-    '--config', default=str(root / 'configs' / 'quickstart.py'), help='a study (%(default)s)'
+    '--config', default=str(_CONFIGS / 'quickstart.py'), help='a study (%(default)s)'
   )
   sub.add_argument('--workdir', default='runs/quickstart', help='(%(default)s)')
   sub.add_argument('--data', default='', help='a data set instead of made clips')

@@ -9,13 +9,13 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.avsbench import FRAMES, Clip, require_classes
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import NUM_CLASSES
+from aavs_jax.input_pipeline.pipeline import Task
+from aavs_jax.input_pipeline.prepared import require_sizes
 from aavs_jax.models.repeat import REMAT_POLICIES
-from configs import base
-from input_pipeline.avsbench import FRAMES, Clip, require_classes
-from input_pipeline.errors import UserError
-from input_pipeline.labels import NUM_CLASSES
-from input_pipeline.pipeline import Task
-from input_pipeline.prepared import require_sizes
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:

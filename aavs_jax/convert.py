@@ -17,15 +17,15 @@ import optax
 
 from aavs_jax import checkpoint, torch_files
 from aavs_jax import config as config_lib
+from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.evaluate import load_trained, write_json
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.stages import count, in_groups
 from aavs_jax.state import create, flatten, matches
-from configs import avss_stage1, avss_stage2
-from input_pipeline.errors import UserError
 
 KINDS = {
   'aavs': 'an AAVS checkpoint of the release',

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError
 
 _PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 _LAST_WORDS = 10  # seconds for all to say the same error

@@ -18,14 +18,14 @@ from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, metrics, protocols, steps, tables
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline import avsbench, masks, pipeline, sounds
+from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import Progress
 from aavs_jax.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.methods import Method, aavs
 from aavs_jax.state import flatten, merge
 from aavs_jax.types import Params
-from input_pipeline import avsbench, masks, pipeline, sounds
-from input_pipeline.avsbench import Clip
-from input_pipeline.errors import UserError
 
 _NOTE = 'source.json'  # in a folder of masks: which model wrote them
 _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest stays on the host

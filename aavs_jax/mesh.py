@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError
 
 # First match wins; an array no rule matches follows the FSDP rule below.
 PARTITION_RULES = ((r'relative_position_bias_table|norm|bias|_key$', PartitionSpec()),)

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from input_pipeline.labels import IGNORE, PALETTE
+from aavs_jax.input_pipeline.labels import IGNORE, PALETTE
 
 SOUNDING_COLOUR = (255, 45, 110)  # of binary masks: a pink that few frames contain
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError
 
 # How the peer computes, by device, and the dtype of ours that each is compared with. On GPUs JAX
 # itself takes TF32 for products in float32.

@@ -17,13 +17,13 @@ import numpy as np
 from PIL import Image
 
 from aavs_jax.evaluate import Predictor, load_trained, write_json
+from aavs_jax.input_pipeline import audio, avsbench
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import overlay, overlay_binary
 from aavs_jax.video import Window, read_windows, write_overlay_video
-from input_pipeline import audio, avsbench
-from input_pipeline.errors import UserError
-from input_pipeline.labels import CLASS_NAMES
 
 WINDOW_SECONDS = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once

@@ -20,9 +20,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from aavs_jax.input_pipeline.avsbench import FRAMES
+from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.metrics import f_curve, frame_values, pixel_values
-from input_pipeline.avsbench import FRAMES
-from input_pipeline.labels import CLASS_NAMES
 
 ClipKey = tuple[str, str]  # (subset, uid)
 Sums = dict[str, np.ndarray]  # a field of the records -> its sum over clips, [...] or [s ...]

@@ -9,8 +9,8 @@ from typing import Any
 import ml_collections
 from flax import traverse_util
 
-import configs
-from configs import base
+from aavs_jax import configs
+from aavs_jax.configs import base
 
 _WIDTH = 100
 
@@ -22,11 +22,12 @@ def published() -> dict[str, ml_collections.ConfigDict]:
   of configs/base.py come first.
   """
   names = sorted(path.stem for path in Path(configs.__path__[0]).glob('*.py'))
-  modules = [importlib.import_module(f'configs.{name}') for name in names if name != '__init__']
+  names.remove('__init__')
+  modules = [importlib.import_module(f'aavs_jax.configs.{name}') for name in names]
   modules = [module for module in modules if hasattr(module, 'VARIANTS')]
   result = {}
   for module in sorted(modules, key=lambda module: len(changes(module.get_config()))):
-    name = module.__name__.removeprefix('configs.')
+    name = module.__name__.removeprefix('aavs_jax.configs.')
     result[name] = module.get_config()
     for variant in module.VARIANTS:
       config = module.get_config(variant)

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
 
+from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.convert import released_name, released_to_params
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.losses import OVERSAMPLE, UNCERTAIN_SHARE, PointDraws
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.state import flatten
 from aavs_jax.types import Targets
-from configs import avss_stage1, avss_stage2
-from input_pipeline.errors import UserError
-from input_pipeline.labels import IGNORE
 
 CONFIGS = {1: avss_stage1.get_config(), 2: avss_stage2.get_config()}  # what trains, and how
 SEEDS = 10_000  # 0 to 9999 are tried

@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
 from aavs_jax.overlay import legend_colour, overlay, overlay_binary
-from input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
-from input_pipeline.errors import UserError
-from input_pipeline.labels import CLASS_NAMES, IGNORE
 
 _THUMBNAIL = 160  # pixels
 _COLUMNS = 5  # frames shown of a clip

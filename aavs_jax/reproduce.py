@@ -11,10 +11,10 @@ from typing import NamedTuple
 from aavs_jax import checkpoint, evaluate
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
+from aavs_jax.input_pipeline import avsbench
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.state import merge
-from input_pipeline import avsbench
-from input_pipeline.errors import UserError
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
 _SCORES = ('miou', 'fscore')

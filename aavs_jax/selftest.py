@@ -12,6 +12,8 @@ import optax
 
 from aavs_jax import losses, metrics, protocols
 from aavs_jax.convert import from_released_layout, released_name, released_to_params
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.losses import PointDraws
 from aavs_jax.models.aavs import AAVS
@@ -38,8 +40,6 @@ from aavs_jax.recordings import (
 from aavs_jax.stages import SWIN_ADAPTERS, params_of_phase, trainable_paths
 from aavs_jax.state import flatten, matches, merge
 from aavs_jax.types import Outputs
-from input_pipeline import audio
-from input_pipeline.errors import UserError
 
 GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
 DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')

@@ -12,8 +12,8 @@ from etils import epath
 
 from aavs_jax import checkpoint
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.state import matches
-from input_pipeline.errors import UserError
 
 SWIN_ADAPTERS = (r'aavs/backbone/.*adapter/',)
 # What a start may lack or have in another shape, because stages differ in it; initialised anew.

@@ -10,13 +10,13 @@ from pathlib import Path
 import ml_collections
 
 from aavs_jax import checkpoint, evaluate, tables
+from aavs_jax.input_pipeline import avsbench, prepared
+from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
 from aavs_jax.state import merge
 from aavs_jax.train import train
-from input_pipeline import avsbench, prepared
-from input_pipeline.compose import compose
-from input_pipeline.errors import UserError
 
 _MARK = 'study.json'
 _AUDIO = ('true', 'other', 'silence')  # that stage 1 is evaluated with

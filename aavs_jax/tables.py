@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 
-from input_pipeline.avsbench import FRAMES
+from aavs_jax.input_pipeline.avsbench import FRAMES
 
 _KINDS = {'': 'all classes', '_no_background': 'no background', '_occurring': 'occurring classes'}
 

@@ -18,6 +18,8 @@ from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline import avsbench, pipeline
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.interrupt import StopSignal
 from aavs_jax.logging import Clock, Writer, duration, say, step_line
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
@@ -25,8 +27,6 @@ from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.profiling import Profiler
 from aavs_jax.state import TrainState, create, flatten
-from input_pipeline import avsbench, pipeline
-from input_pipeline.errors import UserError
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2

@@ -13,8 +13,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.overlay import overlay
-from input_pipeline.errors import UserError
 
 SAMPLE_RATE = 16000
 _AAC_RATE = 48000

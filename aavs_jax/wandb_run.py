@@ -9,8 +9,8 @@ import ml_collections
 from etils import epath
 
 from aavs_jax import distributed
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
-from input_pipeline.errors import UserError
 
 
 def require() -> None:

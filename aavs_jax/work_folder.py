@@ -13,11 +13,11 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline import masks, pipeline
+from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.state import TrainState
-from input_pipeline import masks, pipeline
-from input_pipeline.avsbench import Clip
-from input_pipeline.errors import UserError
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
 # clips are compared one by one and that the masks are checked.

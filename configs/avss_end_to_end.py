@@ -4,7 +4,7 @@ The release has no such run, but only its stage 1 can do without masks. So this 
 adapters, clipping, trained queries and phases, on the task of stage 2.
 """
 
-from configs import base
+from aavs_jax.configs import base
 
 VARIANTS = base.RECIPES
 

@@ -1,6 +1,6 @@
 """AVSS, stage 1 (where): binary labels over v1s, v1m and v2."""
 
-from configs import base
+from aavs_jax.configs import base
 
 VARIANTS = base.RECIPES
 

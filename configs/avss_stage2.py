@@ -1,6 +1,6 @@
 """AVSS, stage 2 (what): semantic labels, with stage 1's masks as the prior."""
 
-from configs import base
+from aavs_jax.configs import base
 
 VARIANTS = base.RECIPES
 

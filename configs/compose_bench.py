@@ -1,6 +1,6 @@
 """The longer run on made clips: three seeds, Stepping Stones against training end to end."""
 
-from configs import quickstart
+from aavs_jax.configs import quickstart
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """Ablation "frozen backbone": Swin as it was trained before, its adapters zero all the time."""
 
-from configs import avss_end_to_end, base, ms3, s4
+from aavs_jax.configs import avss_end_to_end, base, ms3, s4
 
 VARIANTS = {'s4': s4, 'ms3': ms3, 'avss': avss_end_to_end}
 

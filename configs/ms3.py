@@ -1,6 +1,6 @@
 """AVS of multiple sources (MS3): binary labels over v1m."""
 
-from configs import base
+from aavs_jax.configs import base
 
 VARIANTS = base.RECIPES
 

@@ -1,6 +1,6 @@
 """Upper bound of stage 2: ground-truth masks as the prior in validation and test too."""
 
-from configs import avss_stage2
+from aavs_jax.configs import avss_stage2
 
 VARIANTS = avss_stage2.VARIANTS
 

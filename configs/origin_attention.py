@@ -1,6 +1,6 @@
 """Ablation of stage 2: the prior is unused, also in the first attention mask."""
 
-from configs import without_both
+from aavs_jax.configs import without_both
 
 VARIANTS = without_both.VARIANTS
 

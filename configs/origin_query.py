@@ -1,6 +1,6 @@
 """Ablation "origin audio query": the sound enters all queries alike; frozen backbone."""
 
-from configs import frozen_backbone
+from aavs_jax.configs import frozen_backbone
 
 VARIANTS = frozen_backbone.VARIANTS
 

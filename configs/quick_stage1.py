@@ -1,6 +1,6 @@
 """The quickstart's stage 1: a small model that trains everything from scratch on made clips."""
 
-from configs import base
+from aavs_jax.configs import base
 
 
 def get_config():

@@ -1,6 +1,6 @@
 """The quickstart's stage 2: starts from stage 1, as the published one from Mask2Former."""
 
-from configs import quick_stage1
+from aavs_jax.configs import quick_stage1
 
 
 def get_config():

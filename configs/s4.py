@@ -1,6 +1,6 @@
 """AVS of a single source (S4): binary labels over v1s."""
 
-from configs import base
+from aavs_jax.configs import base
 
 VARIANTS = base.RECIPES
 

@@ -1,6 +1,6 @@
 """Ablation of stage 2: neither mask fusion nor robust key."""
 
-from configs import without_mask_fusion
+from aavs_jax.configs import without_mask_fusion
 
 VARIANTS = without_mask_fusion.VARIANTS
 

@@ -1,6 +1,6 @@
 """Ablation of stage 2: the prior is not added to the mask features."""
 
-from configs import avss_stage2
+from aavs_jax.configs import avss_stage2
 
 VARIANTS = avss_stage2.VARIANTS
 

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import soundfile
 
-from input_pipeline.errors import UserError
+from .errors import UserError
 
 SAMPLE_RATE = 16000  # Hz
 EXAMPLE_FRAMES = 96  # STFT frames in an example, 0.96 s; examples do not overlap

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from input_pipeline import audio, avsbench_object, clips, labels, prepared
-from input_pipeline.clips import FRAMES, SPLITS, Clip
-from input_pipeline.errors import UserError
+from . import audio, avsbench_object, clips, labels, prepared
+from .clips import FRAMES, SPLITS, Clip
+from .errors import UserError
 
 _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 4 * _MAX_PIXELS  # of an image file

@@ -16,9 +16,9 @@ config works with either layout. The pickles in audio_log_mel are not read; the 
 import dataclasses
 import os
 
-from input_pipeline import clips
-from input_pipeline.clips import FRAMES, Clip
-from input_pipeline.errors import UserError
+from . import clips
+from .clips import FRAMES, Clip
+from .errors import UserError
 
 _SETS = {'v1s': 's4', 'v1m': 'ms3'}  # as the files of each subset begin
 _COLUMNS = {'v1s': ('name', 'category', 'split'), 'v1m': ('video_id', 'split')}

@@ -1,6 +1,6 @@
 """AVSBench as a TFDS data set in array_record format, which needs no TensorFlow to write or read.
 
->>> from input_pipeline import avsbench_tfds  # registers it
+>>> from aavs_jax.input_pipeline import avsbench_tfds  # registers it
 >>> import tensorflow_datasets as tfds
 >>> manual = tfds.download.DownloadConfig(manual_dir=ROOT)
 >>> tfds.builder('avsbench/v2', data_dir=DIR).download_and_prepare(download_config=manual)
@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from input_pipeline import audio, avsbench, prepared, shards
-from input_pipeline.clips import FRAMES, SPLITS, Clip
-from input_pipeline.errors import UserError
+from . import audio, avsbench, prepared, shards
+from .clips import FRAMES, SPLITS, Clip
+from .errors import UserError
 
 
 @dataclasses.dataclass(eq=False)

@@ -17,10 +17,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from input_pipeline import audio, avsbench, pipeline, prepared, reading, shards
-from input_pipeline.avsbench import Clip
-from input_pipeline.compose import compose
-from input_pipeline.errors import UserError
+from . import audio, avsbench, pipeline, prepared, reading, shards
+from .avsbench import Clip
+from .compose import compose
+from .errors import UserError
 
 WANTED = 1000  # frames/s of an accelerator that is to be fed
 FLAT_MB = 32  # how much an epoch may add to resident memory and still be called flat

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 
-from input_pipeline import audio, avsbench, labels
-from input_pipeline.clips import FRAMES, SPLITS, Clip
-from input_pipeline.errors import UserError
+from . import audio, avsbench, labels
+from .clips import FRAMES, SPLITS, Clip
+from .errors import UserError
 
 PUBLISHED_CLIPS = {  # train, val, test
   'v1s': (3452, 740, 740),  # S4 of AVSBench-object

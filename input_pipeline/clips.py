@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Sequence
 
-from input_pipeline.errors import UserError
+from .errors import UserError
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames in a clip of each subset
 SPLITS = ('train', 'val', 'test')

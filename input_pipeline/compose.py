@@ -18,9 +18,9 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from input_pipeline import avsbench_object, compose_scenes, compose_sounds, errors, labels
-from input_pipeline.avsbench_object import ObjectClip
-from input_pipeline.compose_scenes import CLASSES, FRAMES, SPLITS
+from . import avsbench_object, compose_scenes, compose_sounds, errors, labels
+from .avsbench_object import ObjectClip
+from .compose_scenes import CLASSES, FRAMES, SPLITS
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _PARTIAL = '.partial'  # folder of what is not yet complete

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from input_pipeline import errors
+from . import errors
 
 Picture = Callable[[float, float], tuple[np.ndarray, np.ndarray]]
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from input_pipeline import compose_looks, compose_sounds, errors, labels
+from . import compose_looks, compose_sounds, errors, labels
 
 SPLITS = ('train', 'val', 'test')
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames, and seconds, of a clip of each subset

@@ -12,7 +12,7 @@ import librosa
 import numpy as np
 import soundfile
 
-from input_pipeline import errors
+from . import errors
 
 RATE = 16000  # hertz
 LENGTH = 9600  # samples of a sound

@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 from grain.multiprocessing import SharedMemoryArray
 
-from input_pipeline.errors import UserError
+from .errors import UserError
 
 _OUTSIDE = (signal.SIGINT, signal.SIGTERM)  # from outside
 _STOP = signal.SIGUSR1  # from the process that started a worker

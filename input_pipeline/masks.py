@@ -9,8 +9,8 @@ import tempfile
 import numpy as np
 from PIL import Image
 
-from input_pipeline.avsbench import Clip
-from input_pipeline.errors import UserError
+from .avsbench import Clip
+from .errors import UserError
 
 _PNG_FRAME = 1 << 16  # bytes of a PNG beside its pixels, at most
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from input_pipeline import avsbench, labels, loaders, masks, packing, prepared, reading, sounds
-from input_pipeline.avsbench import Clip
-from input_pipeline.errors import UserError
+from . import avsbench, labels, loaders, masks, packing, prepared, reading, sounds
+from .avsbench import Clip
+from .errors import UserError
 
 EVAL_ITEM_FRAMES = 5
 

@@ -25,9 +25,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from input_pipeline import audio, avsbench_object, memory
-from input_pipeline.clips import Clip
-from input_pipeline.errors import UserError
+from . import audio, avsbench_object, memory
+from .clips import Clip
+from .errors import UserError
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of the shards; to be raised when the raw path gives other pixels, ids or log-mel

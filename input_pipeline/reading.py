@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from input_pipeline import avsbench, labels, prepared
-from input_pipeline.clips import Clip
+from . import avsbench, labels, prepared
+from .clips import Clip
 
 
 @dataclasses.dataclass(frozen=True)

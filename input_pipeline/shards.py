@@ -25,10 +25,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from input_pipeline import avsbench, prepared, reading
-from input_pipeline.clips import SPLITS, Clip
-from input_pipeline.errors import UserError
-from input_pipeline.prepared import MANIFEST, Settings
+from . import avsbench, prepared, reading
+from .clips import SPLITS, Clip
+from .errors import UserError
+from .prepared import MANIFEST, Settings
 
 _CLAIM = 'preparing.json'  # what a folder is for, until the manifest says so
 _WORKING = '.writing-'

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from input_pipeline import audio, clips, reading
-from input_pipeline.clips import Clip
-from input_pipeline.errors import UserError
+from . import audio, clips, reading
+from .clips import Clip
+from .errors import UserError
 
 CHOICES = ('true', 'other', 'silence', 'noise', 'offscreen')
 SILENCE = float(np.log(0.01))  # log-mel of digital silence

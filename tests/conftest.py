@@ -9,8 +9,8 @@ os.environ.setdefault(
 )
 
 import pytest
+from aavs_jax.input_pipeline.compose import compose
 
-from input_pipeline.compose import compose
 from tests import tiny
 
 

@@ -13,9 +13,8 @@ import sys
 import zlib
 
 import numpy as np
-
-from input_pipeline import audio, avsbench
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import audio, avsbench
+from aavs_jax.input_pipeline.errors import UserError
 
 _SECONDS, _MEMORY = 20, 1 << 30
 

@@ -9,9 +9,8 @@ import sys
 import numpy as np
 import pytest
 import soundfile
-
-from input_pipeline import audio
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.errors import UserError
 
 GOLDENS = pathlib.Path(__file__).parent / 'goldens' / 'audio.npz'
 
@@ -61,7 +60,7 @@ def test_a_16_khz_clip_needs_no_resampler(tmp_path):
   # librosa takes seconds to import, in every loader process.
   path = write(tmp_path / 'a.wav', noise(80000))
   code = (
-    'import sys; from input_pipeline import audio; audio.clip_log_mel(sys.argv[1], 5); '
+    'import sys; from aavs_jax.input_pipeline import audio; audio.clip_log_mel(sys.argv[1], 5); '
     'assert not {"librosa", "scipy", "jax"} & set(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code, str(path)], check=True)

@@ -8,10 +8,9 @@ import zlib
 import numpy as np
 import pytest
 import soundfile
+from aavs_jax.input_pipeline import audio, avsbench, labels
+from aavs_jax.input_pipeline.errors import UserError
 from PIL import Image
-
-from input_pipeline import audio, avsbench, labels
-from input_pipeline.errors import UserError
 
 ROWS = [  # uid, subset, split
   ('-aldtLqTVYI_1000_11000', 'v2', 'train'),

@@ -22,14 +22,14 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
+from aavs_jax.input_pipeline.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from aavs_jax import checkpoint
 from aavs_jax.train import train
-from input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
-from input_pipeline.errors import UserError
 from tests import tiny
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)

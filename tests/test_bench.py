@@ -7,10 +7,10 @@ import sys
 
 import jax
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import bench, cli, flops, peer
 from aavs_jax.methods import aavs
-from input_pipeline.errors import UserError
 from tests import tiny
 
 TINY = ['--config', 'tests/tiny.py:stage1', '--config.model.decoder_layers=0', '--frames', '2']

@@ -4,10 +4,10 @@ import shutil
 
 import jax
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
-from input_pipeline.errors import UserError
 
 COMMANDS = (
   'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'recipe',

@@ -14,9 +14,8 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
-
-from input_pipeline import compose, compose_scenes, compose_sounds, labels
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import compose, compose_scenes, compose_sounds, labels
+from aavs_jax.input_pipeline.errors import UserError
 
 SIZE = (64, 48)
 CLIPS = {
@@ -310,7 +309,8 @@ def test_one_subset_of_the_object_layout(tmp_path):
 def test_a_killed_run_leaves_whole_clips_only(tmp_path):
   clips = {'train': {'v2': 40}}
   code = (
-    f'from input_pipeline import compose; compose.compose({str(tmp_path / "a")!r}, clips={clips})'
+    'from aavs_jax.input_pipeline.compose import compose; '
+    f'compose({str(tmp_path / "a")!r}, clips={clips})'
   )
   child = subprocess.Popen([sys.executable, '-c', code])
   while child.poll() is None and len(list(tmp_path.glob('a/v2/*'))) < 2:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
 from safetensors.numpy import load_file, save_file
 
 from aavs_jax import checkpoint, cli, recordings, stages
@@ -20,7 +21,6 @@ from aavs_jax.convert import convert, export
 from aavs_jax.evaluate import load_trained
 from aavs_jax.methods import aavs
 from aavs_jax.state import flatten
-from input_pipeline.errors import UserError
 from tests import parity, tiny
 from tests.released import random_released, random_vggish
 

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import optax
 import pytest
+from aavs_jax.input_pipeline import avsbench, labels, masks, sounds
+from aavs_jax.input_pipeline.errors import UserError
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
@@ -19,8 +21,6 @@ from aavs_jax import checkpoint, evaluate, metrics, tables
 from aavs_jax import config as config_lib
 from aavs_jax.methods import aavs
 from aavs_jax.state import create, flatten, merge
-from input_pipeline import avsbench, labels, masks, sounds
-from input_pipeline.errors import UserError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,9 @@
 """Imports run one way: input_pipeline, models, losses and metrics, steps, train, cli."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,13 +62,12 @@ def _imported(path):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+      module = '.' * node.level + (node.module or '')
+      yield from (f'{module}.{alias.name}' for alias in node.names)
 
 
 def _rank(name):
   parts = name.split('.')
-  if parts[0] in ('input_pipeline', 'configs'):
-    return RANK[parts[0]]
   if parts[0] == 'aavs_jax' and len(parts) > 1:
     return RANK[parts[1]]
   return None
@@ -85,3 +87,35 @@ def test_arrows_point_one_way(path):
   for name in _imported(path):
     rank = _rank(name)
     assert rank is None or rank < own, f'{path.stem} imports {name}'
+
+
+def test_folders_of_the_same_names_do_not_take_the_place_of_ours(tmp_path):
+  """A project that has `configs` and `input_pipeline` of its own, which Python finds first."""
+  for name in ('configs', 'input_pipeline'):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / '__init__.py').write_text('raise RuntimeError("not ours")')
+  config = tmp_path / 'mine.py'
+  config.write_text(
+    'from aavs_jax.configs import avss_stage2\n'
+    'def get_config():\n'
+    '  config = avss_stage2.get_config()\n'
+    '  config.seed = 5\n'
+    '  return config\n'
+  )
+  code = 'from aavs_jax import config; print(config.load("mine.py").seed)'
+  paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+  environment = {**os.environ, 'PYTHONPATH': paths}
+  run = subprocess.run(
+    [sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
+  assert (run.stdout, run.returncode) == ('5\n', 0), run.stderr
+
+
+def test_modules_are_attributes_of_the_package():
+  code = (
+    'import sys, aavs_jax\n'
+    'assert "jax" not in sys.modules\n'
+    'assert aavs_jax.overlay.overlay\n'
+    'assert not hasattr(aavs_jax, "nonsense")\n'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True)

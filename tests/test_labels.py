@@ -3,9 +3,8 @@
 import cv2
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline import labels
 from PIL import Image
-
-from input_pipeline import labels
 
 
 def test_palette_bit_by_bit():

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from configs import base
+from aavs_jax.configs import base
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from input_pipeline import avsbench, pipeline
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import avsbench, pipeline
+from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 TASK = pipeline.Task(True, 32, 32, 4, True, '')
@@ -52,7 +51,7 @@ def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp
 
 _READER = """
 import itertools, multiprocessing, os, signal, sys, time
-from input_pipeline import avsbench
+from aavs_jax.input_pipeline import avsbench
 from tests.test_loaders import _open
 
 if __name__ == '__main__':

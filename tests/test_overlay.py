@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline.labels import NUM_CLASSES
 
 from aavs_jax.overlay import SOUNDING_COLOUR, legend_colour, overlay, overlay_binary
-from input_pipeline.labels import NUM_CLASSES
 
 
 def square(size=20, value=1):

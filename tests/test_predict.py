@@ -8,6 +8,10 @@ import numpy as np
 import optax
 import pytest
 import soundfile
+from aavs_jax.configs import quick_stage1, quick_stage2
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
@@ -20,10 +24,6 @@ from aavs_jax.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.predict import load_models, predict
 from aavs_jax.state import create, flatten
 from aavs_jax.video import read_windows
-from configs import quick_stage1, quick_stage2
-from input_pipeline import audio
-from input_pipeline.errors import UserError
-from input_pipeline.labels import CLASS_NAMES
 from tests.test_video import COLOURS, decode, write_video
 
 RATE = audio.SAMPLE_RATE

@@ -6,11 +6,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli, recipe, stages
 from aavs_jax import config as config_lib
-from configs import base
-from input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +139,7 @@ def test_a_recipe_differs_from_base_as_the_table_says(name):
 def test_no_config_is_missing_in_the_table():
   names = set()
   for path in (ROOT / 'configs').glob('[!_]*.py'):
-    module = importlib.import_module(f'configs.{path.stem}')
+    module = importlib.import_module(f'aavs_jax.configs.{path.stem}')
     own = module.get_config()
     if 'task' not in own:  # a study, whose stages have files of their own
       continue

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
 from PIL import Image
 
 from aavs_jax.report import write_report
-from input_pipeline.errors import UserError
-from input_pipeline.labels import CLASS_NAMES, ids_to_colours
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-
-from input_pipeline import avsbench
+from aavs_jax.input_pipeline import avsbench
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3

@@ -15,14 +15,14 @@ import time
 import fsspec
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline import avsbench, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.errors import UserError
 from fsspec.implementations.dirfs import DirFileSystem
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
 from aavs_jax.train import train
-from input_pipeline import avsbench, pipeline, prepared, shards, sounds
-from input_pipeline.compose import compose
-from input_pipeline.errors import UserError
 
 SIZE, EVAL_SIZE = 32, 24
 SIZES = {'image_size': SIZE, 'eval_size': EVAL_SIZE}
@@ -142,7 +142,7 @@ def test_frames_come_back_as_they_were(size):
 
 _PREPARE = """
 import sys
-from input_pipeline.shards import prepare
+from aavs_jax.input_pipeline.shards import prepare
 prepare(*sys.argv[1:], image_size=32, eval_size=24, clips_per_shard=1, workers=2)
 """
 

@@ -5,11 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
-
-from input_pipeline import audio, avsbench, sounds
-from input_pipeline.avsbench_object import ObjectClip
-from input_pipeline.compose import compose
-from input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import audio, avsbench, sounds
+from aavs_jax.input_pipeline.avsbench_object import ObjectClip
+from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.errors import UserError
 
 
 def test_other_sounds_come_from_another_clip_of_the_subset(data_root):

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import stages
-from configs import avss_stage1, avss_stage2, quick_stage1
-from input_pipeline.errors import UserError
 
 
 def _params(**shapes):

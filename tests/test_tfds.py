@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 import pytest
-
-from input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose import compose
 
 # In a process of its own, in which any attempt to import TensorFlow fails and shows.
 _BUILD_AND_READ = """
@@ -21,7 +20,7 @@ sys.addaudithook(refuse)
 
 import numpy as np
 import tensorflow_datasets as tfds
-from input_pipeline import avsbench, avsbench_tfds, labels
+from aavs_jax.input_pipeline import avsbench, avsbench_tfds, labels
 
 root, folder, name, subset, wrong = sys.argv[1:]
 tfds.disable_progress_bar()

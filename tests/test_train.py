@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import checkpoint
 from aavs_jax.train import train
-from input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12  # 12 items, 2 a batch, 2 epochs

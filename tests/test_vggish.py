@@ -5,10 +5,10 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.audio import log_mel_examples
 
 from aavs_jax.models.vggish import VGGish
-from configs import base
-from input_pipeline.audio import log_mel_examples
 
 RECORDED = np.load(pathlib.Path(__file__).parent / 'goldens' / 'audio.npz')
 SOUNDS = pytest.mark.parametrize('name', ('mono16k_5s', 'stereo16k_3s'))

@@ -5,10 +5,10 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax.overlay import overlay_binary
 from aavs_jax.video import SAMPLE_RATE, read_windows, write_overlay_video
-from input_pipeline.errors import UserError
 
 COLOURS = np.array(
   [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)],

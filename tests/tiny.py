@@ -1,6 +1,6 @@
 """The quickstart's configs, small enough to compile in seconds: --config tests/tiny.py:stage1."""
 
-from configs import quick_stage1, quick_stage2
+from aavs_jax.configs import quick_stage1, quick_stage2
 
 
 def get_config(stage='stage1'):
