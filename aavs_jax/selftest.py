@@ -46,13 +46,6 @@ DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
 FORMS = ('gather', 'dense')
 # One compiled gradient a stage: each form's is compared in one of them, the rest in both forms.
 GRADIENT_FORM = {1: 'gather', 2: 'dense'}
-# Each compiled function runs a few times, so on the CPU compiling fast matters and running fast
-# does not. Other devices are tested with what their users get.
-COMPILE_FAST = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-  'xla_cpu_use_fusion_emitters': False,
-}
 # The release always takes masks to 384x384 and scores to 224x224, whatever the size of the images.
 IMAGE_SIZE, EVAL_SIZE = 384, 224
 INTERMEDIATE_MODULES = ('backbone', 'pixel_decoder', 'audio_projection')
@@ -239,14 +232,9 @@ def _predict(model: AAVS, params: Flat, inputs) -> Predictions:
   return Predictions(outputs, intermediates)
 
 
-def _compile(function: Callable) -> Callable:
-  options = COMPILE_FAST if jax.default_backend() == 'cpu' else None
-  return jax.jit(function, compiler_options=options)
-
-
 @functools.cache  # models of the same sizes are compiled once
 def _compiled_predict(model: AAVS):
-  return _compile(functools.partial(_predict, model))
+  return jax.jit(functools.partial(_predict, model))
 
 
 @functools.cache
@@ -273,7 +261,7 @@ def _compiled_evaluate(model: AAVS, trained: tuple[str, ...]):
     )({path: params[path] for path in trained})
     return Evaluation(predictions, total, terms, gradient)
 
-  return _compile(run)
+  return jax.jit(run)
 
 
 def evaluate(recording: Recording, params: Flat, points: PointDraws, form: str) -> Evaluation:
@@ -307,7 +295,7 @@ def _optimizer(stage: int, phase: int):
     updates, state = optimizer.update(gradient, state, trained)
     return optax.apply_updates(trained, updates), state, optax.global_norm(gradient)
 
-  return _compile(optimizer.init), _compile(update)
+  return jax.jit(optimizer.init), jax.jit(update)
 
 
 def take_steps(recording: Recording, begin: Flat, phase: int) -> Steps:

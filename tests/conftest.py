@@ -4,9 +4,7 @@ import os
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What tests compile runs a few times at most, so compiling fast matters and running fast does not.
-os.environ.setdefault(
-  'XLA_FLAGS', '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
-)
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 
 import pytest
 from aavs_jax.input_pipeline.compose import compose

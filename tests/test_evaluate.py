@@ -423,12 +423,11 @@ def test_devices_and_processes_change_no_score(stage1, handed_over, data_root, t
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = str(free.getsockname()[1])
-    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
     running = [
       subprocess.Popen(
         [sys.executable, '-c', _PROCESS, str(process), str(processes), port, str(stage1),
          data_root, str(folder)],
-        cwd=ROOT, env=os.environ | cache | {'XLA_FLAGS': flags}, text=True,
+        cwd=ROOT, env=os.environ | cache | {'JAX_NUM_CPU_DEVICES': str(devices)}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
       )
       for process in range(processes)

@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from aavs_jax import aot, flops
 from aavs_jax import config as config_lib
@@ -106,9 +106,10 @@ def test_products_in_a_loop_of_unknown_length_are_refused():
 
 
 def test_all_devices_count():
-  mesh = AbstractMesh((4,), ('data',))
+  mesh = AbstractMesh((4,), ('data',), axis_types=(AxisType.Auto,))
   spec = PartitionSpec('data')
-  spread = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(spec, None), out_specs=spec)
+  specs = spec, PartitionSpec()
+  spread = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=specs, out_specs=spec)
   assert flops.count(spread, shape(20, 7), B) == 4 * PRODUCT
 
 

@@ -53,9 +53,8 @@ def start(data_root, tmp_path_factory):
   cache = tmp_path_factory.mktemp('cache')
 
   def run(workdir, layout, *overrides, of_last=()):
-    flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={layout.devices}'
     environment = os.environ | {
-      'XLA_FLAGS': flags,
+      'JAX_NUM_CPU_DEVICES': str(layout.devices),
       'JAX_PLATFORMS': 'cpu',
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
