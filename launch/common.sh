@@ -3,12 +3,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1
 
 make_environment() { # extras, such as "" or "[dev]"
-  local python="${PYTHON:-python3}"
+  local python="${PYTHON:-python3}" version='import sys; print(*sys.version_info[:2])'
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "aavs_jax needs Python 3.11 or newer; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
     exit 2
   fi
-  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  if [ ! -x .venv/bin/python ]; then
+    "$python" -m venv .venv
+  elif [ -n "${PYTHON:-}" ] && [ "$("$python" -c "$version")" != "$(.venv/bin/python -c "$version")" ]; then
+    echo "making .venv anew, for $("$python" --version) ..."
+    "$python" -m venv --clear .venv
+  fi
   # Installed already for this pyproject.toml and these extras: nothing to do.
   local stamp=".venv/installed$1"
   if ! cmp -s pyproject.toml "$stamp"; then
