@@ -1,7 +1,7 @@
 """Recorded runs of the authors' PyTorch code, and what it takes to run them again.
 
-tests/goldens/README.md says what the files hold and what was found wrong in them. Every size comes
-from the file: its config and the shapes of its arrays.
+tests/goldens/README.md says what the files hold. Every size comes from the file: its config and the
+shapes of its arrays.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import functools
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +27,6 @@ from aavs_jax.state import flatten
 from aavs_jax.types import Targets
 
 CONFIGS = {1: avss_stage1.get_config(), 2: avss_stage2.get_config()}  # what trains, and how
-SEEDS = 10_000  # 0 to 9999 are tried
 
 Flat = dict[str, jax.Array]
 
@@ -138,11 +136,6 @@ def set_names(recording: Recording) -> list[str]:
   return [*map(str, range(recording.sizes['decl'] - 1)), 'final']
 
 
-def trained_names(recording: Recording) -> list[str]:
-  """Released names of what the recording trained in phase 2."""
-  return list(recording.arrays.under('phase2/param_after/'))
-
-
 def model(recording: Recording, form: str, dtype=jnp.float32) -> AAVS:
   """The recorded model, with one of the two sampling forms."""
   c = recording.sizes
@@ -226,133 +219,17 @@ def draws(recording: Recording, prefix: str) -> tuple[PointDraws, np.ndarray]:
   return PointDraws(matcher, candidates, extra), query
 
 
-class TorchGenerator:
-  """PyTorch's generator on the CPU: what torch.rand and torch.randn give in float32."""
-
-  def __init__(self, seed: int):
-    self._state = np.random.RandomState(seed)
-    self._spare = None
-
-  def _words(self, count: int) -> np.ndarray:
-    return self._state.randint(0, 2**32, size=count, dtype=np.uint32)
-
-  def rand(self, *shape: int) -> np.ndarray:
-    words = self._words(int(np.prod(shape))) & 0xFFFFFF
-    return (words.astype(np.float32) * np.float32(2**-24)).reshape(shape)
-
-  def randn(self, *shape: int) -> np.ndarray:
-    size = int(np.prod(shape))
-    if size < 16:
-      return np.array([self._one() for _ in range(size)], np.float32).reshape(shape)
-    uniform = self.rand(size)
-    whole = size // 16 * 16
-    normal = np.empty(size, np.float32)
-    normal[:whole] = self._box_muller(uniform[:whole])
-    if size % 16:
-      normal[-16:] = self._box_muller(self.rand(16))
-    return normal.reshape(shape)
-
-  @staticmethod
-  def _box_muller(uniform: np.ndarray) -> np.ndarray:
-    """Blocks of 16: eight radii, then eight angles."""
-    radius, angle = uniform.reshape(-1, 2, 8).transpose(1, 0, 2)
-    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - radius))
-    angle = np.float32(2 * np.pi) * angle
-    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)
-
-  def _one(self) -> float:
-    """Tensors of fewer than 16 numbers: pairs in float64, the second kept for the next call."""
-    if self._spare is not None:
-      value, self._spare = self._spare, None
-      return value
-    high, low = self._words(4).astype(np.uint64).reshape(2, 2).T
-    angle, radius = ((high << np.uint64(32) | low) & np.uint64(2**53 - 1)) * 2.0**-53
-    radius, angle = np.sqrt(-2 * np.log1p(-radius)), 2 * np.pi * angle
-    self._spare = radius * np.sin(angle)
-    return radius * np.cos(angle)
-
-
-def draw_parameters(
-  saved: dict[str, np.ndarray], generator: TorchGenerator
-) -> Iterator[tuple[str, np.ndarray]]:
-  """(released name, value) of every parameter at a recording's start, as its script drew them.
-
-  In the order of the released state dict: standard normals times 1.2 / sqrt(fan in) for matrices
-  and 0.1 for vectors, norms of 1 + 0.1 normals. Bias tables (0.5), sampling offsets (1.5) and
-  embeddings (0.7) were drawn a second time. Of `saved`, names and shapes alone matter.
-  """
-  for name, value in saved.items():
-    if value.dtype != np.float32:  # the rest are index buffers
-      continue
-    draw, scale = generator.randn(*value.shape), 0.1
-    if value.ndim > 1:
-      scale = 1.2 / np.prod(value.shape[1:]) ** 0.5
-    for endings, again in (
-      (('relative_position_bias_table',), 0.5),
-      (('sampling_offsets.bias',), 1.5),
-      (('embed.weight', 'embedder.weight', 'queries_features.weight'), 0.7),
-    ):
-      if name.endswith(endings):
-        draw, scale = generator.randn(*value.shape), again
-    offset = 1 if name.endswith('weight') and 'norm' in name else 0
-    yield name, np.float32(offset) + draw * np.float32(scale)
-
-
-def find_seed(recording: Recording) -> int | None:
-  """The seed whose draws give every parameter that did not train, to a rounding; None if none does.
-
-  Most seeds are ruled out by the first such parameter.
-  """
-  trained = set(trained_names(recording))
-  saved = recording.arrays.under('param/')
-  for seed in range(SEEDS):
-    drawn = draw_parameters(saved, TorchGenerator(seed))
-    if all(
-      np.all(np.abs(value - saved[name]) <= 1e-6 * (1 + np.abs(saved[name])))
-      for name, value in drawn
-      if name not in trained
-    ):
-      return seed
-  return None
-
-
-def saved_late(recording: Recording) -> bool:
-  """Whether param/ holds the trained parameters as they were after the last recorded step.
-
-  That is the case in recordings whose arrays were views of live tensors. AdamW with weight decay
-  changes every number, so those of the start are not found again to the last bit at the end; most
-  of the tensors decide, so that one damaged array is found to be one.
-  """
-  saved, after = (recording.arrays.under(prefix) for prefix in ('param/', 'phase2/param_after/'))
-  same = [name in saved and np.array_equal(saved[name], value) for name, value in after.items()]
-  return 2 * sum(same) > len(same)
-
-
-def start(recording: Recording) -> tuple[Flat | None, str]:
-  """The parameters that everything was recorded at, flat, and a sentence on where they are from.
-
-  They are those of param/, unless these were saved late. Then the trained ones are drawn again;
-  None if that cannot be done.
+def start(recording: Recording) -> Flat:
+  """The parameters that everything was recorded at, by flat path.
 
   Raises:
-    UserError: the parameters do not make up the model of the recording's config.
+    UserError: they do not make up the model of the recording's config.
   """
-  arrays = recording.arrays
-  released, origin = arrays.under('param/'), 'param/ is the start'
-  with legible(arrays.path):
-    if saved_late(recording):
-      origin = 'param/ holds what trains as it was after the last step'
-      seed = find_seed(recording)
-      if seed is None:
-        unknown = f'and no seed from 0 to {SEEDS - 1} draws the rest, so the start is unknown'
-        return None, f'{origin}, {unknown}'
-      origin += f', so its start is drawn again, from seed {seed}'
-      trained = set(trained_names(recording))
-      drawn = draw_parameters(released, TorchGenerator(seed))
-      released |= {name: value for name, value in drawn if name in trained}
+  path = recording.arrays.path
+  with legible(path):
     shapes = _parameter_shapes(model(recording, 'gather'), inputs(recording)[1].shape[1])
-    params = released_to_params(released, shapes, what=str(arrays.path))
-  return {path: jnp.asarray(value) for path, value in params.items()}, origin
+    params = released_to_params(recording.arrays.under('param/'), shapes, what=str(path))
+  return {path: jnp.asarray(value) for path, value in params.items()}
 
 
 @functools.cache
@@ -366,20 +243,3 @@ def _parameter_shapes(model: AAVS, embedding: int) -> dict[str, jax.ShapeDtypeSt
     prior,
   )
   return flatten({'aavs': tree['params']})
-
-
-def clip_factor(recording: Recording) -> float:
-  """What grad/ of Swin's adapters was multiplied by after the fact; 1 in a sound recording.
-
-  Phase 1 freezes them, so nothing clears their gradients, and each of its steps clips them with its
-  own. With norms thousands of times the limit three steps leave about 1e-11 of them: on a
-  logarithmic scale their norm is then nearer to that share of the other gradients' than to theirs.
-  """
-  limit = CONFIGS[recording.stage].optimizer.clip_norm
-  phase1 = recording.arrays.under('phase1/')
-  norms = [float(norm) for key, norm in phase1.items() if key.endswith('/grad_norm')]
-  factor = float(np.prod([limit / max(limit, norm) for norm in norms]))
-  squares = {True: 0.0, False: 0.0}
-  for name, value in recording.arrays.under('grad/').items():
-    squares['swin_adapt' in name] += float(np.sum(np.square(value, dtype=np.float64)))
-  return factor if squares[True] < factor * squares[False] else 1.0

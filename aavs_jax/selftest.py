@@ -25,7 +25,6 @@ from aavs_jax.recordings import (
   Arrays,
   Flat,
   Recording,
-  clip_factor,
   draws,
   inputs,
   legible,
@@ -37,8 +36,8 @@ from aavs_jax.recordings import (
   steps,
   targets,
 )
-from aavs_jax.stages import SWIN_ADAPTERS, params_of_phase, trainable_paths
-from aavs_jax.state import flatten, matches, merge
+from aavs_jax.stages import params_of_phase, trainable_paths
+from aavs_jax.state import flatten, merge
 from aavs_jax.types import Outputs
 
 GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
@@ -71,17 +70,19 @@ TOLERANCES = {
 }
 TINY = float(np.finfo(np.float32).tiny)  # in the place of a recorded value of zero
 CLOSE_SHARE = 0.999  # of a tensor's elements that 'parameters after the steps' speaks of
-# bfloat16 has 8 bits, so nothing but maps can be asked to agree. Measured on the two recordings of
-# the project, on the CPU: scores are off by 1.4 to 2.9 % of the largest one (with the parameters
-# rounded to 8 bits as well), so only pixels whose winner leads by twice that can be told.
-DECIDED_LEAD = 0.06
-DECIDED_TOLERANCE = 0.01
-# Few pixels are close there, and the maps are flat. The sign of the mask logits, in or out of each
-# query's mask, is the finer test. It differs for 0.34 and 0.58 % of them, in either sampling form;
-# with parameters of 4 bits for 2.6 and 6.3 %, without the bias tables for 3.6 and 5.2 %, without
-# offsets or adapters for 8 to 23 %. Two per cent leave room for another order of summation and for
-# none of these.
-MASKS_TOLERANCE = 0.02
+# bfloat16 has 8 bits, so only maps can be asked to agree: the sign of the mask logits, in or out of
+# each query's mask, and the final map. Shares of the pixels that differ on the project's recordings
+# (stage 1; 2), on the CPU; the rest is what must be told from it:
+#                                     signs                 map
+#   as it is                          0.7 %; 0.7 %          3.4 %; 6.4 %
+#   parameters rounded to 8 bits too  1.0 %; 0.8 %          9.1 %; 4.8 %
+#   parameters of 5 bits              3.2 %; 3.1 %          17 %; 37 %
+#   parameters of 4 bits              6.7 %; 4.8 %          18 %; 63 %
+#   without bias tables               6.8 %; 4.9 %          17 %; 67 %
+#   without offsets                   12 %; 8.6 %           43 %; 58 %
+#   without adapters                  36 %; 15 %            44 %; 88 %
+SIGNS_TOLERANCE = 0.02
+MAP_TOLERANCE = 0.12
 
 Errors = dict[str, dict[str, float]]  # quantity -> where -> error
 
@@ -183,10 +184,7 @@ def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
 def compare_model(recording: Recording) -> Iterator[Table]:
   """A table for float32, and one for bfloat16, of a recorded model."""
   name = f'{recording.arrays.path.name}, stage {recording.stage}'
-  begin, origin = start(recording)
-  if begin is None:
-    yield Table(f'{name}\n  {origin}', [Row('start', 'unknown', np.inf, 0.0, '')])
-    return
+  begin = start(recording)
   errors: Errors = {}
   for form in FORMS:
     result = at_start(recording, begin, form)
@@ -202,7 +200,7 @@ def compare_model(recording: Recording) -> Iterator[Table]:
     errors = step_errors(recording, begin, phase, take_steps(recording, begin, phase))
     rows += [worst(quantity, found, f'phase {phase}: ') for quantity, found in errors.items()]
   form = GRADIENT_FORM[recording.stage]
-  yield Table(f'{name}, float32\n  {origin}; gradients and steps with sampling {form}', rows)
+  yield Table(f'{name}, float32; gradients and steps with sampling {form}', rows)
 
   predictions = in_bfloat16(recording, begin)
   rows = [
@@ -355,13 +353,8 @@ def loss_errors(recording: Recording, result: Evaluation) -> Errors:
 
 
 def gradient_errors(recording: Recording, gradient: Mapping[str, np.ndarray]) -> dict[str, float]:
-  """By flat path; gradients of Swin's adapters as they were before the recording clipped them."""
-  recorded = _in_our_layout(gradient, recording.arrays.under('grad/'))
-  factor = clip_factor(recording)
-  for path in recorded:
-    if matches(path, SWIN_ADAPTERS):
-      recorded[path] = recorded[path] / factor
-  return compare(gradient, recorded, of_largest)
+  """Errors of the gradient at the start, by flat path."""
+  return compare(gradient, _in_our_layout(gradient, recording.arrays.under('grad/')), of_largest)
 
 
 def map_errors(recording: Recording, outputs: Outputs) -> Errors:
@@ -399,21 +392,14 @@ def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> 
     },
     'totals of the steps': column('total', taken.totals),
   }
-  # Stage 2, which does not clip, was recorded without norms. Where the gradients of Swin's adapters
-  # were clipped after the fact, phase 1 counted them in its norms, though it does not train them.
-  if f'phase{phase}/0/grad_norm' in arrays and (phase == 2 or clip_factor(recording) == 1):
+  if f'phase{phase}/0/grad_norm' in arrays:  # stage 2, which does not clip, was recorded without
     errors['gradient norms of the steps'] = column('grad_norm', taken.norms)
-  names = trainable_paths(config, begin, phase)
-  after, last = (arrays.under(f'phase{i}/param_after/') for i in (phase, 2))
-  # Where param/ was saved late, phase 1's result was too: it is phase 2's, and says nothing.
-  if phase == 1 and all(np.array_equal(after[name], last.get(name)) for name in after):
-    return errors
 
   def change(params):
     return {path: np.asarray(params[path]) - np.asarray(begin[path]) for path in params}
 
-  found = change({path: taken.params[path] for path in names})
-  wanted = _in_our_layout(found, after)
+  found = change({path: taken.params[path] for path in trainable_paths(config, begin, phase)})
+  wanted = _in_our_layout(found, arrays.under(f'phase{phase}/param_after/'))
   wanted = {
     path: value - np.asarray(begin[path]) if value.shape == begin[path].shape else value
     for path, value in wanted.items()
@@ -429,28 +415,16 @@ def bfloat16_rows(recording: Recording, outputs: Outputs) -> list[Row]:
   classes = np.stack([arrays[f'out/class_logits/{i}'] for i in sets])
   wanted = final_scores(Outputs(masks, classes))
   found = final_scores(outputs)
-  same_sign = ((outputs.mask_logits > 0) == (masks > 0)) & np.isfinite(outputs.mask_logits)
+  signs = ((outputs.mask_logits > 0) == (masks > 0)) & np.isfinite(outputs.mask_logits)
   same = found.argmax(1) == wanted.argmax(1)
-  second, first = np.sort(wanted, 1)[:, -2:].swapaxes(0, 1)
-  decided = first - second > DECIDED_LEAD * np.abs(wanted).max()
-  wrong = np.mean(~same[decided]) if decided.any() else 0.0
-  return [
-    Row('scores', 'of the largest value', of_largest(found, wanted), None, ''),
-    Row(
-      'masks of the queries',
-      'share of the pixels',
-      float(np.mean(~same_sign)),
-      MASKS_TOLERANCE,
-      f'{np.mean(same_sign):.2%} agree',
-    ),
-    Row(
-      'map, where it is decided',
-      'share of the pixels',
-      float(wrong),
-      DECIDED_TOLERANCE,
-      f'{np.mean(same):.2%} of all agree; {np.mean(decided):.0%} are decided',
-    ),
-  ]
+  rows = [Row('scores', 'of the largest value', of_largest(found, wanted), None, '')]
+  for quantity, agree, tolerance in (
+    ('masks of the queries', signs, SIGNS_TOLERANCE),
+    ('map', same, MAP_TOLERANCE),
+  ):
+    share = float(np.mean(agree))
+    rows.append(Row(quantity, 'share of the pixels', 1 - share, tolerance, f'{share:.2%} agree'))
+  return rows
 
 
 def compare_audio(arrays: Arrays) -> Iterator[Table]:

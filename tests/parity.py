@@ -12,8 +12,8 @@ def recording(stage: int) -> recordings.Recording:
 
 @functools.cache
 def begin(stage: int) -> recordings.Flat:
-  """The parameters everything was recorded at; those that train are drawn again."""
-  return recordings.start(recording(stage))[0]
+  """The parameters everything was recorded at."""
+  return recordings.start(recording(stage))
 
 
 @functools.cache
