@@ -12,7 +12,7 @@ from aavs_jax import checkpoint, evaluate
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
 from aavs_jax.input_pipeline import avsbench
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.logging import say
 from aavs_jax.state import merge
 
@@ -156,6 +156,8 @@ def _identity(path: str | Path) -> str:
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
+    if may_pass(error):
+      raise
     raise UserError(f'{path} cannot be read ({error.strerror}): name a checkpoint file') from error
 
 
