@@ -63,7 +63,7 @@ def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
 def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
   """uint8 [size, size] of 0 and 255. Raises UserError if missing, damaged or of another size."""
   path = mask_path(root, clip, t)
-  advice = 'write the masks again with `aavs masks`'
+  advice = 'restore it, or write the masks again with `aavs masks`'
   try:
     # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
     # is smaller than its pixels and the frame of a PNG.
