@@ -1,7 +1,6 @@
 """Orbax checkpoints: the newest K and the best one, in one folder, written in the background."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.state import TrainState
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
+_CONVERTED = {
+  'kind': str, 'source': str, 'vggish': str, 'lacking': [str], 'names': [str], 'unused': [str],
+}  # fmt: skip
 _METRIC = 'miou'
 _REMOVE = 'remove it to go on from the one before, or train again'
 # How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach.
@@ -142,10 +145,7 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   path = epath.Path(folder) / CONVERTED
   if not path.exists():
     return None
-  note = read_json(path)
-  if not isinstance(note, dict) or not {'kind', 'lacking', 'names'} <= note.keys():
-    raise UserError(f'{path} is not a note of `aavs convert`: restore it or convert again')
-  return note
+  return files.read_json(path, _CONVERTED, 'restore it or convert again')
 
 
 def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
@@ -158,11 +158,6 @@ def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
     return reader.restore(path, args=args)
 
 
-def read_json(path: Path) -> Any:
-  """A JSON file of ours; UserError if it is missing or damaged."""
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f'{path} is missing: name a folder that `aavs train` has written') from None
-  except ValueError as error:
-    raise UserError(f'{path} is not valid JSON ({error}): restore or remove it') from None
+def read_json(path: Path, shape: Any = object) -> Any:
+  """A JSON file of a work folder; UserError if it is missing, damaged or of another shape."""
+  return files.read_json(path, shape, 'restore it, or name a folder that `aavs train` has written')

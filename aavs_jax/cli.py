@@ -213,6 +213,7 @@ def _reproduce(args) -> None:
     args.workdir,
     data=args.data,
     stage1=args.stage1,
+    masks=args.masks,
     stage2=args.stage2,
     vggish=args.vggish,
     s4=args.s4,
@@ -490,11 +491,15 @@ def _parser() -> argparse.ArgumentParser:
     'reproduce',
     _reproduce,
     "score released checkpoints beside the paper's figures",
-    'aavs reproduce --data ROOT --stage1 stage1.pth --stage2 stage2.pth --vggish vggish.pth '
+    'aavs reproduce --data ROOT --masks MASKS --stage2 stage2.pth --vggish vggish.pth '
     '--workdir runs/reproduce',
   )
   sub.add_argument('--data', required=True, help='AVSBench-semantic')
-  sub.add_argument('--stage1', required=True, help='released checkpoint of stage 1 of AVSS')
+  prior = sub.add_mutually_exclusive_group(required=True)
+  prior.add_argument(
+    '--masks', default='', help='released masks of stage 1 of AVSS, {v1s,v1m,v2}/UID/{0..}.png'
+  )
+  prior.add_argument('--stage1', default='', help='or the checkpoint of stage 1 that makes them')
   sub.add_argument('--stage2', required=True, help='released checkpoint of stage 2 of AVSS')
   sub.add_argument('--vggish', required=True, help="torchvggish's file, or a folder made of it")
   sub.add_argument('--s4', default='', help='released checkpoint of S4; its row is empty without')

@@ -157,6 +157,7 @@ def task_of(config: ml_collections.ConfigDict) -> Task:
   """What the input pipeline needs to know of a config."""
   return Task(
     semantic=config.task == 'semantic',
+    num_classes=config.num_classes,
     image_size=config.data.image_size,
     eval_size=config.data.eval_size,
     max_targets=config.data.max_targets,

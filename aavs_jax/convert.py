@@ -358,7 +358,8 @@ def _read_vggish(source: Path) -> tuple[ml_collections.ConfigDict, Flat]:
   kind = note['kind'] if note else _kind(source, tensors)
   if kind != 'vggish':
     raise UserError(
-      f"{source} is {KINDS[kind]}, not the audio network: name torchvggish's file with --vggish"
+      f'{source} is {KINDS.get(kind, kind)}, not the audio network: name '
+      "torchvggish's file with --vggish"
     )
   if note:
     config = config_lib.from_json(source / 'config.json')

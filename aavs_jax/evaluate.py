@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, metrics, protocols, steps, tables
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, masks, pipeline, sounds
+from aavs_jax.input_pipeline import avsbench, files, masks, pipeline, sounds
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import Progress
@@ -338,18 +338,23 @@ def digest(params: Params) -> str:
 def masks_digest(folder: str | Path) -> str | None:
   """Digest of the model whose masks a folder holds; None if `write_masks` did not write them."""
   note = Path(folder) / _NOTE
-  return checkpoint.read_json(note).get('digest') if note.exists() else None
+  return _read_note(note)['digest'] if note.exists() else None
+
+
+def _read_note(path: Path) -> dict:
+  shape = {'checkpoint': str, 'step': int, 'digest': str}
+  return files.read_json(path, shape, 'restore it, or write the masks anew in another folder')
 
 
 def _claim_masks(folder: Path, source: dict) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
   note = folder / _NOTE
   if note.exists():
-    found = checkpoint.read_json(note)
-    if found.get('digest') != source['digest']:
+    found = _read_note(note)
+    if found['digest'] != source['digest']:
       raise UserError(
-        f'{folder} holds masks of another model ({found.get("checkpoint")}, step '
-        f'{found.get("step")}): remove it or name another folder'
+        f'{folder} holds masks of another model ({found["checkpoint"]}, step {found["step"]}): '
+        'remove it or name another folder'
       )
     return
   for subset in avsbench.FRAMES:
@@ -366,12 +371,12 @@ def _claim_masks(folder: Path, source: dict) -> None:
 
 def reusable(path: Path, origin: Mapping) -> dict | None:
   """The evaluation in a file; None if it is missing, damaged or not of this model and masks."""
+  scores = {'miou': float, 'fscore': float, ...: object}
   try:
-    result = json.loads(path.read_text())
-  except (OSError, ValueError):
+    result = files.read_json(path, {'overall': scores, ...: object}, 'evaluate again')
+  except UserError:
     return None
-  same = isinstance(result, dict) and all(result.get(key) == origin[key] for key in origin)
-  return result if same else None
+  return result if all(result.get(key) == origin[key] for key in origin) else None
 
 
 def write_json(path: str | Path, value) -> None:

@@ -185,5 +185,5 @@ class Writer:
 def _step(line: str) -> float:
   try:
     return json.loads(line)['step']
-  except (ValueError, KeyError):
+  except (ValueError, KeyError, TypeError):
     return float('inf')  # cut short by the kill

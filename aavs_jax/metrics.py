@@ -119,12 +119,18 @@ def semantic_record(
 
   Returns:
     One value of `record_type`.
+
+  Raises:
+    ValueError: an id is none of these.
   """
   frames = len(pred)
   # One bin a frame and class, and one more per frame that swallows the ignored pixels.
   bins = num_classes + 1
   offset = (np.arange(frames, dtype=np.int32) * bins)[:, None, None]
   ignored = target == IGNORE
+  for values in (pred, target[~ignored]):
+    if values.size and values.max() >= num_classes:  # would count as a class of the next frame
+      raise ValueError(f'class id {values.max()} in a record of {num_classes} classes')
   pred_bins = np.where(ignored, num_classes, pred) + offset
   target_bins = np.where(ignored, num_classes, target) + offset
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from aavs_jax.evaluate import Predictor, load_trained, write_json
 from aavs_jax.input_pipeline import audio, avsbench
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
@@ -78,6 +78,8 @@ def predict(
   try:
     working = Path(tempfile.mkdtemp(dir=parent, prefix='.writing-'))
   except OSError as error:
+    if may_pass(error):
+      raise
     raise UserError(
       f'{target}: cannot be written ({error.strerror}), name another output folder.'
     ) from error

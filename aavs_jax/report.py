@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
@@ -96,14 +98,11 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict | None:
-  """The content of a JSON file, None if there is no such file."""
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
+def _read_json(path: Path, shape: Any = dict) -> Any:
+  """The content of a JSON file of a shape, None if there is no such file."""
+  if not files.is_there(path):
     return None
-  except ValueError as error:
-    raise UserError(f'{path}: not valid JSON ({error}), delete it and make it again.') from error
+  return files.read_json(path, shape, 'delete it and make it again')
 
 
 def _read_log(path: Path) -> list[dict]:
@@ -314,7 +313,7 @@ def _curves(workdir: Path, stage: str) -> str:
 
 def _left_out(workdir: Path, stage: str) -> str:
   """The clips that a stage was trained without, and what is wrong with each."""
-  bad = _read_json(workdir / stage / 'bad_clips.json')
+  bad = _read_json(workdir / stage / 'bad_clips.json', prepared.BAD_CLIPS)
   if not bad:
     return ''
   rows = ''.join(f'<li>{_text(row["clip"])}: {_text(row["text"])}</li>' for row in bad)

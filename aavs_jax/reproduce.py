@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +12,20 @@ from aavs_jax import checkpoint, evaluate
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
 from aavs_jax.input_pipeline import avsbench
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline import masks as mask_files
+from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.logging import say
 from aavs_jax.state import merge
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
 _SCORES = ('miou', 'fscore')
+_ONE_LINK = " (the authors' page has linked MS3's and AVSS's to one and the same file)"
+_HINTS = {  # what else to say where another checkpoint is given
+  'ms3': _ONE_LINK,
+  'stage1': ', or with --masks the folder of its masks, all that its authors have released of it',
+  'stage2': _ONE_LINK,
+}
 _MODELS = {'s4': 'S4', 'ms3': 'MS3', 'stage1': 'stage 1 of AVSS', 'stage2': 'stage 2 of AVSS'}
 
 
@@ -44,9 +52,10 @@ def reproduce(
   workdir: str | Path,
   *,
   data: str,
-  stage1: str | Path,
   stage2: str | Path,
   vggish: str | Path,
+  stage1: str | Path = '',
+  masks: str | Path = '',
   s4: str | Path = '',
   ms3: str | Path = '',
   batch_items: int = 1,
@@ -60,9 +69,10 @@ def reproduce(
   Args:
     workdir: where everything goes.
     data: AVSBench-semantic.
-    stage1: released checkpoint of AVSS's first stage, whose masks are the prior of the second.
     stage2: released checkpoint of AVSS's second stage.
     vggish: the audio network, see convert.convert.
+    stage1: checkpoint of AVSS's first stage, whose masks are the prior of the second; or
+    masks: the folder of these masks, all that is released of the first stage.
     s4: released checkpoint of S4; '' leaves its row empty.
     ms3: likewise of MS3.
     batch_items: pieces of five frames that go through a model at once.
@@ -72,12 +82,18 @@ def reproduce(
     percent; the last two are None where no checkpoint is given.
 
   Raises:
-    UserError: a checkpoint is not of the stage it is given for; workdir holds something else or
-      what was made of other files; faults of files or data.
+    UserError: a checkpoint is not of the stage it is given for; not one of stage1 and masks is
+      given, but none or both; workdir holds something else or what was made of other files; faults
+      of files or data.
   """
   workdir, data = Path(workdir).resolve(), str(Path(data).resolve())
   if batch_items < 1:
     raise UserError(f'--batch is {batch_items}: use 1 or more')
+  if bool(stage1) == bool(masks):
+    raise UserError(
+      f'--stage1 is {str(stage1)!r} and --masks {str(masks)!r}: give one of them, for the prior of '
+      'stage 2'
+    )
   given = {'s4': s4, 'ms3': ms3, 'stage1': stage1, 'stage2': stage2}
   sources = {model: Path(path) for model, path in given.items() if path}
   for row in ROWS.values():  # now, not after hours
@@ -93,9 +109,12 @@ def reproduce(
     _convert(model, source, vggish, workdir / model, made_of)
     _set_batch(workdir / model / 'config.json', batch_items)
   say("[2] stage 1's masks of the test split, the prior of stage 2")
-  masks = workdir / 'masks'
-  if not evaluate.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
-    say('  all there')
+  if masks:
+    _claim_masks(workdir, str(masks), avsbench.read_index(data, 'test'))
+  else:
+    masks = workdir / 'masks'
+    if not evaluate.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
+      say('  all there')
 
   say('[3] evaluation on the test split')
 
@@ -156,6 +175,8 @@ def _identity(path: str | Path) -> str:
     with path.open('rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
+    if may_pass(error):
+      raise
     raise UserError(f'{path} cannot be read ({error.strerror}): name a checkpoint file') from error
 
 
@@ -184,14 +205,37 @@ def _convert(
     found = stage1 if config.task == 'binary' else 'a model of classes without a prior'
   if found != (stage2 if model == 'stage2' else stage1):
     shutil.rmtree(working)
-    raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}')
+    hint = _HINTS.get(model, '')
+    raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}{hint}')
   evaluate.write_json(working / _SOURCE, made_of)
   os.replace(working, folder)
 
 
+def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
+  """Reads all masks of the clips, and notes or compares what they are.
+
+  Raises:
+    UserError: one is missing or damaged, or the work folder has been used with others.
+  """
+  mask_files.refuse_bucket(folder)
+  size = config_lib.from_json(workdir / 'stage2' / 'config.json').data.eval_size
+  total = hashlib.sha256()
+  for clip in clips:
+    for t in range(clip.num_frames):
+      total.update(mask_files.read_mask(folder, clip, t, size).tobytes())
+  note, digest = workdir / 'masks.json', total.hexdigest()
+  if not note.exists():
+    evaluate.write_json(note, digest)
+  elif checkpoint.read_json(note) != digest:
+    raise UserError(
+      f'{workdir} was begun with other masks than those of {folder}: name another --workdir'
+    )
+
+
 def _set_batch(path: Path, batch_items: int) -> None:
   """Evaluation takes its batch from the config of the work folder."""
-  config = checkpoint.read_json(path)
+  shape = {'data': {'batch_items': int, ...: object}, ...: object}
+  config = checkpoint.read_json(path, shape)
   if config['data']['batch_items'] != batch_items:
     config['data']['batch_items'] = batch_items
     evaluate.write_json(path, config)

@@ -9,6 +9,7 @@ import ml_collections
 from etils import epath
 
 from aavs_jax import distributed
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 
@@ -80,7 +81,7 @@ class WandbRun:
 def _run_id(folder: epath.Path, project: str) -> str:
   """The id that the folder's run has in a project, a new one if it has none."""
   path = folder / 'wandb.json'
-  known = json.loads(path.read_text()) if path.exists() else {}
+  known = files.read_json(path, {...: str}, 'remove it') if path.exists() else {}
   if project not in known:
     known[project] = secrets.token_hex(8)
     working = path.with_suffix('.writing')

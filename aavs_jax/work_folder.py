@@ -13,7 +13,7 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import masks, pipeline
+from aavs_jax.input_pipeline import masks, pipeline, prepared
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
@@ -107,7 +107,9 @@ def leave_out_bad(
   listing = workdir / 'bad_clips.json'
   if not any(distributed.gather(listing.exists())):
     say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
-    bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
+    bad = pipeline.find_bad_clips(
+      evaluate.share(clips), config_lib.task_of(config), config.data.threads
+    )
     distributed.wait_for_all('bad clips found')
     place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
     bad = sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
@@ -115,7 +117,7 @@ def leave_out_bad(
     if distributed.is_first():
       evaluate.write_json(listing, bad)
   distributed.wait_for_all('bad clips')
-  bad = checkpoint.read_json(listing)
+  bad = checkpoint.read_json(listing, prepared.BAD_CLIPS)
   good = pipeline.leave_out(clips, bad, config.data.max_bad_clips)
   for row in bad:
     say(f'  left out {row["clip"]}: {row["text"]}')

@@ -1,12 +1,14 @@
 """Sound to VGGish log-mel examples: 0.96 s each, 96 steps of 10 ms by 64 mel bands."""
 
 import functools
+import io
 import logging
 import os
 
 import numpy as np
 import soundfile
 
+from . import files
 from .errors import UserError
 
 SAMPLE_RATE = 16000  # Hz
@@ -22,6 +24,7 @@ _LOG_OFFSET = 0.01
 # bounds the memory that reading and resampling can ask for.
 _RATES = (1000, 768000)  # Hz
 _MAX_SECONDS = 3600
+_MAX_BYTES = 2_000_000_000
 _MAX_AMPLITUDE = 100.0  # float files overshoot 1 a little; integers stored as floats by thousands
 _BLOCK_SAMPLES = 1 << 20  # samples of all channels read at once
 
@@ -47,11 +50,15 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
       finite or far outside [-1, 1], a rate outside 1 to 768 kHz, or lasts more than an hour.
   """
   path = os.fspath(path)
+  # Not by libsndfile, which does not tell a disk that fails from a broken file.
+  data = files.read_file(
+    path, _MAX_BYTES, 'the sound file', 'check the path, or extract it from the video again'
+  )
+  if not data:
+    raise UserError(f'{path}: the sound file has 0 bytes; extract it from the video again.')
   try:
-    if os.path.getsize(path) == 0:
-      raise UserError(f'{path}: the sound file has 0 bytes; extract it from the video again.')
     blocks = []
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(io.BytesIO(data)) as file:
       rate = file.samplerate
       if not _RATES[0] <= rate <= _RATES[1]:
         raise UserError(
@@ -69,11 +76,6 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         length += len(block)
         if length > _MAX_SECONDS * rate:
           raise UserError(f'{path}: the sound lasts more than {_MAX_SECONDS} s; cut it into clips.')
-  except OSError as error:
-    raise UserError(
-      f'{path}: the sound file cannot be read ({error.strerror}); check the path, or extract it '
-      f'from the video again.'
-    ) from error
   except soundfile.SoundFileRuntimeError as error:
     raise UserError(
       f'{path}: not a readable sound file ({error}); extract it from the video again as 16-bit WAV.'

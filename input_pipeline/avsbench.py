@@ -14,15 +14,14 @@ import functools
 import io
 import logging
 import os
-import stat
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
 
-from . import audio, avsbench_object, clips, labels, prepared
+from . import audio, avsbench_object, clips, files, labels, prepared
 from .clips import FRAMES, SPLITS, Clip
 from .errors import UserError
 
@@ -73,7 +72,7 @@ def read_index(
   table = os.path.join(root, 'metadata.csv')
   is_semantic = os.path.lexists(table)
   others = [avsbench_object.table_path(root, subset) for subset in ('v1s', 'v1m')]
-  if is_semantic and any(map(os.path.exists, others)):
+  if is_semantic and any(map(files.is_there, others)):
     raise UserError(
       f'{root} holds metadata.csv and a table of AVSBench-object; keep each data set in a folder '
       f'of its own.'
@@ -132,8 +131,9 @@ def load_frame(clip: Clip, t: int, size: int) -> np.ndarray:
 
   Raises:
     UserError: the file is missing, truncated, not an image, or of more than 50 million pixels.
+    OSError: the disk fails; so do all readers.
   """
-  return resize_frame(_decode(clip.frame_path(t)), size)
+  return resize_frame(_decode(clip.frame_path(t), _rgb_frame), size)
 
 
 def resize_frame(image: Image.Image, size: int) -> np.ndarray:
@@ -143,7 +143,20 @@ def resize_frame(image: Image.Image, size: int) -> np.ndarray:
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
   """A JPEG or PNG file, uint8 [H, W, 3] RGB. Raises UserError as `load_frame`."""
-  return np.array(_decode(os.fspath(path)))
+  return np.array(_decode(os.fspath(path), _rgb_frame))
+
+
+def label_path(clip: Clip, t: int) -> str:
+  """The file that `load_label_ids` reads. Raises UserError if there is none."""
+  ids, colours = clip.label_ids_path(t), clip.label_rgb_path(t)
+  if clip.label_kind == 'binary' or files.is_there(ids):
+    return ids
+  if files.is_there(colours):
+    return colours
+  raise UserError(
+    f'{ids}: missing, and so is {colours}; restore one of them, or take {clip.uid} out of '
+    f'{clip.table}.'
+  )
 
 
 def load_label_ids(clip: Clip, t: int) -> np.ndarray:
@@ -157,14 +170,11 @@ def load_label_ids(clip: Clip, t: int) -> np.ndarray:
     UserError: both files are missing, or the one is unreadable (see `load_frame`), holds other ids
       or colours instead of grey, or the other holds more than half its pixels in unknown colours.
   """
-  path = clip.label_ids_path(t)
+  path = label_path(clip, t)
   if clip.label_kind == 'binary':
     return read_mask(path)[0]
-  if os.path.exists(path):
+  if path == clip.label_ids_path(t):
     return _read_ids(path)
-  path = clip.label_rgb_path(t)
-  if not os.path.exists(path):
-    raise _no_label(clip, t)
   ids, unknown = labels.colours_to_ids(np.array(_decode(path)))
   if unknown > _MAX_UNKNOWN_COLOURS * ids.size:
     raise UserError(
@@ -189,12 +199,9 @@ def load_label_rgb(clip: Clip, t: int) -> np.ndarray:
   path = clip.label_rgb_path(t)
   if clip.label_kind == 'binary':
     return np.repeat(read_mask(path)[0][..., None] * np.uint8(255), 3, axis=-1)
-  if os.path.exists(path):
+  if files.is_there(path):
     return np.array(_decode(path))
-  path = clip.label_ids_path(t)
-  if not os.path.exists(path):
-    raise _no_label(clip, t)
-  return labels.ids_to_colours(_read_ids(path))
+  return labels.ids_to_colours(_read_ids(label_path(clip, t)))
 
 
 def read_mask(path: str) -> tuple[np.ndarray, int]:
@@ -220,13 +227,6 @@ def load_log_mel(clip: Clip) -> np.ndarray:
   return audio.clip_log_mel(clip.audio_path, clip.num_frames)
 
 
-def _no_label(clip: Clip, t: int) -> UserError:
-  return UserError(
-    f'{clip.label_ids_path(t)}: missing, and so is {clip.label_rgb_path(t)}; restore one of them, '
-    f'or take {clip.uid} out of {clip.table}.'
-  )
-
-
 @functools.cache  # once a file, however many epochs read it
 def _report_unknown(path: str, unknown: int, pixels: int) -> None:
   _logger.info(
@@ -235,7 +235,7 @@ def _report_unknown(path: str, unknown: int, pixels: int) -> None:
 
 
 def _read_ids(path: str) -> np.ndarray:
-  ids = np.array(_decode(path, keep_grey=True))
+  ids = np.array(_decode(path, _grey_as_stored))
   if ids.ndim == 3:
     rgb, ids = ids, ids[..., 0]
     if (rgb != ids[..., None]).any():
@@ -246,36 +246,42 @@ def _read_ids(path: str) -> np.ndarray:
       f'{path}: holds class id {wrong[0]} ({wrong.size} pixels are wrong); ids are 0 to '
       f'{labels.NUM_CLASSES - 1}, or {labels.IGNORE} to ignore a pixel, so write the label anew.'
     )
-  return ids
+  return ids.astype(np.uint8, copy=False)
 
 
-def _read_file(path: str) -> bytes:
-  found = os.stat(path)
-  if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-    raise UserError(f'{path}: not a file; put a JPEG or PNG image in this place.')
-  if found.st_size > _MAX_BYTES:
-    raise UserError(f'{path}: {found.st_size} bytes; put an image of less than {_MAX_BYTES} there.')
-  with open(path, 'rb') as file:
-    return file.read()
+def _rgb(image: Image.Image) -> Image.Image:
+  if image.mode == 'RGB':
+    image.load()  # `convert` would copy what is decoded
+    return image
+  return image.convert('RGB')
 
 
-def _decode(path: str, keep_grey: bool = False) -> Image.Image:
-  """The whole image, its size checked before a pixel is decoded.
+def _rgb_frame(image: Image.Image) -> Image.Image:
+  """In RGB; 16-bit grey, which `convert` would clip at 255, by the same 257th as an 8-bit file."""
+  if image.mode == 'I;16':
+    image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+  return _rgb(image)
 
-  In RGB, unless it is an 8-bit grey one that is to stay so.
-  """
+
+def _grey_as_stored(image: Image.Image) -> Image.Image:
+  """Grey of 8 or 16 bits as it is, all else in RGB."""
+  if image.mode in ('L', 'I;16'):
+    image.load()
+    return image
+  return _rgb(image)
+
+
+def _decode(path: str, convert: Callable[[Image.Image], Image.Image] = _rgb) -> Image.Image:
+  """The whole image, its size checked before `convert` decodes a pixel."""
+  data = files.read_file(path, _MAX_BYTES, 'the image', 'copy or extract it again')
   try:
     # From memory, since Pillow asks a file for as many bytes as a broken header says, gigabytes.
-    with Image.open(io.BytesIO(_read_file(path)), formats=('JPEG', 'PNG')) as image:
+    with Image.open(io.BytesIO(data), formats=('JPEG', 'PNG')) as image:
       if image.width * image.height > _MAX_PIXELS:
         raise UserError(
           f'{path}: {image.width} x {image.height} pixels; shrink it below {_MAX_PIXELS} pixels.'
         )
-      mode = 'L' if keep_grey and image.mode == 'L' else 'RGB'
-      if image.mode != mode:
-        return image.convert(mode)
-      image.load()  # `convert` would copy what is decoded
-      return image
+      return convert(image)
   except UserError:
     raise
   except Image.UnidentifiedImageError as error:
@@ -296,7 +302,6 @@ def _decode(path: str, keep_grey: bool = False) -> Image.Image:
     struct.error,
     zlib.error,
   ) as error:
-    reason = getattr(error, 'strerror', None) or str(error)
     raise UserError(
-      f'{path}: the image cannot be read ({reason}); copy or extract it again.'
+      f'{path}: the image cannot be read ({error}); copy or extract it again.'
     ) from error

@@ -18,7 +18,8 @@ import os
 
 from . import clips
 from .clips import FRAMES, Clip
-from .errors import UserError
+from .errors import UserError, of_disk
+from .files import is_there
 
 _SETS = {'v1s': 's4', 'v1m': 'ms3'}  # as the files of each subset begin
 _COLUMNS = {'v1s': ('name', 'category', 'split'), 'v1m': ('video_id', 'split')}
@@ -85,11 +86,13 @@ def find_tables(root: str) -> dict[str, str]:
   try:
     with os.scandir(root) as entries:
       below = sorted(entry.path for entry in entries if entry.is_dir())
-  except OSError:
+  except OSError as error:
+    if of_disk(error):
+      raise
     below = []
   found = {}
   for subset in _SETS:
-    places = [folder for folder in (root, *below) if os.path.exists(table_path(folder, subset))]
+    places = [folder for folder in (root, *below) if is_there(table_path(folder, subset))]
     if len(places) > 1 and places[0] != root:
       raise UserError(
         f'{table_path(places[0], subset)} and {table_path(places[1], subset)} are the same set '

@@ -46,6 +46,7 @@ class Avsbench(tfds.core.GeneratorBasedBuilder):
   )
   # TFDS finds it by a package that it does not require of these versions of Python.
   code_path = epath.Path(__file__)
+  pkg_dir_path = code_path.parent
   MANUAL_DOWNLOAD_INSTRUCTIONS = 'manual_dir is the folder of the data set, in its own layout.'
 
   def __init__(self, *, file_format='array_record', **kwargs):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 
-from . import audio, avsbench, labels
+from . import audio, avsbench, files, labels
 from .clips import FRAMES, SPLITS, Clip
 from .errors import UserError
 
@@ -176,7 +176,7 @@ def _finding(kind: str, clip: str | None, text: str) -> dict:
 
 def _check_clip(clip: Clip) -> _Result:
   result = _Result(clip)
-  if not os.path.isdir(clip.folder):
+  if not files.is_there(clip.folder):
     result.problem(
       'missing folder',
       f'{clip.folder}: a row of {os.path.basename(clip.table)} names this folder, which does not '
@@ -267,7 +267,7 @@ def _read_mask(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
 
 def _read_semantic(result: _Result, t: int) -> np.ndarray | None:
   path = result.clip.label_ids_path(t)
-  if not os.path.exists(path) and os.path.exists(result.clip.label_rgb_path(t)):
+  if not files.is_there(path) and files.is_there(result.clip.label_rgb_path(t)):
     return None  # ordinary: training then reads the colours
   ids = result.attempt(lambda: avsbench.load_label_ids(result.clip, t), path)
   result.read['labels_semantic'] += ids is not None
@@ -277,7 +277,7 @@ def _read_semantic(result: _Result, t: int) -> np.ndarray | None:
 def _read_colours(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
   """Class ids, and how many pixels of a label that is good enough have an unknown colour."""
   path = result.clip.label_rgb_path(t)
-  if not os.path.exists(path):
+  if not files.is_there(path):
     return None, 0  # ordinary where there are ids, else already reported with them
   rgb = result.attempt(lambda: avsbench.load_label_rgb(result.clip, t), path)
   if rgb is None:

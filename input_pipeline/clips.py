@@ -4,9 +4,9 @@ import csv
 import dataclasses
 import io
 import os
-import stat
 from collections.abc import Sequence
 
+from . import files
 from .errors import UserError
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames in a clip of each subset
@@ -88,20 +88,13 @@ def read_table(
     UserError: the file is missing, too large for a table of clips, not UTF-8 or not CSV, or lacks
       a column, in the header or in a row.
   """
-  try:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      raise UserError(f'{path}: not a file; give a table of clips in this place.')
-    with open(path, 'rb') as file:
-      data = file.read(_MAX_TABLE + 1)
-  except OSError as error:
-    raise UserError(
-      f'{path}: cannot be read ({error.strerror}); give the folder that holds metadata.csv, or '
-      f's4_meta_data.csv or ms3_meta_data.csv of AVSBench-object.'
-    ) from error
-  if len(data) > _MAX_TABLE:
-    raise UserError(
-      f'{path}: more than {_MAX_TABLE} bytes, too many for a table of clips; restore the file.'
-    )
+  data = files.read_file(
+    path,
+    _MAX_TABLE,
+    'a table of clips',
+    'give the folder that holds metadata.csv, or s4_meta_data.csv or ms3_meta_data.csv of '
+    'AVSBench-object',
+  )
   try:
     text = data.decode('utf-8-sig')
   except UnicodeDecodeError as error:

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import avsbench_object, compose_scenes, compose_sounds, errors, labels
+from . import avsbench_object, compose_scenes, compose_sounds, errors, files, labels
 from .avsbench_object import ObjectClip
 from .compose_scenes import CLASSES, FRAMES, SPLITS
 
@@ -166,8 +166,8 @@ def _is_ours(root: pathlib.Path, settings: dict) -> bool:
     UserError: root holds something else.
   """
   try:
-    found = dict(json.loads((root / 'compose.json').read_text(encoding='utf-8')))
-  except (OSError, TypeError, ValueError):
+    found = files.read_json(root / 'compose.json', dict, 'restore it')
+  except errors.UserError:
     if root.exists() and (not root.is_dir() or any(p.name != _PARTIAL for p in root.iterdir())):
       raise errors.UserError(
         f'{root} holds something that was not composed here (it has no readable compose.json); '

@@ -1,5 +1,7 @@
 """What is the user's to mend, and what may mend itself."""
 
+import errno
+
 
 class UserError(ValueError):
   """Something the user can mend: a file, a key, a value.
@@ -16,8 +18,18 @@ _WRONG_PATH = (
   IsADirectoryError,
   PermissionError,
 )
+_WRONG_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def may_pass(error: OSError) -> bool:
   """Whether the next start may be spared it: a full disk or a failing network, no wrong path."""
-  return not isinstance(error, _WRONG_PATH)
+  return not isinstance(error, _WRONG_PATH) and error.errno not in _WRONG_NAME
+
+
+def of_disk(error: Exception) -> bool:
+  """Whether a file could not be read for the sake of a disk that fails, so may be as good as ever.
+
+  Such an error goes through the readers as it is. Libraries raise OSError for a damaged file too,
+  but without a number of the system's.
+  """
+  return isinstance(error, OSError) and error.errno is not None and may_pass(error)

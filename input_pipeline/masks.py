@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from .avsbench import Clip
-from .errors import UserError
+from .errors import UserError, of_disk
 
 _PNG_FRAME = 1 << 16  # bytes of a PNG beside its pixels, at most
 
@@ -63,7 +63,7 @@ def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
 def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
   """uint8 [size, size] of 0 and 255. Raises UserError if missing, damaged or of another size."""
   path = mask_path(root, clip, t)
-  advice = 'write the masks again with `aavs masks`'
+  advice = 'restore it, or write the masks again with `aavs masks`'
   try:
     # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
     # is smaller than its pixels and the frame of a PNG.
@@ -80,6 +80,8 @@ def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
   except FileNotFoundError:
     raise UserError(f'{path} is missing: {advice}') from None
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    if of_disk(error):
+      raise
     raise UserError(f'{path} is not a readable PNG ({error}): {advice}') from None
   if mask.ndim != 2 or mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
     raise UserError(f'{path} holds values other than 0 and 255: {advice}')

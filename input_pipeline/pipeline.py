@@ -26,6 +26,7 @@ class Task:
   """What a batch must hold; the plain values of a config that the readers need."""
 
   semantic: bool
+  num_classes: int  # background included
   image_size: int
   eval_size: int
   max_targets: int
@@ -82,6 +83,18 @@ def _targets(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
   return ids if task.semantic else np.where(ids == labels.IGNORE, ids, np.minimum(ids, 1))
 
 
+def _classes(reader: reading.Reader, t: int, ids: np.ndarray, task: Task) -> np.ndarray:
+  """What occurs in the label of frame t, in order; UserError for a class that the model lacks."""
+  present = labels.values(ids)
+  present = present[present != labels.IGNORE]
+  if present.size and present[-1] >= task.num_classes:
+    raise UserError(
+      f'{reader.label_name(t)} holds class id {present[-1]}, config.num_classes is '
+      f'{task.num_classes}: set it to at least {present[-1] + 1}, or mend the label'
+    )
+  return present
+
+
 def _is_silent(
   clip: Clip, reader: reading.Reader, known: dict[int, np.ndarray], task: Task
 ) -> bool:
@@ -98,7 +111,8 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
   release. The prior is the ground truth.
 
   Raises:
-    UserError: a file is missing or damaged, or a frame has more than max_targets label values.
+    UserError: a file is missing or damaged, or a frame has a class of num_classes or more, or more
+      than max_targets label values.
   """
   reader = reading.read_clip(clip, task.image_size, task.eval_size)
   times = [0] * item.frames if clip.labelled_frames == (0,) else _times(item)
@@ -113,8 +127,7 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
     maps[t] = _targets(reader, t, task)
     if task.use_prior:
       priors[t] = _prior(reader, t, task)
-    present = labels.values(maps[t])
-    present = present[present != labels.IGNORE]
+    present = _classes(reader, t, maps[t], task)
     if len(present) > task.max_targets:
       raise UserError(
         f'{reader.label_name(t)} has {len(present)} label values, data.max_targets is '
@@ -144,6 +157,9 @@ def load_eval_item(
 
   The prior is stage 1's masks from task.masks, or the ground truth if that is ''. Frames without a
   label (v1s/train) have weight 0, and zeros for what would come from the label.
+
+  Raises:
+    UserError: a file or mask is missing or damaged, or a label has a class of num_classes or more.
   """
   reader = reading.read_clip(clip, task.image_size, task.eval_size)
   times, frames = _times(item), _empty_frames(item, task)
@@ -157,6 +173,7 @@ def load_eval_item(
     elif task.semantic:
       avsbench.require_classes([clip])
       targets.append(reader.label_ids(t, task.eval_size))
+      _classes(reader, t, targets[-1], task)
     else:
       targets.append(reader.metric_target(t).astype(np.uint8))
     if task.use_prior and task.masks:
@@ -193,27 +210,32 @@ def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.nda
   }
 
 
-def find_bad_clips(clips: Sequence[Clip], threads: int) -> list[dict[str, str]]:
+def find_bad_clips(clips: Sequence[Clip], task: Task, threads: int) -> list[dict[str, str]]:
   """Training clips with a file that cannot be used, in order; reads every file that training reads.
 
-  Prepared clips are not read again: they were when they were prepared.
+  Of prepared clips, whose files were read when they were prepared, only labels that may hold
+  classes which the model lacks.
 
   Returns:
     {'clip': 'SUBSET/UID', 'text': a sentence that names the file and what is wrong with it} each.
   """
   with concurrent.futures.ThreadPoolExecutor(threads) as executor:
-    faults = zip(clips, executor.map(_fault, clips))
+    faults = zip(clips, executor.map(functools.partial(_fault, task=task), clips))
     return [{'clip': f'{c.subset}/{c.uid}', 'text': fault} for c, fault in faults if fault]
 
 
-def _fault(clip: Clip) -> str | None:
-  if isinstance(clip, prepared.PreparedClip):
+def _fault(clip: Clip, task: Task) -> str | None:
+  is_prepared = isinstance(clip, prepared.PreparedClip)
+  if is_prepared and (not task.semantic or task.num_classes == labels.NUM_CLASSES):
     return None
   try:
+    reader = reading.read_clip(clip, task.image_size, task.eval_size)
     for t in clip.labelled_frames:
-      avsbench.read_image(clip.frame_path(t))
-      avsbench.load_label_ids(clip, t)
-    avsbench.load_log_mel(clip)
+      _classes(reader, t, _targets(reader, t, task), task)
+      if not is_prepared:
+        reader.frame(t)
+    if not is_prepared:
+      reading.load_log_mel(clip)
   except UserError as error:
     return str(error)
   return None

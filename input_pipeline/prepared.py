@@ -13,11 +13,13 @@ image, see encode_frame.
 """
 
 import dataclasses
+import errno
 import functools
 import io
-import json
 import math
 import os
+import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 import cv2
@@ -25,13 +27,41 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from . import audio, avsbench_object, memory
-from .clips import Clip
-from .errors import UserError
+from . import audio, avsbench_object, files, memory
+from .clips import FRAMES, Clip, check_name, check_split
+from .errors import UserError, of_disk
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of the shards; to be raised when the raw path gives other pixels, ids or log-mel
 LOSSLESS = 'lossless'
+MAX_SIZE = 4096  # of a side, in pixels
+
+_SHARD = r'(train|val|test)-\d{5}-of-\d{5}\.array_record'
+_FRAMES = r'lossless|jpeg ([1-9]\d?|100)'
+SETTINGS = {'image_size': int, 'eval_size': int, 'frames': str}
+BAD_CLIPS = [{'clip': str, 'text': str}]
+_SHAPE = {  # of the manifest, see files.require_shape
+  'format': int,
+  'settings': SETTINGS,
+  'clips_per_shard': int,
+  'index': str,
+  'tables': [str],
+  'counts': [{'split': str, 'subset': str, 'clips': int, 'frames': int}],
+  'bad_clips': BAD_CLIPS,
+  'shards': [{'file': str, 'bytes': int, 'sha256': str}],
+  'clips': [
+    {
+      'subset': str,
+      'uid': str,
+      'split': str,
+      'num_frames': int,
+      'label_kind': str,
+      'category': str,
+      'shard': str,
+      'position': int,
+    }
+  ],
+}
 
 _AGAIN = 'run `aavs prepare` again, which writes damaged shards anew'
 
@@ -107,23 +137,57 @@ def require_sizes(clips: Sequence[Clip], image_size: int, eval_size: int) -> Non
 
 
 def is_prepared(root: str) -> bool:
-  return os.path.exists(os.path.join(root, MANIFEST))
+  return files.is_there(os.path.join(root, MANIFEST))
 
 
 def read_manifest(root: str) -> dict:
-  """What prepared.json holds. Raises UserError if it is damaged or of another version."""
-  path = os.path.join(root, MANIFEST)
-  try:
-    with open(path, encoding='utf-8') as file:
-      manifest = json.load(file)
-    found = manifest['format']
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f'{path} is not a list of shards ({error!r}): {_AGAIN}') from error
-  if found != FORMAT:
+  """What prepared.json holds, every field of it checked.
+
+  Raises:
+    UserError: it is damaged or of another version.
+  """
+  path = pathlib.Path(root, MANIFEST)
+  manifest = files.read_json(path, {'format': int, ...: object}, _AGAIN)
+  if manifest['format'] != FORMAT:
     raise UserError(
-      f'{path} is of format {found}, and this version reads {FORMAT}: prepare the data set anew in '
-      'another folder'
+      f'{path} is of format {manifest["format"]}, and this version reads {FORMAT}: prepare the '
+      'data set anew in another folder'
     )
+  files.require_shape(path, manifest, _SHAPE, _AGAIN)
+
+  def need(ok, key, value, expected):
+    if not ok:
+      raise UserError(f'{path}: {key} is {value!a}, not {expected}: {_AGAIN}')
+
+  settings = manifest['settings']
+  for key in ('image_size', 'eval_size'):
+    need(1 <= settings[key] <= MAX_SIZE, f'settings.{key}', settings[key], f'1 to {MAX_SIZE}')
+  frames = settings['frames']
+  need(re.fullmatch(_FRAMES, frames), 'settings.frames', frames, f'{LOSSLESS} or jpeg 1 to 100')
+  end = {}  # of each shard, in records
+  for i, shard in enumerate(manifest['shards']):
+    key, name = f'shards[{i}]', shard['file']
+    need(re.fullmatch(_SHARD, name) and name not in end, f'{key}.file', name, 'a name of its own')
+    end[name] = 0
+  seen = set()
+  for i, clip in enumerate(manifest['clips']):
+    key, subset = f'clips[{i}]', clip['subset']
+    need(subset in FRAMES, f'{key}.subset', subset, f'one of {", ".join(FRAMES)}')
+    check_name(f'{path}: {key}', 'uid', clip['uid'])
+    need((subset, clip['uid']) not in seen, f'{key}.uid', clip['uid'], 'a uid of its own')
+    seen.add((subset, clip['uid']))
+    check_split(f'{path}: {key}', clip['split'])
+    length = clip['num_frames']
+    need(length == FRAMES[subset], f'{key}.num_frames', length, FRAMES[subset])
+    kind = clip['label_kind']
+    need(kind in ('semantic', 'binary'), f'{key}.label_kind', kind, 'semantic or binary')
+    if clip['category']:
+      check_name(f'{path}: {key}', 'category', clip['category'])
+    shard = clip['shard']
+    own = shard in end and shard.startswith(f'{clip["split"]}-')
+    need(own, f'{key}.shard', shard, f'a shard of {clip["split"]}')
+    need(clip['position'] == end[shard], f'{key}.position', clip['position'], end[shard])
+    end[shard] += 1 + length
   return manifest
 
 
@@ -136,7 +200,7 @@ def read_index(root: str) -> list[PreparedClip]:
   manifest = read_manifest(root)
   for shard in manifest['shards']:
     path = os.path.join(root, shard['file'])
-    length = os.path.getsize(path) if os.path.exists(path) else 'no'
+    length = os.path.getsize(path) if files.is_there(path) else 'no'
     if length != shard['bytes']:
       raise UserError(f'{path} has {length} of {shard["bytes"]} bytes: {_AGAIN}')
   settings = Settings(**manifest['settings'])
@@ -166,7 +230,7 @@ def decode_frame(data: memoryview | bytes, size: int, frames: str) -> np.ndarray
   """The image of `encode_frame`, uint8 [size, size, 3]. Raises ValueError if it is none."""
   if frames != LOSSLESS:
     with Image.open(io.BytesIO(data), formats=('JPEG',)) as image:
-      return np.array(image)
+      return np.array(image).reshape(size, size, 3)
   planes = np.frombuffer(data, np.uint8).reshape(size, 3, size).copy()
   bands = _bands(planes)
   for row in range(1, bands.shape[1]):  # np.cumsum takes six times as long
@@ -232,10 +296,18 @@ def read_frame(clip: PreparedClip, t: int) -> FrameRecord:
   return FrameRecord(ids, target, lambda: _decode(clip, decode, data))
 
 
+_ERRORS = {os.strerror(number): number for number in errno.errorcode}  # numbers by text
+
+
 def _read(clip: PreparedClip, record: int, parse: Callable):
   try:
     (data,) = _open(clip.shard_path).read([clip.position + record])
-  except RuntimeError as error:  # of every kind of damage
+  except RuntimeError as error:  # of every kind of damage, and of a disk that fails
+    failed = re.match(r'\w+\(\) failed: ([^;]+)', str(error))  # a function of the system's
+    if failed and failed[1] in _ERRORS:
+      of_system = OSError(_ERRORS[failed[1]], failed[1], clip.shard_path)
+      if of_disk(of_system):
+        raise of_system from error
     raise _damaged(clip, error) from error
   return _decode(clip, parse, data)
 

@@ -16,8 +16,8 @@ class Reader:
 
   What is asked of one frame after the other is read once.
 
-  All of them raise UserError where a file or shard is missing or damaged. The labels are those of
-  clip.labelled_frames alone.
+  All of them raise UserError where a file or shard is missing or damaged, and OSError where the
+  disk fails. The labels are those of clip.labelled_frames alone.
 
   Attributes:
     frame: time -> uint8 [image_size, image_size, 3] RGB.
@@ -50,7 +50,7 @@ def _of_files(clip: Clip, image_size: int, eval_size: int) -> Reader:
     metric_target=lambda t: labels.binary_metric_target(
       avsbench.load_label_rgb(clip, t), eval_size
     ),
-    label_name=clip.label_ids_path,
+    label_name=functools.partial(avsbench.label_path, clip),
   )
 
 

@@ -25,13 +25,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from . import avsbench, prepared, reading
+from . import avsbench, files, prepared, reading
 from .clips import SPLITS, Clip
 from .errors import UserError
 from .prepared import MANIFEST, Settings
 
 _CLAIM = 'preparing.json'  # what a folder is for, until the manifest says so
 _WORKING = '.writing-'
+_NOTE = {'file': str, 'bytes': int, 'sha256': str, 'clips': [str], 'bad_clips': prepared.BAD_CLIPS}
 CLIPS_PER_SHARD = 64  # 50 to 120 MB at the published sizes
 
 
@@ -98,7 +99,8 @@ def prepare(
       begun with another value of an argument, or other clips; a clip is bad.
   """
   for name, value, low, high in (
-    ('image_size', image_size, 1, 4096), ('eval_size', eval_size, 1, 4096), ('jpeg', jpeg, 0, 100),
+    ('image_size', image_size, 1, prepared.MAX_SIZE),
+    ('eval_size', eval_size, 1, prepared.MAX_SIZE), ('jpeg', jpeg, 0, 100),
     ('workers', workers, 1, 1024), ('clips_per_shard', clips_per_shard, 1, 100_000),
     ('max_bad_clips', max_bad_clips, 0, 10**9),
   ):  # fmt: skip
@@ -179,13 +181,9 @@ def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None
       )
     _write_json(out / _CLAIM, claim)
   else:
-    try:
-      begun = json.loads(note.read_text())
-      old = {**begun, **begun['settings']}
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(
-        f'{note} cannot be read ({error!r}): remove the folder or name another one'
-      ) from error
+    shape = {'settings': prepared.SETTINGS, ...: object}
+    begun = files.read_json(note, shape, 'remove the folder or name another one')
+    old = {**begun, **begun['settings']}
     for key, value in {**claim, **claim['settings']}.items():
       if key == 'settings' or old.get(key) == value:
         continue
@@ -248,7 +246,7 @@ def _write_shard(
 ) -> dict:
   """Writes one shard, unless it is there already, and returns what its JSON file says."""
   note = (out / name).with_suffix('.json')
-  there = _read_finished(out / name, note)
+  there = _read_finished(out / name, note, [_name(clip) for clip in clips])
   if there and (skip or not there['bad_clips']):
     return there
   good, bad = [], []
@@ -272,16 +270,19 @@ def _write_shard(
   return shard
 
 
-def _read_finished(path: epath.Path, note: epath.Path) -> dict | None:
-  """What the JSON file of a shard says, if both are there and agree."""
+def _read_finished(path: epath.Path, note: epath.Path, names: Sequence[str]) -> dict | None:
+  """What the JSON file of a shard says, if both are there and agree; `names` are of its clips."""
   try:
-    shard = json.loads(note.read_text())
-    # A bucket's objects are whole, and to read them all again would take hours.
-    whole = path.stat().length == shard['bytes']
-    whole = whole and ('://' in str(path) or _digest(path) == shard['sha256'])
-    return shard if whole and {'clips', 'bad_clips'} <= shard.keys() else None
-  except (OSError, ValueError, KeyError, TypeError):
+    shard = files.read_json(note, _NOTE, 'write it anew')
+  except UserError:
     return None
+  bad = {row['clip'] for row in shard['bad_clips']}
+  if shard['file'] != path.name or shard['clips'] != [name for name in names if name not in bad]:
+    return None
+  if not path.exists() or path.stat().length != shard['bytes']:
+    return None
+  # A bucket's objects are whole, and to read them all again would take hours.
+  return shard if '://' in str(path) or _digest(path) == shard['sha256'] else None
 
 
 def _digest(path: os.PathLike) -> str:

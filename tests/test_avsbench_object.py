@@ -277,7 +277,7 @@ def test_pickles_are_not_read(root, tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(_Trap(sprung)))
   assert check.check_data(root)['ok']
-  task = pipeline.Task(False, 32, 32, 2, False, '')
+  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
   for index, clip in enumerate(avsbench.read_index(root)):
     pipeline.load_training_item(clip, pipeline.Item(index, 0, 5), task)
   assert not sprung.exists()
@@ -289,7 +289,7 @@ def test_pickles_are_not_read(root, tmp_path):
 
 
 def test_training_and_evaluation_items(root):
-  task = pipeline.Task(False, 32, 64, 2, True, '')
+  task = pipeline.Task(False, 2, 32, 64, 2, True, '')
   clip = avsbench.read_index(root, 'test', ['v1s'])[0]
   item = pipeline.Item(0, 0, 5)
   training = pipeline.load_training_item(clip, item, task)
@@ -309,7 +309,7 @@ def test_training_and_evaluation_items(root):
 
 def test_the_semantic_task_is_refused(root):
   clips = avsbench.read_index(root, 'test')
-  task = pipeline.Task(True, 32, 32, 4, False, '')
+  task = pipeline.Task(True, 71, 32, 32, 4, False, '')
   options = dict(item_frames=5, batch_items=1, seed=0, start=0, threads=1)
   for read in (
     lambda: pipeline.training_batches(clips, task, **options),
@@ -320,7 +320,7 @@ def test_the_semantic_task_is_refused(root):
     message = str(caught.value)
     assert str(root / 's4_meta_data.csv') in message and "task 'binary'" in message
     assert '\n' not in message
-  binary = pipeline.Task(False, 32, 32, 2, False, '')
+  binary = pipeline.Task(False, 2, 32, 32, 2, False, '')
   assert next(pipeline.training_batches(clips, binary, **options))['frames'].shape == (5, 32, 32, 3)
 
 

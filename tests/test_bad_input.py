@@ -6,6 +6,7 @@ properties of random files, random damage, and the clips that training leaves ou
 
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -23,15 +24,16 @@ import jax
 import numpy as np
 import pytest
 from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aavs_jax import checkpoint
+from aavs_jax import checkpoint, cli, evaluate, wandb_run, work_folder
 from aavs_jax.train import train
 from tests import tiny
 
+TASK = pipeline.Task(True, 71, 32, 32, 4, False, '')
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -191,6 +193,33 @@ def test_an_image_of_60000_x_60000_takes_no_memory(tmp_path):
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
 
 
+def test_grey_of_16_bits_is_scaled_in_frames_and_stays_in_labels(root):
+  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  ramp = np.tile(np.arange(256, dtype=np.uint16), (64, 1))
+  for dtype, scale in ((np.uint8, 1), (np.uint16, 257)):
+    Image.fromarray((ramp * scale).astype(dtype)).save(clip.frame_path(0), format='PNG')
+    pixels = avsbench.read_image(clip.frame_path(0))
+    np.testing.assert_array_equal(pixels, np.repeat(ramp[..., None], 3, axis=2))
+    resized = avsbench.load_frame(clip, 0, 32)
+    assert (np.diff(resized[0, :, 0].astype(int)) > 5).all() and resized.max() > 250
+  Image.fromarray(ramp * 257 + 128).save(clip.frame_path(0), format='PNG')
+  assert np.abs(avsbench.read_image(clip.frame_path(0))[0, :255, 0] - ramp[0, :255]).max() == 0
+
+  ids = np.minimum(ramp, 70)
+  ids[0] = labels.IGNORE
+  Image.fromarray(ids).save(clip.label_ids_path(0))
+  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 0), ids)
+  assert avsbench.load_label_ids(clip, 0).dtype == np.uint8
+  for wrong in (71, 256, 65535):  # none of them becomes 255, which is to be ignored
+    ids[5, 5] = wrong
+    Image.fromarray(ids).save(clip.label_ids_path(0))
+    refusal(lambda: avsbench.load_label_ids(clip, 0), clip.label_ids_path(0), f'class id {wrong} ')
+  for sounding in (1, 255, 65535):
+    Image.fromarray((ramp > 99).astype(np.uint16) * sounding).save(clip.label_ids_path(0))
+    mask, doubtful = avsbench.read_mask(clip.label_ids_path(0))
+    assert np.array_equal(mask, ramp > 99) and not doubtful
+
+
 @pytest.mark.parametrize('share', [0.02, 0.3, 0.6, 0.97])
 @pytest.mark.parametrize('kind', ['jpg', 'png'])
 def test_a_truncated_image(tmp_path, kind, share):
@@ -215,7 +244,7 @@ def test_a_chunk_that_claims_gigabytes(root, tmp_path):
 
 def test_a_label_of_another_size_is_resized_on_its_own(root):
   clip = avsbench.read_index(root, 'train', ['v1m'])[0]
-  task = pipeline.Task(True, 32, 32, 4, False, '')
+  task = pipeline.Task(True, 71, 32, 32, 4, False, '')
   whole = pipeline.load_training_item(clip, pipeline.Item(0, 0, 5), task)
   for t in range(5):
     for path in (clip.label_ids_path(t), clip.label_rgb_path(t)):
@@ -392,6 +421,94 @@ def test_damaged_files_are_read_or_refused(tmp_path):
   assert all(counts[kind]['read'] > 3 for kind in ('jpg', 'mask', 'wav', 'csv'))
 
 
+# What a command has noted for the next one
+
+
+@pytest.mark.parametrize(
+  'name, read, wrong, found',
+  [
+    ('source.json', evaluate.masks_digest, '[]', 'the content is [], not an object'),
+    ('source.json', evaluate.masks_digest, '{"checkpoint": "a", "step": 1}', 'lacks digest'),
+    ('converted.json', checkpoint.converted, '[' * 100_000, 'not valid JSON'),
+    ('converted.json', checkpoint.converted, '\x80', 'not valid JSON'),
+    (
+      'converted.json',
+      checkpoint.converted,
+      '{"kind": "aavs", "source": "a", "vggish": "b", "lacking": [1], "names": [], "unused": []}',
+      'lacking[0] is 1, not a text',
+    ),
+    (
+      'bad_clips.json',
+      lambda folder: work_folder.leave_out_bad(_skipping(), folder, []),
+      '[{"clip": "v1s/a"}]',
+      'lacks [0].text',
+    ),
+    (
+      'wandb.json',
+      lambda folder: wandb_run._run_id(folder, 'mine'),
+      '{"mine": {"id": true}}',
+      'mine is',
+    ),
+  ],
+)
+def test_a_note_of_another_shape_is_refused(tmp_path, name, read, wrong, found):
+  (tmp_path / name).write_bytes(wrong.encode('latin-1'))
+  refusal(lambda: read(tmp_path), tmp_path / name, found)
+
+
+def _skipping():
+  config = tiny.get_config('stage1')
+  config.data.on_bad_clip = 'skip'
+  return config
+
+
+# Disks that fail
+
+
+def _of(clip, root):
+  return {
+    'frame': (clip.frame_path(0), lambda: avsbench.load_frame(clip, 0, 32)),
+    'ids': (clip.label_ids_path(0), lambda: avsbench.load_label_ids(clip, 0)),
+    'colours': (clip.label_rgb_path(0), lambda: avsbench.load_label_rgb(clip, 0)),
+    'sound': (clip.audio_path, lambda: avsbench.load_log_mel(clip)),
+    'mask': (masks.mask_path(root, clip, 0), lambda: masks.read_mask(root, clip, 0, 32)),
+    'table': (clip.table, lambda: avsbench.read_index(root)),
+    'manifest': (f'{root}/prepared.json', lambda: avsbench.read_index(root)),
+  }
+
+
+@pytest.mark.parametrize('kind', ['frame', 'ids', 'colours', 'sound', 'mask', 'table', 'manifest'])
+def test_a_disk_that_fails_makes_no_file_bad(root, kind, capsys):
+  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  path, read = _of(clip, str(root))[kind]
+  pathlib.Path(path).unlink(missing_ok=True)
+  os.symlink('/proc/self/mem', path)  # a file whose first byte cannot be read: EIO
+  with pytest.raises(OSError) as failure:
+    read()
+  assert failure.value.errno == errno.EIO and may_pass(failure.value)
+  if kind in ('frame', 'ids', 'sound'):
+    with pytest.raises(OSError, match='Input/output error'):
+      pipeline.find_bad_clips([clip], TASK, 1)
+    assert cli.main(['check-data', str(root)]) == 1
+    assert 'Input/output error' in capsys.readouterr().err
+
+
+def test_nothing_is_missing_where_the_disk_fails(root, monkeypatch):
+  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  stat_ = os.stat
+
+  def stale(path, *args, **options):
+    if clip.uid in os.fspath(path):
+      raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    return stat_(path, *args, **options)
+
+  monkeypatch.setattr(os, 'stat', stale)
+  for read in (avsbench.load_label_ids, avsbench.load_label_rgb):
+    with pytest.raises(OSError) as failure:
+      read(clip, 0)
+    assert failure.value.errno == errno.ESTALE
+
+
 # Clips that training leaves out
 
 
@@ -416,7 +533,7 @@ def test_bad_clips_are_found_and_named(damaged):
   root, faults = damaged
   clips = avsbench.read_index(root, 'train')
   for threads in (1, 4):
-    bad = pipeline.find_bad_clips(clips, threads)
+    bad = pipeline.find_bad_clips(clips, TASK, threads)
     assert [row['clip'] for row in bad] == [f'{clip.subset}/{clip.uid}' for clip, _ in faults]
     for row, (_, path) in zip(bad, faults):
       assert path in row['text'] and '\n' not in row['text']
@@ -430,13 +547,13 @@ def test_bad_clips_are_found_and_named(damaged):
 def test_the_stream_is_that_of_a_data_set_without_them(damaged):
   root, faults = damaged
   clips = avsbench.read_index(root, 'train')
-  good = pipeline.leave_out(clips, pipeline.find_bad_clips(clips, 2), 3)
+  good = pipeline.leave_out(clips, pipeline.find_bad_clips(clips, TASK, 2), 3)
   table = root / 'metadata.csv'
   lines = table.read_text().splitlines()
   table.write_text('\n'.join(line for line in lines if not any(c.uid in line for c, _ in faults)))
   without = avsbench.read_index(root, 'train')
   assert len(without) == len(clips) - 3
-  task = pipeline.Task(False, 32, 32, 2, False, '')
+  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
 
   def stream(clips, start, threads):
     options = dict(item_frames=5, batch_items=2, seed=1, start=start, threads=threads)
@@ -451,8 +568,8 @@ def test_the_stream_is_that_of_a_data_set_without_them(damaged):
 
 def test_a_config_that_does_not_fit_is_no_bad_clip(data_root):
   clips = avsbench.read_index(data_root, 'train', ['v1m'])
-  assert pipeline.find_bad_clips(clips, 1) == []
-  task = pipeline.Task(True, 32, 32, 1, False, '')
+  assert pipeline.find_bad_clips(clips, TASK, 1) == []
+  task = pipeline.Task(True, 71, 32, 32, 1, False, '')
   options = dict(item_frames=5, batch_items=1, seed=0, start=0, threads=1)
   stream = pipeline.training_batches(clips, task, **options)
   refusal(lambda: list(itertools.islice(stream, 4)), 'max_targets is 1')

@@ -9,7 +9,7 @@ from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli
 
-TASK = pipeline.Task(True, 32, 32, 4, True, '')
+TASK = pipeline.Task(True, 71, 32, 32, 4, True, '')
 LOADING = bench.Loading(item_frames=5, batch_items=2, threads=1, workers=0)
 
 

@@ -16,7 +16,7 @@ from aavs_jax.input_pipeline import avsbench, pipeline
 from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-TASK = pipeline.Task(True, 32, 32, 4, True, '')
+TASK = pipeline.Task(True, 71, 32, 32, 4, True, '')
 
 
 def _open(clips, workers, **changes):

@@ -115,6 +115,14 @@ def test_semantic_equals_slow_computation(seed):
   np.testing.assert_array_equal(record['pixels'], pixels)
 
 
+@pytest.mark.parametrize('argument', [0, 1])
+def test_a_class_that_the_record_lacks_counts_into_no_other_frame(argument):
+  maps = np.zeros((2, 2, 4, 4), np.uint8)
+  maps[argument, 0, 0, 0] = 4
+  with pytest.raises(ValueError, match='class id 4 in a record of 3 classes'):
+    metrics.semantic_record(*maps, 3)
+
+
 def test_perfect_and_empty_semantic_clip():
   silent = np.zeros((2, 4, 4), np.uint8)
   record = metrics.semantic_record(silent, silent, 3)

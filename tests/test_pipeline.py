@@ -1,9 +1,11 @@
 """Batches: what is in them, their order, and that evaluation sees every frame once."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -148,15 +150,43 @@ def test_labels_classes_and_prior_agree_with_the_files(tiny_stage2, train_clips)
       classes = batch['target_classes'][i]
       assert list(classes[classes >= 0]) == list(np.unique(ids))
       assert np.array_equal(batch['prior'][i] == 255, ids > 0)  # both 32x32 here
-  binary = pipeline.Task(False, 32, 32, 2, False, '')
+  binary = pipeline.Task(False, 2, 32, 32, 2, False, '')
   batch = pipeline.load_training_item(train_clips[-1], pipeline.Item(0, 0, 5), binary)
   assert set(np.unique(batch['labels'])) <= {0, 1}
 
 
 def test_more_label_values_than_targets_is_refused(train_clips):
-  task = pipeline.Task(True, 32, 32, 1, False, '')
+  task = pipeline.Task(True, 71, 32, 32, 1, False, '')
   with pytest.raises(UserError, match=r'labels_semantic.*max_targets is 1'):
     pipeline.load_training_item(train_clips[0], pipeline.Item(0, 0, 5), task)
+
+
+@pytest.mark.parametrize('colours', [False, True])
+def test_a_class_that_the_model_lacks_is_refused_by_name(train_clips, tmp_path, colours):
+  clip = dataclasses.replace(train_clips[-1], root=str(tmp_path))
+  shutil.copytree(train_clips[-1].folder, clip.folder)
+  path = clip.label_ids_path(6)
+  halves = np.where(np.arange(72) < 40, 70, labels.IGNORE).astype(np.uint8)
+  _resave(path, lambda ids: np.broadcast_to(halves[:, None], ids.shape))
+  if colours:  # which are read where there are no ids
+    os.remove(path)
+    path = clip.label_rgb_path(6)
+    Image.fromarray(np.broadcast_to(labels.PALETTE[70], (72, 96, 3))).save(path)
+  item, lacking = pipeline.Item(0, 5, 5), pipeline.Task(True, 70, 32, 32, 4, False, '')
+  words = f'{path} holds class id 70, config.num_classes is 70: set it to at least 71'
+  for task in (lacking, dataclasses.replace(lacking, num_classes=71)):
+    bad = pipeline.find_bad_clips([clip], task, 1)
+    assert [row['clip'] for row in bad] == ([f'v2/{clip.uid}'] if task is lacking else [])
+    for load in (
+      functools.partial(pipeline.load_training_item, clip, item, task),
+      functools.partial(pipeline.load_eval_item, clip, clip, item, task),
+    ):
+      if task is lacking:
+        assert bad[0]['text'].startswith(words)
+        with pytest.raises(UserError, match=re.escape(words)):
+          load()
+      else:
+        assert load()['weight'].all()
 
 
 @pytest.mark.parametrize('batch_items', [1, 3, 4])
@@ -190,7 +220,7 @@ def test_large_batches_and_lengths_that_do_not_divide_a_clip_are_refused(tiny_st
 def test_frames_without_a_label_do_not_count_in_evaluation(train_clips, tmp_path):
   clip = next(clip for clip in train_clips if clip.subset == 'v1s')
   for semantic in (False, True):
-    task = pipeline.Task(semantic, 32, 32, 4, semantic, '')
+    task = pipeline.Task(semantic, 71 if semantic else 2, 32, 32, 4, semantic, '')
     batch = pipeline.load_eval_item(clip, clip, pipeline.Item(0, 0, 5), task)
     assert batch['weight'].tolist() == [1, 0, 0, 0, 0]
     assert batch['target'][0].any() and not batch['target'][1:].any()
@@ -205,7 +235,7 @@ def test_the_prior_of_evaluation_is_that_of_the_masks_or_the_truth(data_root, tm
   masks.write_clip_masks(str(tmp_path), clip, np.full((10, 24, 24), 255, np.uint8))
   item = pipeline.Item(0, 5, 5)
   for folder in (str(tmp_path), ''):
-    task = pipeline.Task(True, 32, 24, 4, True, folder)
+    task = pipeline.Task(True, 71, 32, 24, 4, True, folder)
     batch = pipeline.load_eval_item(clip, clip, item, task)
     truth = np.stack(
       [labels.resize_ids(avsbench.load_label_ids(clip, t), 24) for t in range(5, 10)]
@@ -217,7 +247,7 @@ def test_the_prior_of_evaluation_is_that_of_the_masks_or_the_truth(data_root, tm
 
 def test_evaluation_hears_the_clip_it_is_given_or_silence(data_root):
   clip, other = avsbench.read_index(data_root, 'test', ['v1m'])
-  task = pipeline.Task(False, 32, 32, 2, False, '')
+  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
   item = pipeline.Item(0, 0, 5)
   sound = {c.uid: avsbench.load_log_mel(c) for c in (clip, other)}
   assert not np.array_equal(sound[clip.uid], sound[other.uid])
@@ -240,7 +270,7 @@ def test_only_a_clip_in_which_nothing_ever_sounds_has_no_weight(data_root, tmp_p
     parts = [pipeline.load_training_item(clip, item, task) for item in items]
     return np.concatenate([part['weight'] for part in parts]).tolist()
 
-  binary, semantic = (pipeline.Task(s, 32, 32, 4, False, '') for s in (False, True))
+  binary, semantic = (pipeline.Task(s, 71 if s else 2, 32, 32, 4, False, '') for s in (False, True))
   for t in range(5):
     _resave(clip.label_ids_path(t), lambda ids: np.zeros_like(ids))
   assert weights(binary) == [0] * 5

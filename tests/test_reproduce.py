@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from aavs_jax.input_pipeline import avsbench
 from aavs_jax.input_pipeline.errors import UserError
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 from safetensors.numpy import save_file
 
 from aavs_jax import cli, evaluate
@@ -154,19 +156,63 @@ def test_what_is_there_is_not_made_again(files, begun, finished):
   assert _in_table(format_table(result))['S4'] == ['83.2 / 91.3', '-', '-']
 
 
+@pytest.mark.slow
+def test_masks_take_the_place_of_stage_1(files, begun, finished, tmp_path):
+  data, workdir = begun
+  table = json.loads((workdir / 'table.json').read_text())
+  given = {name: path for name, path in files.items() if name != 'stage1'}
+  masks = shutil.copytree(workdir / 'masks', tmp_path / 'masks')
+  (masks / 'source.json').unlink()  # which those of the release do not have
+  before = _stamps(workdir / 'masks')
+  result = reproduce(workdir, data=data, masks=masks, batch_items=2, **given)
+  assert result['avss'] == table['avss'] and result['avss']['ours']
+  assert _stamps(workdir / 'masks') == before and not (masks / 'source.json').exists()
+  evaluation = json.loads((workdir / 'eval' / 'avss.json').read_text())
+  assert evaluation['prior'] == 'stage1' and evaluation['masks_digest'] is None
+
+  one, _ = sorted(masks.glob('v1m/*/0.png'))
+  content = one.read_bytes()
+  one.write_bytes(255 - np.frombuffer(content, np.uint8))
+  with pytest.raises(UserError, match=re.escape(f'{one} is not a readable PNG')):
+    reproduce(workdir, data=data, masks=masks, batch_items=2, **given)
+  Image.fromarray(np.eye(32, dtype=np.uint8) * 255).save(one)
+  with pytest.raises(UserError, match=re.escape(f'other masks than those of {masks}')):
+    reproduce(workdir, data=data, masks=masks, batch_items=2, **given)
+  one.unlink()
+  with pytest.raises(UserError, match=re.escape(f'{one} is missing')):
+    reproduce(workdir, data=data, masks=masks, batch_items=2, **given)
+
+
+def test_stage_1_is_given_once(files, data_root, tmp_path):
+  given = {name: path for name, path in files.items() if name != 'stage1'}
+  for prior in ({}, {'stage1': files['stage1'], 'masks': tmp_path}):
+    with pytest.raises(UserError, match=r'--stage1 .* and --masks .*: give one of them'):
+      reproduce(tmp_path / 'run', data=data_root, **given, **prior)
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(
   ('flag', 'file', 'words'),
   [
-    ('stage1', 'stage2', 'a checkpoint of stage 2: give the checkpoint of stage 1'),
+    (
+      'stage1',
+      'stage2',
+      'a checkpoint of stage 2: give the checkpoint of stage 1 .* or with --masks the folder',
+    ),
     ('s4', 'stage2', 'a checkpoint of stage 2: give the checkpoint of S4'),
-    ('stage2', 'stage1', 'a checkpoint of stage 1, S4 or MS3: give the checkpoint of stage 2'),
+    ('ms3', 'stage2', 'a checkpoint of stage 2: give the checkpoint of MS3 .*one and the same'),
+    (
+      'stage2',
+      'ms3',
+      "of stage 1, S4 or MS3: give .* stage 2 .*linked MS3's and AVSS's to one and the same file",
+    ),
     ('vggish', 'stage1', 'not the audio network'),
   ],
 )
 def test_a_checkpoint_of_another_kind_is_refused(files, data_root, tmp_path, flag, file, words):
   given = {**files, flag: files[file]}
-  if flag != 's4':
-    given.pop('s4'), given.pop('ms3')
+  for other in {'s4', 'ms3'} - {flag}:
+    given.pop(other)
   with pytest.raises(UserError, match=words) as refusal:
     reproduce(tmp_path / 'run', data=data_root, **given)
   assert str(files[file]) in str(refusal.value)

@@ -1,6 +1,10 @@
 """Prepared shards: the same batches as from files, whatever happens while they are written."""
 
+import collections
+import copy
 import dataclasses
+import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -11,13 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import fsspec
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import avsbench, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline.clips import SPLITS
 from aavs_jax.input_pipeline.compose import compose
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from fsspec.implementations.dirfs import DirFileSystem
 
 from aavs_jax import cli
@@ -82,7 +88,7 @@ def refusal(function, *found):
   ],
 )
 def test_items_are_those_of_the_files(pairs, layout, semantic, prior):
-  task = pipeline.Task(semantic, SIZE, EVAL_SIZE, 5, prior, '')
+  task = pipeline.Task(semantic, 71 if semantic else 2, SIZE, EVAL_SIZE, 5, prior, '')
   both = [avsbench.read_index(root) for root in pairs[layout]]
   assert [(c.split, c.subset, c.uid) for c in both[0]] == [
     (c.split, c.subset, c.uid) for c in both[1]
@@ -113,7 +119,7 @@ def test_every_sound_is_that_of_the_files(pairs, layout, choice):
 
 
 def test_the_stream_is_that_of_the_files(pairs):
-  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, True, '')
+  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
   streams = [
     pipeline.training_batches(
       avsbench.read_index(root, 'train'), task, item_frames=5, batch_items=2, seed=0, start=3,
@@ -127,10 +133,27 @@ def test_the_stream_is_that_of_the_files(pairs):
 
 def test_what_is_refused_of_a_label_names_its_shard(pairs):
   clip = avsbench.read_index(pairs['semantic'][1], 'train', ['v2'])[0]
-  task = pipeline.Task(True, SIZE, EVAL_SIZE, 1, False, '')
+  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 1, False, '')
   item = pipeline.Item(0, 5, 5)
   name = f'{clip.shard}: frame 5 of v2/{clip.uid} has'
   refusal(lambda: pipeline.load_training_item(clip, item, task), name, 'max_targets is 1')
+
+
+def test_a_class_that_the_model_lacks_is_refused_by_name(pairs):
+  clips = avsbench.read_index(pairs['semantic'][1], 'train')
+  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
+  items = [pipeline.load_training_item(c, pipeline.Item(0, 0, 5), task) for c in clips]
+  highest = [item['labels'].max() for item in items]
+  clip, top = clips[np.argmax(highest)], max(highest)
+  lacking = dataclasses.replace(task, num_classes=int(top))
+  words = f'of {clip.subset}/{clip.uid} holds class id {top}, config.num_classes is {top}:'
+  item = pipeline.Item(0, 0, 5)
+  refusal(lambda: pipeline.load_training_item(clip, item, lacking), clip.shard_path, words)
+  refusal(lambda: pipeline.load_eval_item(clip, clip, item, lacking), clip.shard_path, words)
+  bad = pipeline.find_bad_clips(clips, lacking, 2)
+  assert f'{clip.subset}/{clip.uid}' in [row['clip'] for row in bad]
+  assert all('config.num_classes is' in row['text'] for row in bad)
+  assert not pipeline.find_bad_clips(clips, dataclasses.replace(task, num_classes=int(top) + 1), 2)
 
 
 @pytest.mark.parametrize('size', [1, 2, 33])
@@ -220,7 +243,7 @@ def _flip(path, place):
 def test_damage_is_named_and_mended(own):
   root, out = own
   whole = files(out)
-  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, True, '')
+  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
   clips = avsbench.read_index(out, 'train')
   first = [clip for clip in clips if clip.shard == clips[0].shard]
   path = out / first[0].shard
@@ -257,7 +280,100 @@ def test_a_manifest_of_another_kind_is_refused(own):
   path.write_text(json.dumps(manifest | {'format': 99}))
   refusal(lambda: avsbench.read_index(out), path, 'format 99')
   path.write_text('{')
-  refusal(lambda: avsbench.read_index(out), path, 'not a list of shards')
+  refusal(lambda: avsbench.read_index(out), path, 'is not valid JSON')
+
+
+def _places(value, place=()):
+  """Where every value of a JSON document stands, itself included."""
+  yield place
+  if isinstance(value, (dict, list)):
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+      yield from _places(inner, (*place, key))
+
+
+def _mutants(document):
+  """The document with each value in turn changed, lost, or joined by an unknown one."""
+  strange = (None, True, -1, 0, 10**7, 1e999, 1.5, '', '../../x', 'v1s', '\n\ud800', [], {}, [[0]])
+  for place in _places(document):
+    for value in (*strange, KeyError):
+      mutant = {'': copy.deepcopy(document)}
+      inner, key = mutant, ''
+      for step in place:
+        inner, key = inner[key], step
+      if value is KeyError:
+        del inner[key]
+      else:
+        inner[key] = value
+      yield place, mutant.get('')
+    if isinstance(inner := functools.reduce(lambda v, k: v[k], place, document), dict):
+      mutant = copy.deepcopy(document)
+      functools.reduce(lambda v, k: v[k], place, mutant)['new'] = len(inner)
+      yield place, mutant
+
+
+def test_any_manifest_is_read_or_refused_by_key(own):
+  _, out = own
+  path = out / prepared.MANIFEST
+  manifest = json.loads(path.read_text())
+  manifest['clips'] = manifest['clips'][:3]
+  used = {clip['shard'] for clip in manifest['clips']}
+  manifest['shards'] = [shard for shard in manifest['shards'] if shard['file'] in used]
+  manifest['counts'] = manifest['counts'][:1]
+  counts = collections.Counter()
+  for place, mutant in _mutants(manifest):
+    path.write_text(json.dumps(mutant))
+    try:
+      clips = prepared.read_index(str(out))
+    except UserError as error:
+      counts['refused'] += 1
+      key = next((step for step in reversed(place) if isinstance(step, str)), '')
+      assert str(out / key if key == 'bytes' else path).removesuffix('bytes') in str(error)
+      assert key.rstrip('s') in str(error) and '\n' not in str(error), (place, str(error))
+      continue
+    counts['read'] += 1
+    for clip, row in zip(clips, manifest['clips']):
+      assert clip.num_frames == row['num_frames'] and clip.position == row['position']
+      assert clip.shard == row['shard'] and clip.settings == prepared.Settings(**SIZES)
+      assert pathlib.PurePath(masks.mask_path('masks', clip, 0)).parent.parent == pathlib.PurePath(
+        'masks', clip.subset
+      )
+      assert '..' not in clip.uid and clip.split in SPLITS
+  assert counts['refused'] > 700 and 20 < counts['read'] < 200, counts
+
+
+def test_the_note_of_a_shard_is_not_trusted(own):
+  """A note of another shape, or of other clips: the shard is written anew."""
+  root, out = own
+  whole = files(out)
+  path = sorted(out.glob('train-*-of-*.json'))[0]
+  note = json.loads(path.read_text())
+  for wrong in (
+    [], {}, note | {'clips': None}, note | {'clips': note['clips'][::-1]}, note | {'file': '../x'},
+    note | {'clips': note['clips'][1:]}, note | {'bad_clips': [{'clip': note['clips'][0]}]},
+  ):  # fmt: skip
+    path.write_text(json.dumps(wrong))
+    shards.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
+    assert files(out) == whole
+
+
+def test_a_disk_that_fails_is_no_damaged_shard(pairs, monkeypatch):
+  """ArrayRecord raises the same for both; only its words tell them apart."""
+  clip = avsbench.read_index(pairs['semantic'][1], 'train')[0]
+
+  def failing(words):
+    def read(_):
+      raise RuntimeError(f'{words}; reading {clip.shard_path}; at byte 65536; Failed to read')
+
+    monkeypatch.setattr(prepared, '_open', lambda _: types.SimpleNamespace(read=read))
+
+  for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
+    failing(f'read() failed: {os.strerror(number)}')
+    with pytest.raises(OSError, match=clip.shard) as failure:
+      prepared.read_log_mel(clip)
+    assert failure.value.errno == number and may_pass(failure.value)
+  for words in (f'open() failed: {os.strerror(errno.ENOENT)}', 'hash mismatch'):
+    failing(words)
+    refusal(lambda: prepared.read_log_mel(clip), clip.shard_path, words)
 
 
 def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys):
@@ -269,7 +385,7 @@ def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys)
     assert ('JPEG of quality 95' in said and 'not the same' in said) == (name == 'lossy')
   manifest = json.loads((tmp_path / 'lossy' / 'prepared.json').read_text())
   assert manifest['settings'] == {'image_size': 128, 'eval_size': 224, 'frames': 'jpeg 95'}
-  task = pipeline.Task(True, 128, 224, 5, True, '')
+  task = pipeline.Task(True, 71, 128, 224, 5, True, '')
   lossy, exact = (avsbench.read_index(tmp_path / name, 'test') for name in ('lossy', 'exact'))
   for pair in zip(lossy, exact):
     item = pipeline.Item(0, 0, 5)
@@ -323,7 +439,7 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
   assert sum(row['clips'] for row in manifest['counts']) == 18
   found = avsbench.read_index(out)
   assert [clip.uid for clip in found] == [clip.uid for clip in clips if clip not in bad]
-  task = pipeline.Task(True, SIZE, EVAL_SIZE, 5, False, '')
+  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
   by_name = {(clip.subset, clip.uid): clip for clip in clips}
   for clip in found:  # the places of those after a bad one as well
     raw = by_name[clip.subset, clip.uid]

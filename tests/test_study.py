@@ -70,8 +70,11 @@ def test_only_evaluations_of_the_same_model_and_masks_are_reused(tmp_path, text)
   if text is not None:
     path.write_text(text)
   assert evaluate.reusable(path, origin) is None
-  path.write_text(json.dumps({**origin, 'overall': {}}))
-  assert evaluate.reusable(path, origin) == {**origin, 'overall': {}}
+  path.write_text(json.dumps({**origin, 'overall': {'miou': 0.5}}))
+  assert evaluate.reusable(path, origin) is None
+  result = {**origin, 'overall': {'miou': 0.5, 'fscore': 1, 'clips': 2}}
+  path.write_text(json.dumps(result))
+  assert evaluate.reusable(path, origin) == result
 
 
 @pytest.mark.slow
