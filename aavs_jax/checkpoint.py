@@ -109,14 +109,16 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
   """Flat float32 parameters {path: array} of the best checkpoint of a work folder, and its step.
 
   Args:
-    source: a work folder of `aavs train`, or its checkpoints folder.
+    source: a work folder of `aavs train`, its checkpoints folder, or the one checkpoint to read.
 
   Raises:
     UserError: there is no checkpoint, or it cannot be read.
   """
-  folder = epath.Path(source)
+  folder, step = epath.Path(source), None
   if (folder / 'checkpoints').is_dir():
     folder = folder / 'checkpoints'
+  elif folder.name.isdigit() and (folder / 'state').is_dir():
+    folder, step = folder.parent, int(folder.name)
   if not folder.is_dir():
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
   options = ocp.CheckpointManagerOptions(read_only=True)
@@ -124,7 +126,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     _readable(folder, 'look at what it holds, or train again'),
     ocp.CheckpointManager(folder.absolute(), options=options) as manager,
   ):
-    step = best_step(manager)
+    step = best_step(manager) if step is None else step
     step = manager.latest_step() if step is None else step
     if step is None:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')

@@ -1,8 +1,12 @@
 """The `aavs` command; every sub-command is a thin wrapper of a function of the library."""
 
 import argparse
+import errno
+import io
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -594,8 +598,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit status.
 
-  0, 1 (check-data or selftest found faults; a disk or another process failed) or 2 (bad input).
+  0, 1 (check-data or selftest found faults; a disk, a device or another process failed), 2 (bad
+  input), or 141 as of a tool that SIGPIPE ended (nobody reads its output any more).
   """
+  if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
+    # Names of files need not be text in the encoding of the terminal, nor in any.
+    sys.stdout.reconfigure(errors='backslashreplace')
   parser = _parser()
   args, rest = parser.parse_known_args(argv)
   args.overrides = [text for text in rest if text.startswith('--config.')]
@@ -612,7 +620,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start(several)
     return args.run(args) or 0
   except Exception as error:
-    status, text = _fault(error)
+    status, text = _fault(error, args)
     if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is
       text = (
         f'another process or the network between them has failed ({_one_line(error)}): start all '
@@ -621,19 +629,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     explained = text is not None and not args.debug
     if not explained and not several:
       raise
-    if explained:
+    if explained and text:
       print(f'aavs: {text}', file=sys.stderr)
-    else:
+    elif not explained:
       traceback.print_exc()
     if several:
       distributed.leave(status)
     return status
 
 
-def _fault(error: Exception) -> tuple[int, str | None]:
-  """The exit status after an error and what to say of it; None for a fault of ours."""
+def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]:
+  """The exit status after an error and what to say of it: '' is nothing, None a fault of ours."""
+  if isinstance(error, BrokenPipeError) and _output_is_closed():
+    return 128 + signal.SIGPIPE, ''
   if isinstance(error, OSError) and may_pass(error):
-    return 1, str(error).rstrip('.')
+    text = str(error).rstrip('.')
+    if error.errno == errno.ENOSPC and not error.filename:  # a write does not know its file's name
+      places = (getattr(args, name, None) for name in ('out', 'workdir', 'root'))
+      text += f', in writing {next(filter(None, places), "a file")}'
+    return 1, text
   if isinstance(error, (UserError, FloatingPointError, OSError)):
     return 2, str(error).rstrip('.')
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
@@ -642,7 +656,38 @@ def _fault(error: Exception) -> tuple[int, str | None]:
       '(config.data.batch_items), config.train.accumulate, config.dtype=bfloat16 or '
       'config.model.remat=full'
     )
-  return 1, None
+  return 1, _absent_device()
+
+
+def _output_is_closed() -> bool:
+  """Whether nobody reads standard output any more, as where `head` has seen enough."""
+  poll = select.poll()
+  poll.register(sys.stdout, select.POLLOUT)
+  closed = any(event & select.POLLERR for _, event in poll.poll(0))
+  if closed:
+    # The interpreter would try to write at its end what is left, and say that it cannot.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return closed
+
+
+def _absent_device() -> str | None:
+  """What to say if JAX has no device to compute on; None if it has one, or was not asked for any.
+
+  Asked after an error alone, for that of the first computation, of whatever type, need not say so.
+  """
+  if 'jax' not in sys.modules:
+    return None
+  import jax
+
+  try:
+    jax.devices()
+    return None
+  except Exception as error:
+    return (
+      f'JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms} '
+      f'({_one_line(error) or "no reason given"}): see "When it fails" in launch/README.md, or use '
+      'JAX_PLATFORMS=cpu'
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -1,12 +1,14 @@
 """Loading, overriding and checking configs; every refusal is one sentence."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
 from absl import flags
+from flax import traverse_util
 from ml_collections import config_flags
 
 from aavs_jax.configs import base
@@ -16,6 +18,14 @@ from aavs_jax.input_pipeline.labels import NUM_CLASSES
 from aavs_jax.input_pipeline.pipeline import Task
 from aavs_jax.input_pipeline.prepared import require_sizes
 from aavs_jax.models.repeat import REMAT_POLICIES
+
+# All numbers of a config are finite and positive; these may be zero besides.
+_MAY_BE_ZERO = (
+  'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'model.swin.depths',
+  'model.swin.drop_path', 'model.encoder_layers', 'model.decoder_layers', 'optimizer.lr',
+  'optimizer.lr_phase2', 'optimizer.weight_decay', 'optimizer.clip_norm',
+  'optimizer.warmup_steps', 'train.phase2_epoch',
+)  # fmt: skip
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -66,91 +76,78 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for a config that cannot work."""
-
-  def need(ok, key, value, expected):
-    if not ok:
-      raise UserError(f'config.{key} is {value!r}: {expected}')
-
   if 'task' not in config:
     raise UserError('the config is that of a study: use it with `aavs quickstart`')
-  data, model, train = config.data, config.model, config.train
-  need(config.task in ('binary', 'semantic'), 'task', config.task, "use 'binary' or 'semantic'")
+  values = traverse_util.flatten_dict(config.to_dict(), sep='.')
+
+  def need(key, ok, expected):
+    if not ok:
+      raise UserError(f'config.{key} is {values[key]!r}: {expected}')
+
+  for key, value in values.items():
+    need(key, value != 'None', f'write --config.{key}= for none')
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    numbers = [item for item in items if type(item) in (int, float)]  # bool is neither
+    if key in _MAY_BE_ZERO:
+      need(key, all(0 <= x < math.inf for x in numbers), 'use a finite number of at least 0')
+    else:
+      need(key, all(0 < x < math.inf for x in numbers), 'use a finite number above 0')
+
+  data, model, swin = config.data, config.model, config.model.swin
+  need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
   classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
   # Mask2Former without adapters, which others are trained from, has the classes of its own data.
   fits = config.num_classes in classes or model.adapter_variant == 'none'
-  need(fits, 'num_classes', config.num_classes, f'use {classes}')
-  for key, value in (('dtype', config.dtype), ('train.frozen_dtype', train.frozen_dtype)):
-    need(value in ('float32', 'bfloat16'), key, value, 'use float32 or bfloat16')
+  need('num_classes', fits, f'use {classes}')
+  for key in ('dtype', 'train.frozen_dtype'):
+    need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(
-    config.use_prior or not config.oracle_prior,
+    'use_prior',
+    config.task == 'semantic' or not config.use_prior,
+    "only a 'semantic' task takes a prior, leave it False",
+  )
+  need(
     'oracle_prior',
-    config.oracle_prior,
+    config.use_prior or not config.oracle_prior,
     'a model without config.use_prior takes no prior, leave it False',
   )
   need(
-    model.adapter_variant in ('replace', 'after', 'none'),
     'model.adapter_variant',
-    model.adapter_variant,
+    model.adapter_variant in ('replace', 'after', 'none'),
     "use 'replace' (stage 1 of the release), 'after' (stage 2) or 'none' (Mask2Former)",
   )
+  need('model.sampling', model.sampling in ('gather', 'dense'), "'gather' or 'dense'")
+  need('model.remat', model.remat in REMAT_POLICIES, f'use one of {tuple(REMAT_POLICIES)}')
   need(
-    model.sampling in ('gather', 'dense'), 'model.sampling', model.sampling, "'gather' or 'dense'"
-  )
-  need(
-    model.remat in REMAT_POLICIES, 'model.remat', model.remat, f'use one of {tuple(REMAT_POLICIES)}'
-  )
-  need(
-    data.max_targets <= model.num_queries,
     'data.max_targets',
-    data.max_targets,
+    data.max_targets <= model.num_queries,
     f'there are {model.num_queries} queries, each takes one target at most',
   )
-  need(data.image_size % 32 == 0, 'data.image_size', data.image_size, 'use a multiple of 32 pixels')
+  need('data.image_size', data.image_size % 32 == 0, 'use a multiple of 32 pixels')
   need(
-    data.subsets and set(data.subsets) <= set(FRAMES),
     'data.subsets',
-    tuple(data.subsets),
-    f'use some of {tuple(FRAMES)}',
+    data.subsets and set(data.subsets) <= set(FRAMES),
+    f"name one, as v1s, or several of {tuple(FRAMES)} as \"('v1s','v1m')\"",
   )
-  stages = len(model.swin.depths)
-  need(stages == 4, 'model.swin.depths', model.swin.depths, 'give the blocks of four stages')
-  need(len(model.swin.heads) == 4, 'model.swin.heads', model.swin.heads, 'give four numbers')
-  need(model.hidden % 32 == 0, 'model.hidden', model.hidden, 'use a multiple of 32')
-  for key, width, heads in [
-    ('model.heads', model.hidden, model.heads),
-    *[('model.swin.heads', model.swin.embed_dim * 2**i, h) for i, h in enumerate(model.swin.heads)],
-  ]:
-    need(heads > 0 and width % heads == 0, key, heads, f'it must divide the width {width}')
-  need(len(config.vggish.conv_widths) == 6, 'vggish.conv_widths', config.vggish.conv_widths, 'six')
-  need(
-    config.optimizer.schedule in ('constant', 'cosine'),
-    'optimizer.schedule',
-    config.optimizer.schedule,
-    "use 'constant' or 'cosine'",
-  )
-  need(
-    data.on_bad_clip in ('error', 'skip'),
-    'data.on_bad_clip',
-    data.on_bad_clip,
-    "use 'error' or 'skip'",
-  )
-  for key in ('max_bad_clips', 'workers'):
-    need(data[key] >= 0, f'data.{key}', data[key], 'use 0 or more')
-  need(data.item_frames in (0, 1, 5), 'data.item_frames', data.item_frames, 'use 0, 1 or 5')
-  need(config.seed >= 0, 'seed', config.seed, 'use a whole number of at least 0')
-  need(config.mesh.fsdp > 0, 'mesh.fsdp', config.mesh.fsdp, 'use 1 or a divisor of the devices')
-  need(train.phase2_epoch >= 0, 'train.phase2_epoch', train.phase2_epoch, 'use 0 or more')
-  for pattern in train.trainable:
+  need('model.swin.depths', len(swin.depths) == 4, 'give the blocks of four stages')
+  need('model.swin.heads', len(swin.heads) == 4, 'give four numbers')
+  need('model.swin.drop_path', swin.drop_path < 1, 'use a probability below 1')
+  need('model.hidden', model.hidden % 32 == 0, 'use a multiple of 32')
+  need('model.heads', model.hidden % model.heads == 0, f'it must divide the width {model.hidden}')
+  widths = [swin.embed_dim * 2**stage for stage in range(4)]
+  divide = all(width % heads == 0 for width, heads in zip(widths, swin.heads))
+  need('model.swin.heads', divide, f'they must divide the widths {widths}')
+  need('vggish.conv_widths', len(config.vggish.conv_widths) == 6, 'give six numbers')
+  schedules = ('constant', 'cosine')
+  need('optimizer.schedule', config.optimizer.schedule in schedules, f'use one of {schedules}')
+  need('data.on_bad_clip', data.on_bad_clip in ('error', 'skip'), "use 'error' or 'skip'")
+  need('data.item_frames', data.item_frames in (0, 1, 5), 'use 0, 1 or 5')
+  need('train.trainable', config.train.trainable, 'name at least one regular expression')
+  for pattern in config.train.trainable:
     try:
       re.compile(pattern)
     except re.error as error:
-      need(False, 'train.trainable', pattern, f'not a regular expression ({error})')
-  for key in ('batch_items', 'threads', 'max_targets', 'image_size', 'eval_size'):
-    need(data[key] > 0, f'data.{key}', data[key], 'use a positive number')
-  for key in ('epochs', 'eval_every_epochs', 'checkpoint_every_steps', 'log_every_steps'):
-    need(train[key] > 0, f'train.{key}', train[key], 'use a positive number')
-  need(train.accumulate >= 1, 'train.accumulate', train.accumulate, 'use 1 or more')
-  need(train.keep_checkpoints >= 1, 'train.keep_checkpoints', train.keep_checkpoints, 'at least 1')
+      need('train.trainable', False, f'{pattern!r} is not a regular expression ({error})')
 
 
 def task_of(config: ml_collections.ConfigDict) -> Task:
@@ -196,8 +193,6 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(_tuples(plain))
     check(config)
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    if isinstance(error, UserError):
-      raise
     raise UserError(
       f'{path} is not a config of `aavs train` ({" ".join(str(error).split())[:200]}): restore it '
       'or train again'
@@ -224,14 +219,8 @@ def _tuples(value):
 def differences(a: ml_collections.ConfigDict, b: ml_collections.ConfigDict) -> list[str]:
   """Dotted keys in which two configs differ, with both values."""
 
-  def flat(config, prefix=''):
-    result = {}
-    for key, value in _tuples(json.loads(to_json(config))).items():
-      if isinstance(value, dict):
-        result |= flat(ml_collections.ConfigDict(value), f'{prefix}{key}.')
-      else:
-        result[prefix + key] = value
-    return result
+  def flat(config):
+    return traverse_util.flatten_dict(_tuples(json.loads(to_json(config))), sep='.')
 
   old, new = flat(a), flat(b)
   return [

@@ -46,7 +46,7 @@ def start(where: str) -> None:
       'them'
     ) from error
   if not is_first():
-    sys.stdout = open(os.devnull, 'w')
+    sys.stdout = open(os.devnull, 'w', errors='backslashreplace')  # of any name
 
 
 def is_first() -> bool:

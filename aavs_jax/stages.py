@@ -33,14 +33,15 @@ def load_start(config: ml_collections.ConfigDict) -> Flat:
     UserError: it cannot be read, it is the audio network alone, or it was trained with values that
       no shape shows and that give its parameters another meaning.
   """
-  note = checkpoint.converted(config.train.init)
+  work_folder = _work_folder_of_start(config)
+  note = checkpoint.converted(work_folder)
   if note and note['kind'] == 'vggish':
     raise UserError(
       f'{config.train.init} holds VGGish alone: hand it to `aavs convert` with --vggish and start '
       'from what that writes'
     )
   start, _ = checkpoint.load_params(config.train.init)
-  other = config_lib.from_json(epath.Path(config.train.init) / 'config.json')
+  other = config_lib.from_json(work_folder / 'config.json')
   for key in ('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'):
     ours, theirs = (functools.reduce(getattr, key.split('.'), c) for c in (config, other))
     # Without adapters a start fits every variant of them.
@@ -52,12 +53,19 @@ def load_start(config: ml_collections.ConfigDict) -> Flat:
   return start
 
 
+def _work_folder_of_start(config: ml_collections.ConfigDict) -> epath.Path:
+  """The work folder that config.train.init is, or that the checkpoints it names belong to."""
+  start = epath.Path(config.train.init)
+  folders = (start, start.parent, start.parent.parent)
+  return next((folder for folder in folders if (folder / 'config.json').exists()), start)
+
+
 def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
   """Patterns of the parameters that the start of config.train.init is known to lack.
 
   None but for what `aavs convert` made of a network without sound (method: initialisation).
   """
-  note = checkpoint.converted(config.train.init) if config.train.init else None
+  note = checkpoint.converted(_work_folder_of_start(config)) if config.train.init else None
   return note['lacking'] if note else ()
 
 
@@ -119,17 +127,25 @@ def phase_at(config: ml_collections.ConfigDict, step: int, steps_per_epoch: floa
 
 
 def trainable_paths(config: ml_collections.ConfigDict, params: Mapping, phase: int) -> list[str]:
-  """Paths that train in a phase: all of train.trainable, Swin's adapters not in a first of two."""
+  """Paths that train in a phase: all of train.trainable, Swin's adapters not in a first of two.
+
+  Raises:
+    UserError: a pattern matches no parameter of the model, or nothing trains in this phase.
+  """
+  patterns = config.train.trainable
+  idle = [pattern for pattern in patterns if not any(matches(path, [pattern]) for path in params)]
+  if idle:
+    raise UserError(
+      f'no parameter matches {idle[0]!r} of config.train.trainable: use regular expressions over '
+      'paths such as aavs/queries/features'
+    )
   first_of_two = phase == 1 and config.train.phase2_epoch
-  paths = [
-    path
-    for path in params
-    if matches(path, config.train.trainable) and not (first_of_two and matches(path, SWIN_ADAPTERS))
-  ]
+  waiting = SWIN_ADAPTERS if first_of_two else ()
+  paths = [path for path in params if matches(path, patterns) and not matches(path, waiting)]
   if not paths:
     raise UserError(
-      f'no parameter matches train.trainable={tuple(config.train.trainable)}: '
-      'use regular expressions over paths such as aavs/queries/features'
+      f'config.train.trainable is {tuple(patterns)}, all of which waits for phase 2: use '
+      'config.train.phase2_epoch=0 for a single phase'
     )
   return paths
 

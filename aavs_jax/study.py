@@ -135,6 +135,7 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single.use_prior = False
   single.data.masks = ''
   single.train.init = ''
+  single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   return single
 

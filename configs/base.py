@@ -87,7 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
     r'aavs/audio_projection/',
   )
   config.train.frozen_dtype = 'float32'  # 'bfloat16' stores what does not train in half the memory
-  config.train.init = ''  # a work folder or checkpoint folder whose best weights are the start
+  config.train.init = ''  # the start: a work folder (its best weights), or one of its checkpoints
   config.train.eval_every_epochs = 1.0
   config.train.checkpoint_every_steps = 1000
   config.train.keep_checkpoints = 2

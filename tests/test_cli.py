@@ -1,6 +1,12 @@
 """The command line: what is wrong is said in one sentence, with exit status 2."""
 
+import errno
+import io
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -9,6 +15,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax import cli
 from aavs_jax import config as config_lib
 
+ROOT = Path(__file__).parents[1]
 COMMANDS = (
   'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'recipe',
   'reproduce', 'report', 'bench', 'aot', 'selftest', 'quickstart',
@@ -121,6 +128,82 @@ def test_a_device_with_too_little_memory_is_one_sentence(capsys, monkeypatch):
   monkeypatch.setattr(cli, '_selftest', full)
   line = _refusal(capsys, 'selftest')
   assert 'too little memory' in line and 'config.data.batch_items' in line
+
+
+def test_an_absent_accelerator_is_one_sentence():
+  process = subprocess.run(
+    [sys.executable, '-m', 'aavs_jax.cli', 'selftest'],
+    cwd=ROOT,
+    env=os.environ | {'JAX_PLATFORMS': 'absent'},
+    capture_output=True,
+    text=True,
+  )
+  (line,) = process.stderr.splitlines()
+  assert process.returncode == 1
+  assert line.startswith('aavs: JAX finds no device of JAX_PLATFORMS=absent (')
+  assert "backend 'absent'" in line and 'launch/README.md' in line
+
+
+def test_an_error_without_words_is_explained_if_there_is_no_device(capsys, monkeypatch):
+  def wrong(*_):
+    raise AssertionError
+
+  monkeypatch.setattr(cli, '_selftest', wrong)
+  with pytest.raises(AssertionError):  # a fault of ours
+    cli.main(['selftest'])
+  monkeypatch.setattr(jax, 'devices', wrong)  # as without a plugin for JAX_PLATFORMS=cuda
+  assert cli.main(['selftest']) == 1
+  assert 'finds no device' in capsys.readouterr().err
+
+
+FEW = ['--train', '1,0,0', '--val', '1,0,0', '--test', '1,0,0', '--classes', '2', '--size', '32x32']
+
+
+def test_a_name_that_the_terminal_cannot_encode_is_escaped(monkeypatch, tmp_path):
+  for encoding, name, escaped in (
+    ('ascii', 'caf\xe9', rb'caf\xe9'),
+    ('utf-8', os.fsdecode(b'caf\xe9'), rb'caf\udce9'),
+  ):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, encoding))
+    assert cli.main(['compose', str(tmp_path / name), *FEW]) == 0
+    assert written.getvalue().endswith(escaped + b'\n')
+
+
+@pytest.mark.parametrize('buffering', ['', '1'])
+def test_a_reader_that_leaves_ends_a_command_quietly(buffering, tmp_path):
+  reading, writing = os.pipe()
+  os.close(reading)
+  process = subprocess.run(
+    [sys.executable, '-m', 'aavs_jax.cli', 'compose', str(tmp_path / 'set'), *FEW],
+    cwd=ROOT,
+    env=os.environ | {'PYTHONUNBUFFERED': buffering},
+    stdout=writing,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  os.close(writing)
+  assert process.returncode == 141 and process.stderr == ''
+
+
+def test_another_pipe_that_breaks_is_said(capfd, monkeypatch):
+  def broken(args):
+    raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+  monkeypatch.setattr(cli, '_selftest', broken)
+  assert cli.main(['selftest']) == 1
+  assert 'Broken pipe' in capfd.readouterr().err
+
+
+def test_a_full_disk_is_said_with_what_was_written(capsys, monkeypatch):
+  def full(args):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(cli, '_predict', full)
+  assert cli.main(['predict', 'video.mp4', '--stage1', 's', '--out', 'result']) == 1
+  assert capsys.readouterr().err == (
+    'aavs: [Errno 28] No space left on device, in writing result\n'
+  )
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli, recipe, stages
 from aavs_jax import config as config_lib
+from aavs_jax.methods import aavs
+from aavs_jax.state import flatten
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +154,31 @@ def test_no_config_is_missing_in_the_table():
   assert set(recipe.published()) == names - {'base', 'quick_stage1', 'quick_stage2'}
 
 
+@pytest.fixture(scope='module')
+def parameters():
+  """Shapes of the parameters of a config's model, of each kind of layer one."""
+  kept = {}
+
+  def shapes(config):
+    small = config.copy_and_resolve_references()
+    small.data.image_size = small.data.eval_size = 32
+    small.model.swin.depths = (1, 1, 1, 1)
+    small.model.encoder_layers = small.model.decoder_layers = 1
+    key = repr((small.model, small.num_classes, small.use_prior))
+    if key not in kept:
+      kept[key] = flatten(jax.eval_shape(aavs(small).init, jax.random.key(0)))
+    return kept[key]
+
+  return shapes
+
+
+@pytest.mark.parametrize('name', TABLE)
+def test_every_pattern_of_what_trains_matches(name, parameters):
+  config = _load(name)
+  for phase in (1, 2):
+    assert stages.trainable_paths(config, parameters(config), phase)
+
+
 @pytest.mark.parametrize(
   ('name', 'known'),
   [('s4', 'release or paper'), ('without_both', 'release or paper'),
@@ -179,9 +207,14 @@ def test_a_frozen_backbone_never_changes(name):
   steps = round(config.train.epochs * per_epoch)
   assert {stages.phase_at(config, step, per_epoch) for step in range(steps)} == {1}
   adapters = [f'aavs/backbone/stage0_block0/{part}adapter/up/kernel' for part in ('attention/', '')]
-  other = 'aavs/pixel_decoder/layer0/attention/output/adapter/up/kernel'
-  params = {path: jnp.ones(2) for path in (*adapters, other, 'aavs/backbone/patch_embed/kernel')}
-  assert stages.trainable_paths(config, params, 1) == [other]
+  others = [
+    'aavs/pixel_decoder/layer0/attention/output/adapter/up/kernel',
+    'aavs/queries/features',
+    'aavs/decoder/class_predictor/linear/kernel',
+    'aavs/audio_projection/up/linear/kernel',
+  ]
+  params = {path: jnp.ones(2) for path in (*adapters, *others, 'aavs/backbone/patch_embed/kernel')}
+  assert stages.trainable_paths(config, params, 1) == others
   begin = stages.params_of_phase(config, 1, params, None)
   assert {path for path, value in begin.items() if not np.any(value)} == set(adapters)
 

@@ -1,12 +1,17 @@
 """What each phase starts from and trains."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
 from aavs_jax.input_pipeline.errors import UserError
 
-from aavs_jax import stages
+from aavs_jax import checkpoint, stages
+from aavs_jax import config as config_lib
+from aavs_jax.state import create
 
 
 def _params(**shapes):
@@ -47,11 +52,22 @@ def test_published_stages_train_what_the_release_trains():
   assert set(stages.trainable_paths(quick_stage1.get_config(), params, 1)) == set(params)
 
 
-def test_nothing_to_train_is_refused():
+def test_a_pattern_that_matches_nothing_is_refused():
   config = avss_stage1.get_config()
-  config.train.trainable = ('no_such_path',)
-  with pytest.raises(UserError, match='no_such_path'):
+  config.train.trainable = ('aavs/queries/positions', 'no_such_path')
+  for phase in (1, 2):
+    with pytest.raises(UserError, match="no parameter matches 'no_such_path'"):
+      stages.trainable_paths(config, _params(**NAMES), phase)
+
+
+def test_a_first_phase_in_which_nothing_trains_is_refused():
+  config = avss_stage1.get_config()
+  config.train.trainable = ('aavs/backbone/.*adapter/',)
+  with pytest.raises(UserError, match='phase2_epoch=0'):
     stages.trainable_paths(config, _params(**NAMES), 1)
+  assert stages.trainable_paths(config, _params(**NAMES), 2) == [SWIN]
+  config.train.phase2_epoch = 0
+  assert stages.trainable_paths(config, _params(**NAMES), 1) == [SWIN]
 
 
 def test_phases_begin_as_in_the_release():
@@ -72,6 +88,41 @@ def test_the_boundary_is_where_the_release_has_it():
     phases = [stages.phase_at(config, step, 10) for step in range(600)]
     assert phases.index(2) == epoch * 10 and phases == sorted(phases)
   assert {stages.phase_at(quick_stage1.get_config(), s, 10) for s in range(80)} == {1}
+
+
+@pytest.fixture(scope='module')
+def work_folder(tmp_path_factory):
+  """Of three checkpoints, in which a weight is the number of the step; step 2 is the best."""
+  folder = tmp_path_factory.mktemp('run')
+  (folder / 'config.json').write_text(config_lib.to_json(quick_stage1.get_config()))
+  note = {'kind': 'mask2former', 'lacking': ['aavs/audio_projection/'], 'names': []}
+  (folder / checkpoint.CONVERTED).write_text(json.dumps(note))
+  with checkpoint.make_manager(folder / 'checkpoints', 3) as manager:
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5)):
+      state = create({'aavs/w': jnp.full(2, float(step))}, ['aavs/w'], optax.sgd(1.0), step)
+      checkpoint.save(manager, state, 1, {'miou': score})
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('start', 'step'), [('.', 2), ('checkpoints', 2), ('checkpoints/3', 3), ('checkpoints/1', 1)]
+)
+def test_a_start_is_a_work_folder_or_checkpoints_of_it(start, step, work_folder):
+  config = quick_stage1.get_config()
+  config.train.init = str(work_folder / start)
+  np.testing.assert_array_equal(stages.load_start(config)['aavs/w'], step)
+  assert stages.start_lacks(config) == ['aavs/audio_projection/']
+  config.model.heads = 2
+  with pytest.raises(UserError, match=r'config\.model\.heads is 2, but .* was trained with 4'):
+    stages.load_start(config)
+
+
+def test_a_start_that_is_no_checkpoint_is_named(work_folder):
+  config = quick_stage1.get_config()
+  for start in ('checkpoints/4', 'checkpoint'):
+    config.train.init = str(work_folder / start)
+    with pytest.raises(UserError, match=f'{start} holds no checkpoint'):
+      stages.load_start(config)
 
 
 class TestStart:

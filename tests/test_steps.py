@@ -13,11 +13,12 @@ from aavs_jax.steps import train_step
 FRAMES, RATE = 6, 0.5
 
 
-def linear_regression() -> Method:
+def linear_regression(noise=0.0) -> Method:
   """Least squares, each frame's square divided by its total; only the first parameter trains."""
 
   def apply(params, batch, drop_path_key=None):
-    return batch['x'] @ params['trained'] + params['frozen']
+    drawn = noise * jax.random.normal(drop_path_key) if noise else 0.0
+    return batch['x'] @ params['trained'] + params['frozen'] + drawn
 
   def loss(outputs, batch, totals, key):
     of_set = jnp.sum((outputs - batch['y']) ** 2 / totals)
@@ -34,14 +35,18 @@ def linear_regression() -> Method:
   )
 
 
-@pytest.mark.parametrize('accumulate', [1, 2, 3])
-def test_a_step_of_least_squares(accumulate):
+def random_batch():
   rng = np.random.default_rng(0)
-  batch = {
+  return {
     'x': rng.standard_normal((FRAMES, 3), np.float32),
     'y': rng.standard_normal(FRAMES, np.float32),
     'weight': np.arange(1, FRAMES + 1, dtype=np.float32),
   }
+
+
+@pytest.mark.parametrize('accumulate', [1, 2, 3])
+def test_a_step_of_least_squares(accumulate):
+  batch = random_batch()
   method, optimizer = linear_regression(), optax.sgd(RATE)
   state = create(method.init(jax.random.key(0)), ['trained'], optimizer)
   state, metrics = train_step(
@@ -60,3 +65,21 @@ def test_a_step_of_least_squares(accumulate):
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_step_draws_from_the_key_of_the_run_and_its_number_alone(accumulate):
+  method, optimizer = linear_regression(noise=1.0), optax.sgd(0.0)
+  state = create(method.init(jax.random.key(0)), ['trained'], optimizer)
+
+  def loss(step, seed=1):
+    at = state.replace(step=jnp.int32(step))
+    _, metrics = train_step(
+      at, random_batch(), jax.random.key(seed), method=method, optimizer=optimizer,
+      accumulate=accumulate,
+    )  # fmt: skip
+    return float(metrics['loss'])
+
+  losses = [loss(0), loss(1), loss(2), loss(0, seed=2)]
+  assert len(set(losses)) == 4
+  assert loss(1) == losses[1]

@@ -1,0 +1,121 @@
+"""What a config may hold: every number is checked, and what is accepted works."""
+
+import json
+import math
+
+import jax
+import ml_collections
+import pytest
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.errors import UserError
+from flax import traverse_util
+
+from aavs_jax import bench, steps
+from aavs_jax import config as config_lib
+from aavs_jax.methods import aavs
+from aavs_jax.optimizer import make_optimizer
+from aavs_jax.state import create, flatten
+from tests import tiny
+
+VALUES = {
+  key: value if isinstance(value, tuple) else (value,)
+  for key, value in traverse_util.flatten_dict(base.get_config().to_dict(), sep='.').items()
+}
+NUMBERS = [key for key, items in VALUES.items() if type(items[0]) in (int, float)]
+MAY_BE_ZERO = {
+  'seed',
+  'data.item_frames',  # whole clips
+  'data.workers',  # the process reads by itself
+  'data.max_bad_clips',
+  'model.swin.depths',  # a stage that only merges patches
+  'model.swin.drop_path',
+  'model.encoder_layers',  # the projected maps as they are
+  'model.decoder_layers',  # the prediction of the queries alone
+  'optimizer.lr',  # as lr_phase2=0 shows what phase 2 begins with
+  'optimizer.lr_phase2',
+  'optimizer.weight_decay',
+  'optimizer.clip_norm',  # no clipping
+  'optimizer.warmup_steps',
+  'train.phase2_epoch',  # one phase
+}
+
+
+def _with(key, value):
+  """configs/base.py with another value, of whatever type."""
+  flat = traverse_util.flatten_dict(base.get_config().to_dict(), sep='.')
+  return ml_collections.ConfigDict(traverse_util.unflatten_dict(flat | {key: value}, sep='.'))
+
+
+def _refusal(config):
+  with pytest.raises(UserError) as caught:
+    config_lib.check(config)
+  message = str(caught.value)
+  assert '\n' not in message
+  return message
+
+
+@pytest.mark.parametrize('key', NUMBERS)
+def test_every_number_is_checked(key):
+  items = VALUES[key]
+  for i in range(len(items)):
+    for number in (math.nan, math.inf, -math.inf, -1, -0.5, 0):
+      value = (*items[:i], number, *items[i + 1 :]) if len(items) > 1 else number
+      config = _with(key, value)
+      if number == 0 and key in MAY_BE_ZERO:
+        config_lib.check(config)
+      else:
+        assert _refusal(config).startswith(f'config.{key} is {value}: ')
+
+
+def test_where_zero_is_accepted_a_step_can_be_taken():
+  config = tiny.get_config('stage1')
+  for key in MAY_BE_ZERO - {'model.swin.depths'}:
+    config.update_from_flattened_dict({key: type(VALUES[key][0])(0)})
+  config.model.swin.depths = (0, 0, 0, 0)
+  config_lib.check(config)
+  method, key = aavs(config), jax.random.key(0)
+  optimizer, _ = make_optimizer(config.optimizer, config.optimizer.lr, 1)
+
+  def step(batch):
+    params = flatten(method.init(key))
+    state = create(params, list(params), optimizer)
+    return steps.train_step(state, batch, key, method=method, optimizer=optimizer)
+
+  _, metrics = jax.eval_shape(step, bench.random_batch(config, 2))
+  assert metrics['loss'].shape == ()
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'words'),
+  [
+    ('use_prior', True, "only a 'semantic' task"),
+    ('model.swin.drop_path', 1.5, 'below 1'),
+    ('model.swin.drop_path', 1.0, 'below 1'),
+    ('model.swin.heads', (4, 8, 16, 30), '[128, 256, 512, 1024]'),
+    ('model.swin.depths', (2, 2, 6), 'four'),
+    ('vggish.conv_widths', (64, 128), 'six'),
+    ('train.trainable', (), 'at least one'),
+    ('data.subsets', ('v1s,v1m',), "\"('v1s','v1m')\""),
+    ('data.subsets', (), "\"('v1s','v1m')\""),
+    ('data.masks', 'None', 'write --config.data.masks= for none'),
+    ('train.init', 'None', 'write --config.train.init= for none'),
+  ],
+)
+def test_other_faults_are_named(key, value, words):
+  message = _refusal(_with(key, value))
+  assert message.startswith(f'config.{key} is {value!r}: ') and words in message
+
+
+@pytest.mark.parametrize('subsets', ['v1s', "('v1s','v1m')", "['v1s','v1m']"])
+def test_subsets_are_written_as_the_refusal_says(subsets):
+  config = config_lib.load('configs/base.py', [f'--config.data.subsets={subsets}'])
+  assert config.data.subsets in (('v1s',), ('v1s', 'v1m'))
+
+
+def test_a_kept_config_that_is_no_longer_accepted_is_named(tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps(_with('optimizer.lr', math.nan).to_dict()))
+  with pytest.raises(UserError) as caught:
+    config_lib.from_json(path)
+  message = str(caught.value)
+  assert str(path) in message and 'config.optimizer.lr is nan' in message and '\n' not in message

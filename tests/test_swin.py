@@ -1,0 +1,94 @@
+"""Stochastic depth, as the release has it: on the attention of every block alike, sample by sample.
+
+What the blocks compute without it is compared with the released code in test_model_parity.py.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from aavs_jax.models.swin import Swin, SwinBlock
+
+DROP, SAMPLES, WIDTH = 0.3, 400, 8
+KEEP = 1 - DROP
+
+
+class TestBlock:
+  @pytest.fixture(scope='class')
+  def run(self):
+    """Of a block without one of its kernels: input, output in evaluation, output in training."""
+    block = SwinBlock(2, 2, True, 2, DROP, jnp.float32)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((SAMPLES, 2, 2, WIDTH)), jnp.float32)
+    params = jax.jit(lambda key: block.init(key, x, False)['params'])(jax.random.key(0))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def apply(params, train):
+      return block.apply({'params': params}, x, train, rngs={'drop_path': jax.random.key(1)})
+
+    def outputs(without):
+      flat = traverse_util.flatten_dict(params, sep='/')
+      flat[without] *= 0
+      changed = traverse_util.unflatten_dict(flat, sep='/')
+      return np.array(x), np.array(apply(changed, False)), np.array(apply(changed, True))
+
+    return outputs
+
+  def test_a_sample_has_all_or_nothing_of_the_attention(self, run):
+    x, whole, training = run(without='fc2/kernel')  # so that the MLP adds nothing
+    attention, found = whole - x, training - x
+    kept = (found != 0).any(axis=(1, 2, 3))
+    assert kept.mean() == pytest.approx(KEEP, abs=4 * (KEEP * DROP / SAMPLES) ** 0.5)
+    np.testing.assert_array_equal(found[~kept], 0)
+    # So its mean over the draws is what evaluation adds.
+    np.testing.assert_allclose(found[kept], attention[kept] / KEEP, rtol=1e-4, atol=1e-6)
+
+  def test_the_mlp_is_never_dropped(self, run):
+    x, whole, training = run(without='attention/projection/kernel')
+    np.testing.assert_allclose(training, whole, rtol=1e-4, atol=1e-5)
+    assert (whole != x).any(axis=(1, 2, 3)).all()
+
+
+@functools.cache
+def _kept(blocks, train=True):
+  """seed -> which samples [n blocks] keep which blocks of the first stage.
+
+  Block i adds to channel i alone. Four blocks are scanned over, two are not.
+  """
+  swin = Swin(WIDTH, (blocks, 0, 0, 0), (1, 1, 1, 1), 2, 1, DROP)
+  frames = jnp.zeros((SAMPLES, 8, 8, 3))
+  init = functools.partial(swin.init, train=False)
+  shapes = jax.eval_shape(init, jax.random.key(0), frames)['params']
+  params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+  params['stage0_norm']['scale'] += 1
+  for i in range(blocks):
+    params[f'stage0_block{i}']['attention']['projection']['bias'] = jax.nn.one_hot(i, WIDTH)
+
+  @jax.jit
+  def run(key):
+    first, *_ = swin.apply({'params': params}, frames, train, rngs={'drop_path': key})
+    return first[..., :blocks] > first[..., -1:]  # normalised; the last channel was 0
+
+  def of_seed(seed):
+    kept = np.array(run(jax.random.key(seed)))
+    assert (kept == kept[:, :1, :1]).all()  # everywhere alike
+    return kept[:, 0, 0]
+
+  return of_seed
+
+
+@pytest.mark.parametrize('blocks', [2, 4])
+def test_every_block_draws_for_itself_at_the_same_rate(blocks):
+  kept = _kept(blocks)(1)
+  np.testing.assert_allclose(kept.mean(axis=0), KEEP, atol=4 * (KEEP * DROP / SAMPLES) ** 0.5)
+  together = np.corrcoef(kept.T) - np.eye(blocks)
+  assert np.abs(together).max() < 4 / SAMPLES**0.5
+  np.testing.assert_array_equal(_kept(blocks)(1), kept)
+  assert (_kept(blocks)(2) != kept).any(axis=0).all()
+
+
+def test_nothing_is_dropped_in_evaluation():
+  assert _kept(4, train=False)(1).all()
