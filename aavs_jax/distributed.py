@@ -1,5 +1,7 @@
 """Several processes, one run: each drives its own devices and reads its own share of the input."""
 
+import concurrent.futures
+import itertools
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ from aavs_jax.input_pipeline.errors import UserError
 
 _PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 _LAST_WORDS = 10  # seconds for all to say the same error
+_meetings = itertools.count()
 
 
 def start(where: str) -> None:
@@ -55,23 +58,34 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here; `what` must be another one at every call.
+  """Returns when all processes have come here, in the same order of calls; `what` is for errors.
 
   Not by a collective of the devices, which on CPUs gives up after half a minute.
   """
-  multihost.sync_global_processes(
-    what, timeout=_PATIENCE, processes=set(range(jax.process_count()))
-  )
+  if jax.process_count() > 1:
+    # In a thread, since this one would not hear a signal while it waits outside Python.
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    executor.submit(_meet, f'{next(_meetings)}, {what}', _PATIENCE).result()
+
+
+def _meet(name: str, patience: int) -> None:
+  multihost.sync_global_processes(name, timeout=patience, processes=set(range(jax.process_count())))
+
+
+def all_gather(arrays: Any, tiled: bool = False) -> Any:
+  """multihost_utils.process_allgather of a tree, for processes that come to it at any time."""
+  wait_for_all('all_gather')
+  return multihost_utils.process_allgather(arrays, tiled=tiled)
 
 
 def gather(value: Any) -> list[Any]:
-  """A JSON value of every process, in their order; all must call this together."""
+  """A JSON value of every process, in their order; all must call this, each at any time."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  sizes = all_gather(np.int32(len(text)))
   padded = np.pad(text, (0, max(sizes) - len(text)))
-  rows = multihost_utils.process_allgather(padded)
+  rows = all_gather(padded)
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
