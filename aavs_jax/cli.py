@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -605,7 +606,15 @@ def main(argv: Sequence[str] | None = None) -> int:
       from aavs_jax import distributed
 
       distributed.start(several)
+      if args.command != 'train':
+        # JAX has taken the signal to tell all processes of it, for which training alone asks.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return args.run(args) or 0
+  except (KeyboardInterrupt, SystemExit) as stop:
+    agreed = args.command == 'train' and isinstance(stop, SystemExit)  # with all other processes
+    if agreed or not several:
+      raise
+    distributed.leave(getattr(stop, 'code', 130), patience=3)
   except Exception as error:
     status, text = _fault(error)
     if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is

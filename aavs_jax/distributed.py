@@ -4,6 +4,7 @@ import concurrent.futures
 import itertools
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -32,6 +33,9 @@ def start(where: str) -> None:
     UserError: `where` is none of both.
     ConnectionError: the others cannot be found, now.
   """
+  # JAX looks for the others outside Python, where no handler would run: a signal ends this at once.
+  interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
   # Processes on CPUs talk through gloo; accelerators have their own network.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
@@ -48,6 +52,7 @@ def start(where: str) -> None:
       f'{text}: give HOST:PORT,PROCESSES,INDEX with the address of process 0 where JAX cannot know '
       'them'
     ) from error
+  signal.signal(signal.SIGINT, interrupt)
   if not is_first():
     sys.stdout = open(os.devnull, 'w')
 
@@ -89,16 +94,16 @@ def gather(value: Any) -> list[Any]:
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
-def leave(status: int) -> NoReturn:
-  """Ends this process after an error, which the others may not know of.
+def leave(status: int, patience: int = _LAST_WORDS) -> NoReturn:
+  """Ends this process after an error or a signal, which the others may not know of.
 
   JAX's own end would wait for minutes for the others, who may wait for this one, and then abort
-  with another status. Where all have met the same error, all have the time to say so.
+  with another status. Where all have met the same, all have `patience` seconds to say so and to
+  end with their own status, before they miss the first process; the others end when they miss one.
   """
+  sys.stdout.flush()
   sys.stderr.flush()
   try:
-    multihost.sync_global_processes(
-      'leaving', timeout=_LAST_WORDS, processes=set(range(jax.process_count()))
-    )
+    _meet('leaving', patience)
   finally:
     os._exit(status)
