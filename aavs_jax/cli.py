@@ -617,7 +617,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     distributed.leave(getattr(stop, 'code', 130), patience=3)
   except Exception as error:
     status, text = _fault(error)
-    if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is
+    failed = isinstance(error, RuntimeError) or 'Gloo' in str(error)  # as of a collective
+    if several and text is None and failed:
       text = (
         f'another process or the network between them has failed ({_one_line(error)}): start all '
         'processes again, they go on from the last checkpoint'

@@ -97,18 +97,24 @@ test_distributed.everything(*sys.argv[2:])
   assert _pictures(tmp_path).keys() == _pictures(alone).keys() != set()
 
 
-def test_processes_that_are_late_are_waited_for_before_a_collective():
-  """Which itself waits for as long as is set here, and for half a minute where nothing is."""
+def test_a_process_that_is_late_is_waited_for(alone, data_root, tmp_path):
+  """A collective waits for as long as is set here, and for half a minute where nothing is."""
   program = """
 import sys, time
-from aavs_jax import distributed
+from aavs_jax import distributed, evaluate
 distributed.start(sys.argv[1])
+from tests import pixels
+pixels.take_its_place()
 place = int(sys.argv[1][-1])
-for seconds in (0, 5):
-  time.sleep(seconds * place)
-  assert distributed.gather([place]) == [[0], [1]]
+assert distributed.gather(place) == [0, 1]
+_, work, data, out = sys.argv[1:]
+time.sleep(4 * place)
+evaluate.evaluate(work, data=data, out=f'{out}/result.json')
+time.sleep(4 * (1 - place))
+assert evaluate.write_masks(work, data=data, out=f'{out}/masks') == 10
 """
-  _finish(_start(program, xla_flags='--xla_cpu_collective_timeout_seconds=2'), 0, 0)
+  arguments = (str(alone / 'work'), data_root, str(tmp_path))
+  _finish(_start(program, *arguments, xla_flags='--xla_cpu_collective_timeout_seconds=2'), 0, 0)
 
 
 COMMAND = """
