@@ -201,14 +201,15 @@ def test_a_signal_to_one_process_ends_the_others_too(victim, number, evaluation)
 
 
 @pytest.mark.slow
-def test_ctrl_c_to_one_process_saves_and_ends_all(data_root, tmp_path):
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_one_of_two_that_train_saves_and_ends_both(number, status, data_root, tmp_path):
   processes = _start(
     COMMAND, 'train', '--config', 'tests/tiny.py:stage1', '--data', data_root,
     '--workdir', str(tmp_path / 'work'), '--config.train.epochs=1e3',
     '--config.train.eval_every_epochs=1e3', '--config.train.checkpoint_every_steps=1000000',
   )  # fmt: skip
   _wait_for((tmp_path / 'work' / 'metrics.jsonl').exists, processes)
-  processes[1].send_signal(signal.SIGINT)
-  output = _finish(processes, 0, 130, timeout=60)[0]
+  processes[1].send_signal(number)
+  output = _finish(processes, 0, status, timeout=60)[0]
   assert 'stopped by a signal at step' in output
   assert any(path.name.isdigit() for path in (tmp_path / 'work' / 'checkpoints').iterdir())
