@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from aavs_jax import distributed
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.state import TrainState
@@ -63,6 +64,8 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy, best_fn=metric, cleanup_tmp_directories=True
   )
+  # Orbax has all processes meet by a collective, which is not patient.
+  distributed.wait_for_all('checkpoints')
   with _readable(folder, 'look at what it holds'):
     return _Manager(epath.Path(folder).absolute(), options=options)
 
@@ -121,7 +124,7 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     folder, step = folder.parent, int(folder.name)
   if not folder.is_dir():
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
-  options = ocp.CheckpointManagerOptions(read_only=True)
+  options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
     _readable(folder, 'look at what it holds, or train again'),
     ocp.CheckpointManager(folder.absolute(), options=options) as manager,
@@ -150,9 +153,16 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   return files.read_json(path, _CONVERTED, 'restore it or convert again')
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """That this process reads without the others, which Orbax would have meet by a collective."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+
+
 def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
   """Numpy arrays of the state saved at a path, or of some of its fields."""
-  with ocp.PyTreeCheckpointer() as reader:
+  handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+  with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
     tree = reader.metadata(path).item_metadata.tree
     keep = {name: tree[name] for name in names or tree if tree.get(name)}
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)

@@ -618,10 +618,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       from aavs_jax import distributed
 
       distributed.start(several)
+      if args.command != 'train':
+        # JAX has taken the signal to tell all processes of it, for which training alone asks.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     return args.run(args) or 0
+  except (KeyboardInterrupt, SystemExit) as stop:
+    agreed = args.command == 'train' and isinstance(stop, SystemExit)  # with all other processes
+    if agreed or not several:
+      raise
+    distributed.leave(getattr(stop, 'code', 130), patience=3)
   except Exception as error:
     status, text = _fault(error, args)
-    if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is
+    failed = isinstance(error, RuntimeError) or 'Gloo' in str(error)  # as of a collective
+    if several and text is None and failed:
       text = (
         f'another process or the network between them has failed ({_one_line(error)}): start all '
         'processes again, they go on from the last checkpoint'

@@ -1,7 +1,10 @@
 """Several processes, one run: each drives its own devices and reads its own share of the input."""
 
+import concurrent.futures
+import itertools
 import json
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -14,6 +17,7 @@ from aavs_jax.input_pipeline.errors import UserError
 
 _PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 _LAST_WORDS = 10  # seconds for all to say the same error
+_meetings = itertools.count()
 
 
 def start(where: str) -> None:
@@ -29,6 +33,9 @@ def start(where: str) -> None:
     UserError: `where` is none of both.
     ConnectionError: the others cannot be found, now.
   """
+  # JAX looks for the others outside Python, where no handler would run: a signal ends this at once.
+  interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
   # Processes on CPUs talk through gloo; accelerators have their own network.
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
   try:
@@ -45,6 +52,7 @@ def start(where: str) -> None:
       f'{text}: give HOST:PORT,PROCESSES,INDEX with the address of process 0 where JAX cannot know '
       'them'
     ) from error
+  signal.signal(signal.SIGINT, interrupt)
   if not is_first():
     sys.stdout = open(os.devnull, 'w', errors='backslashreplace')  # of any name
 
@@ -55,36 +63,47 @@ def is_first() -> bool:
 
 
 def wait_for_all(what: str) -> None:
-  """Returns when all processes have come here; `what` must be another one at every call.
+  """Returns when all processes have come here, in the same order of calls; `what` is for errors.
 
   Not by a collective of the devices, which on CPUs gives up after half a minute.
   """
-  multihost.sync_global_processes(
-    what, timeout=_PATIENCE, processes=set(range(jax.process_count()))
-  )
+  if jax.process_count() > 1:
+    # In a thread, since this one would not hear a signal while it waits outside Python.
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+    executor.submit(_meet, f'{next(_meetings)}, {what}', _PATIENCE).result()
+
+
+def _meet(name: str, patience: int) -> None:
+  multihost.sync_global_processes(name, timeout=patience, processes=set(range(jax.process_count())))
+
+
+def all_gather(arrays: Any, tiled: bool = False) -> Any:
+  """multihost_utils.process_allgather of a tree, for processes that come to it at any time."""
+  wait_for_all('all_gather')
+  return multihost_utils.process_allgather(arrays, tiled=tiled)
 
 
 def gather(value: Any) -> list[Any]:
-  """A JSON value of every process, in their order; all must call this together."""
+  """A JSON value of every process, in their order; all must call this, each at any time."""
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(text)))
+  sizes = all_gather(np.int32(len(text)))
   padded = np.pad(text, (0, max(sizes) - len(text)))
-  rows = multihost_utils.process_allgather(padded)
+  rows = all_gather(padded)
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
-def leave(status: int) -> NoReturn:
-  """Ends this process after an error, which the others may not know of.
+def leave(status: int, patience: int = _LAST_WORDS) -> NoReturn:
+  """Ends this process after an error or a signal, which the others may not know of.
 
   JAX's own end would wait for minutes for the others, who may wait for this one, and then abort
-  with another status. Where all have met the same error, all have the time to say so.
+  with another status. Where all have met the same, all have `patience` seconds to say so and to
+  end with their own status, before they miss the first process; the others end when they miss one.
   """
+  sys.stdout.flush()
   sys.stderr.flush()
   try:
-    multihost.sync_global_processes(
-      'leaving', timeout=_LAST_WORDS, processes=set(range(jax.process_count()))
-    )
+    _meet('leaving', patience)
   finally:
     os._exit(status)

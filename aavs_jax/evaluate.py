@@ -1,12 +1,12 @@
 """Running a trained model over a split: scores, maps, and the masks that stage 2 starts from."""
 
+import collections
 import functools
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,6 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, metrics, protocols, steps, tables
 from aavs_jax import config as config_lib
@@ -31,9 +30,12 @@ _NOTE = 'source.json'  # in a folder of masks: which model wrote them
 _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest stays on the host
 _T = TypeVar('_T')
 
+# Batches that the devices have before them while the host takes the result of an earlier one.
+_AHEAD = 2
+
 
 class Predictor:
-  """A compiled model: batches of frames in, numpy predictions out.
+  """A compiled model: batches of frames in, predictions out, on the device and not waited for.
 
   Frames are spread over the devices of this process, on all of which the parameters must be
   (`local_params`): processes do not wait for each other.
@@ -43,11 +45,23 @@ class Predictor:
     self._step = jax.jit(functools.partial(steps.predict_step, method=method))
     self._mesh = local_mesh()
 
-  def __call__(self, params: Params, batch: dict[str, np.ndarray]) -> np.ndarray:
+  def __call__(self, params: Params, batch: dict[str, np.ndarray]) -> jax.Array:
     seen = {name: batch[name] for name in _BATCH_KEYS if name in batch}
     seen = jax.device_put(seen, batch_sharding(self._mesh))
     with jax.set_mesh(self._mesh):
-      return np.asarray(self._step(params, seen))
+      predictions = self._step(params, seen)
+    predictions.copy_to_host_async()
+    return predictions
+
+
+def _ahead(items: Iterable[_T], count: int) -> Iterator[_T]:
+  """The same items in order; the `count` after each one have been made when it is handed out."""
+  made = collections.deque()
+  for item in items:
+    made.append(item)
+    if len(made) > count:
+      yield made.popleft()
+  yield from made
 
 
 def predict_clips(
@@ -56,6 +70,7 @@ def predict_clips(
   """(clip index, predictions [T ...], the batch's other arrays [T ...]) for each whole clip.
 
   Batches hold the items of a clip one after the other, so a clip is complete when the next begins.
+  The devices are at the next batches meanwhile.
   """
   current, parts = None, []
 
@@ -63,8 +78,9 @@ def predict_clips(
     extra = {name: np.concatenate([p[1][name] for p in parts]) for name in parts[0][1]}
     return current, np.concatenate([p[0] for p in parts]), extra
 
-  for batch in batches:
-    predictions = predictor(params, batch)
+  dispatched = ((predictor(params, batch), batch) for batch in batches)
+  for predictions, batch in _ahead(dispatched, _AHEAD):
+    predictions = np.asarray(predictions)
     host = {name: value for name, value in batch.items() if name not in _BATCH_KEYS}
     real = np.flatnonzero(batch['weight'] > 0)
     for clip in dict.fromkeys(batch['clip'][real].tolist()):
@@ -89,14 +105,19 @@ def local_params(params: Params) -> Params:
   Where they are spread over processes, all of these must call it.
   """
 
-  def whole(leaf):
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-      return leaf
-    if leaf.is_fully_replicated:
-      return leaf.addressable_data(0)
-    return multihost_utils.process_allgather(leaf, tiled=True)
+  def is_spread(leaf):
+    return isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
 
-  return jax.device_put(jax.tree.map(whole, params), replicated(local_mesh()))
+  def own(leaf):
+    return leaf.addressable_data(0) if is_spread(leaf) and leaf.is_fully_replicated else leaf
+
+  leaves, tree = jax.tree.flatten(jax.tree.map(own, params))
+  spread = [i for i, leaf in enumerate(leaves) if is_spread(leaf)]
+  if spread:
+    gathered = distributed.all_gather([leaves[i] for i in spread], tiled=True)
+    for i, leaf in zip(spread, gathered):
+      leaves[i] = leaf
+  return jax.device_put(tree.unflatten(leaves), replicated(local_mesh()))
 
 
 def score(
@@ -111,8 +132,8 @@ def score(
 ) -> dict:
   """Scores of a model over clips by every protocol, as `protocols.summarise` returns them.
 
-  One pass over the data. Of several processes each takes its share of the clips; all of them must
-  call this, and all return the scores of all clips.
+  One pass over the data; clips are scored in threads while the devices go on. Of several processes
+  each takes its share of the clips; all of them must call this, and all return the scores of all.
 
   Args:
     config: the model's; its oracle_prior decides on the prior of stage 2.
@@ -120,7 +141,8 @@ def score(
     params: parameter tree, on any devices.
     clips: what to score.
     audio: what the clips hear, see sounds.choose_sounds.
-    on_clip: called with each clip of this process and its predicted ids uint8 [T, e, e].
+    on_clip: called with each clip of this process, in order, and its predicted ids
+      uint8 [T, e, e].
     title: of the line that shows the progress.
   """
   task = config_lib.task_of(config)
@@ -139,14 +161,21 @@ def score(
     threads=config.data.threads,
   )
   records = np.zeros(len(mine), metrics.record_type(config.task, config.num_classes))
-  with Progress(title, len(mine), 'clips') as progress:
-    for index, predictions, extra in predict_clips(predictor, params, batches):
-      if config.task == 'binary':
-        records[index] = metrics.binary_record(predictions, extra['target'].astype(bool))
-        ids = np.argmax(predictions, 1).astype(np.uint8)
-      else:
-        ids = predictions
-        records[index] = metrics.semantic_record(ids, extra['target'], config.num_classes)
+
+  def look(predictions, target):
+    if config.task == 'binary':
+      record = metrics.binary_record(predictions, target.astype(bool))
+      return record, np.argmax(predictions, 1).astype(np.uint8)
+    return metrics.semantic_record(predictions, target, config.num_classes), predictions
+
+  threads = config.data.threads
+  with Progress(title, len(mine), 'clips') as progress, ThreadPoolExecutor(threads) as pool:
+    looks = (
+      (index, pool.submit(look, predictions, extra['target']))
+      for index, predictions, extra in predict_clips(predictor, params, batches)
+    )
+    for index, future in _ahead(looks, threads):
+      records[index], ids = future.result()
       if on_clip:
         on_clip(mine[index], ids)
       progress.advance(1)
@@ -159,7 +188,7 @@ def _gather(mine: np.ndarray, total: int) -> np.ndarray:
   padded = np.zeros(-(-total // jax.process_count()), mine.dtype)
   padded[: len(mine)] = mine
   # As bytes, since a device would round float64 to float32.
-  everyones = multihost_utils.process_allgather(padded.view(np.uint8))
+  everyones = distributed.all_gather(padded.view(np.uint8))
   # [process, place in its share] -> as `share` dealt them out, place by place
   return np.ascontiguousarray(everyones).view(mine.dtype).T.ravel()[:total]
 
@@ -318,10 +347,21 @@ def write_masks(
     threads=config.data.threads,
   )
   predictor = Predictor(aavs(config))
-  with Progress('masks of stage 1', len(todo), 'clips') as progress:
-    for index, scores, _ in predict_clips(predictor, params, batches):
-      binary = (np.argmax(scores, 1) * 255).astype(np.uint8)
-      masks.write_clip_masks(str(out), todo[index], binary)
+
+  def write(clip, scores):
+    masks.write_clip_masks(str(out), clip, (np.argmax(scores, 1) * 255).astype(np.uint8))
+
+  threads = config.data.threads
+  with (
+    Progress('masks of stage 1', len(todo), 'clips') as progress,
+    ThreadPoolExecutor(threads) as pool,
+  ):
+    writes = (
+      pool.submit(write, todo[index], scores)
+      for index, scores, _ in predict_clips(predictor, params, batches)
+    )
+    for future in _ahead(writes, threads):
+      future.result()
       progress.advance(1)
   # Not before all masks are there: what comes next may read those of any process.
   return sum(distributed.gather(len(todo)))
@@ -391,12 +431,11 @@ def write_text(path: str | Path, text: str) -> None:
     return
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  handle, working = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
+  # Always the same name, so that what a killed writer leaves is there until the next one at most.
+  working = path.with_name(f'.writing-{path.name}')
   try:
-    with os.fdopen(handle, 'w') as file:
-      file.write(text)
-    os.chmod(working, 0o644)
-    os.replace(working, path)
+    working.write_text(text)
+    working.replace(path)
   except BaseException:
-    Path(working).unlink(missing_ok=True)
+    working.unlink(missing_ok=True)
     raise

@@ -254,7 +254,7 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
       real = len(part['frames'])
       lacking = count - real
       padded = {name: np.concatenate([v, v[-1:].repeat(lacking, 0)]) for name, v in part.items()}
-      answers.append(predictor(params, padded)[:real])
+      answers.append(np.asarray(predictor(params, padded))[:real])
     return np.concatenate(answers)
 
   return config, model

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import shutil
-import tempfile
 
 import numpy as np
 from PIL import Image
@@ -46,10 +45,12 @@ def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
         f'{final} holds {name}, which is no map, so it is not replaced: name another folder for '
         'the maps'
       )
-  os.makedirs(parent, exist_ok=True)
-  working = tempfile.mkdtemp(dir=parent, prefix='.writing-')
+  # Named after the clip, which one process alone writes: what is there a killed one has left.
+  working = os.path.join(parent, f'.writing-{clip.uid}')
+  if os.path.isdir(working):
+    shutil.rmtree(working)
   try:
-    os.chmod(working, 0o755)
+    os.makedirs(working)
     for t, mask in enumerate(masks):
       Image.fromarray(mask).save(os.path.join(working, f'{t}.png'))
     if os.path.isdir(final):

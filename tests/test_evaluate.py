@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -40,6 +41,7 @@ def save_random(folder, stage, seed):
   """A work folder as training leaves it, of a model with random weights."""
   config = tiny.get_config(stage)
   config.data.batch_items = 1
+  config.data.threads = 2
   config.model.swin.depths = (1, 0, 0, 0)
   config.model.encoder_layers = 0
   rng = np.random.default_rng(seed)
@@ -162,6 +164,64 @@ def test_the_size_of_the_batch_changes_no_bit_of_any_score(stage, clips):
   assert all(scores == found[0] for scores in found[1:])
   assert 0 < found[0]['dataset']['overall']['miou'] < 1
   assert 0 < found[0]['overall']['false_positive_rate'] < 1
+
+
+class _Device:
+  """A stand-in's answers as of a device: they can be waited for; notes who is how far ahead."""
+
+  def __init__(self, model):
+    self.model, self.dispatched, self.read, self.ahead = model, 0, 0, []
+
+  def __call__(self, params, batch):
+    self.dispatched += 1
+    return _Answer(self, self.model(params, batch))
+
+
+class _Answer:
+  def __init__(self, device, value):
+    self.device, self.value = device, value
+
+  def __array__(self, dtype=None, copy=None):
+    self.device.read += 1
+    self.device.ahead.append(self.device.dispatched - self.device.read)
+    return np.asarray(self.value)
+
+
+@pytest.fixture
+def two_at_once(monkeypatch):
+  """Makes a function wait until it is called by two threads; a single one gives up."""
+
+  def change(module, name):
+    both, function = threading.Barrier(2), getattr(module, name)
+
+    def wait_and_call(*args):
+      both.wait(20)
+      return function(*args)
+
+    monkeypatch.setattr(module, name, wait_and_call)
+
+  return change
+
+
+@pytest.mark.parametrize('stage', ['stage1', 'stage2'])
+def test_devices_go_on_while_clips_are_scored_in_threads(stage, clips, two_at_once):
+  config, model = _stand_in(stage)
+  config, clips = _with(config, batch_items=1), clips[:4]
+  seen = {False: [], True: []}
+
+  def found(device, threads):
+    return evaluate.score(
+      _with(config, threads=threads), device, {}, clips,
+      on_clip=lambda clip, ids: seen[threads > 1].append((clip.uid, ids.tobytes())),
+    )  # fmt: skip
+
+  expected = found(model, 1)
+  two_at_once(metrics, 'binary_record' if stage == 'stage1' else 'semantic_record')
+  device = _Device(model)
+  assert found(device, 3) == expected
+  assert seen[True] == seen[False] and [uid for uid, _ in seen[True]] == [c.uid for c in clips]
+  # Two batches wait at the device until the last ones are read: no fewer and, for memory, no more.
+  assert device.ahead == [2] * (len(clips) - 2) + [1, 0]
 
 
 @pytest.mark.parametrize('stage', ['stage1', 'stage2'])
@@ -310,12 +370,15 @@ class TestWriteMasks:
         np.testing.assert_array_equal(mask, binary[t])
     assert values == {0, 255}
 
-  def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root):
+  def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root, two_at_once):
     before = _contents(written)
     assert evaluate.write_masks(stage1, data=data_root, out=written) == 0
-    path = next(written.glob('v2/*/7.png'))
-    path.write_bytes(path.read_bytes()[:30])
-    assert evaluate.write_masks(stage1, data=data_root, out=written) == 1
+    first, last = sorted(written.glob('v2/*/7.png'))
+    first.write_bytes(first.read_bytes()[:30])
+    # As a writer leaves it that was killed after it had removed what was there.
+    shutil.move(last.parent, last.parent.with_name(f'.writing-{last.parent.name}'))
+    two_at_once(masks, 'write_clip_masks')
+    assert evaluate.write_masks(stage1, data=data_root, out=written) == 2
     assert _contents(written) == before
 
   def test_masks_of_two_models_are_not_mixed(self, written, data_root, tmp_path):

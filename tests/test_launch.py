@@ -289,9 +289,11 @@ def test_the_jobset_trains_with_what_was_given(dry_run):
   assert {'name': 'JAX_PLATFORMS', 'value': 'tpu,cpu'} in container['env']
   selected = pod['nodeSelector']['cloud.google.com/gke-tpu-accelerator']
   assert selected == 'tpu-v5-lite-podslice'
-  [volume], [mount] = pod['volumes'], container['volumeMounts']
-  assert volume['name'] == mount['name'] and mount['mountPath'] == '/gcs'
-  assert volume['csi']['volumeAttributes']['bucketName'] == 'my-bucket'
+  volumes = {volume.pop('name'): volume for volume in pod['volumes']}
+  mounted = {mount['mountPath']: volumes[mount['name']] for mount in container['volumeMounts']}
+  assert mounted['/gcs']['csi']['volumeAttributes']['bucketName'] == 'my-bucket'
+  assert mounted['/dev/shm']['emptyDir']['medium'] == 'Memory'  # where loader processes write
+  assert len(mounted) == len(volumes)
 
   # Failures restart the set, except for exit status 2, which is that of bad input.
   assert pod['restartPolicy'] == 'Never' and job['backoffLimit'] == 0

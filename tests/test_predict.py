@@ -120,6 +120,7 @@ def call_directly(workdir, frames, log_mel, prior=None):
   for start in range(0, len(frames), 5):
     places = (np.arange(5) + min(start, max(len(frames) - 5, 0))) % len(frames)
     answer = predictor(params, {name: value[places] for name, value in batch.items()})
+    answer = np.asarray(answer)
     for place, row in zip(places, answer):
       result[place] = row
   return np.stack(result)
