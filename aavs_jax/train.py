@@ -20,7 +20,8 @@ from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wa
 from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline import avsbench, pipeline
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.interrupt import StopSignal
+from aavs_jax.interrupt import Stopped, StopSignal
+from aavs_jax.lock import lock
 from aavs_jax.logging import Clock, Writer, duration, say, step_line
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs

@@ -23,6 +23,7 @@ RANK = {
   'recipe': 1,
   'metrics': 1,
   'tables': 1,
+  'lock': 2,
   'protocols': 2,
   'video': 2,
   'models': 2,
