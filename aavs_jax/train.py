@@ -5,9 +5,9 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import ml_collections
@@ -31,6 +31,25 @@ from aavs_jax.state import TrainState, create, flatten
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2
+
+
+class _Clips(NamedTuple):
+  train: Sequence[avsbench.Clip]
+  val: Sequence[avsbench.Clip]
+  bad: Sequence[dict[str, str]]  # left out of train: see work_folder.leave_out_bad
+
+
+class _Length(NamedTuple):
+  """Epochs over items, in steps."""
+
+  steps_per_epoch: float
+  total: int
+  eval_every: int
+  boundary: int  # steps of phase 1, 0 if it is the only one
+
+  def validates(self, step: int) -> bool:
+    """Whether a validation follows a step, counted from 1."""
+    return step % self.eval_every == 0 or step in (self.total, self.boundary)
 
 
 class _Phase(NamedTuple):
@@ -65,6 +84,7 @@ def train(
 
   Raises:
     UserError: the config, the data or the folder is at fault.
+    BlockingIOError: another run is in the folder.
     FloatingPointError: loss or gradient is not finite; names step, clips and last checkpoint.
   """
   workdir = epath.Path(workdir)  # also gs:// or s3://
@@ -78,8 +98,14 @@ def train(
   val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
   config_lib.require_fit(train_clips + val_clips, config)
   train_clips, bad_clips = work_folder.leave_out_bad(config, workdir, train_clips)
+  clips = _Clips(train_clips, val_clips, bad_clips)
+  length = _length(config, train_clips)
+  profiler = Profiler(profile, workdir / 'profile', length.total)
+  with lock(workdir):
+    return _train(config, workdir, clips, length, profiler, wandb)
 
-  # How long: epochs over items, in steps.
+
+def _length(config: ml_collections.ConfigDict, train_clips: Sequence[avsbench.Clip]) -> _Length:
   steps_per_epoch, frames = pipeline.epoch_size(
     train_clips, config.data.item_frames, config.data.batch_items
   )
@@ -97,19 +123,35 @@ def train(
       f'{jax.device_count()} devices cannot share evenly in {config.train.accumulate} parts: use a '
       'multiple of devices times config.train.accumulate'
     )
-  profiler = Profiler(profile, workdir / 'profile', total)
+  return _Length(steps_per_epoch, total, eval_every, boundary)
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  clips: _Clips,
+  length: _Length,
+  profiler: Profiler,
+  wandb: str,
+) -> dict[str, float]:
+  """What `train` does once it has the folder for itself."""
+  train_clips, val_clips, bad_clips = clips
+  steps_per_epoch, total, eval_every, boundary = length
+
+  # Where it stands; the manager removes what a killed run has left of its last checkpoint.
+  latest = checkpoint.latest_step(workdir / 'checkpoints')
+  work_folder.claim(workdir, config, train_clips + val_clips, bad_clips, latest)
+  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+  # Stopped before the end of its validation, which then comes first.
+  unscored = latest is not None and length.validates(latest) and manager.metrics(latest) is None
+  if latest == total and not unscored:
+    return _result(manager, workdir)
+  start = work_folder.load_start(config, needed=latest is None or bool(boundary))
+  work_folder.claim_inputs(workdir, config, val_clips, start, latest)
 
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
   method = aavs(config)
   mesh = make_mesh(config.mesh.fsdp)
-  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
-  latest = manager.latest_step()
-  work_folder.claim(workdir, config, train_clips + val_clips, latest)
-  if latest == total:
-    return _result(manager, workdir)
-  if config.use_prior and not config.oracle_prior:
-    work_folder.require_masks(config, val_clips)
-  start = stages.load_start(config) if config.train.init and (latest is None or boundary) else None
   key = jax.random.key(config.seed)
 
   def init(key):
@@ -163,7 +205,9 @@ def train(
   first = stages.needed_later(config, first)
   step = int(state.step)
   others = wandb_run.begin(wandb, workdir, config)
-  writer = Writer(workdir, step, silent=not distributed.is_first(), others=others)
+  writer = Writer(
+    workdir, step, unscored=unscored, silent=not distributed.is_first(), others=others
+  )
   work_folder.announce(
     config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step
   )
@@ -207,8 +251,39 @@ def train(
     look(0)
     checkpoint.save(manager, state, phase, metrics)
 
+  def validate() -> dict[str, float]:
+    look(0)
+    # Processes that have a clip more than others do not ask after it.
+    common = iter(range(len(val_clips) // jax.process_count()))
+    with clock.validating():
+      result = evaluate.score(
+        config,
+        predictor,
+        state.params,
+        val_clips,
+        on_clip=lambda *_: next(common, None) is None or stop.check(),
+        title='validation',
+      )
+    scores = {name: float(result['overall'][name]) for name in ('miou', 'fscore')}
+    writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
+    say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
+    return scores
+
+  def leave() -> NoReturn:
+    if manager.latest_step() != step:
+      save(None)
+    manager.wait_until_finished()
+    say(f'stopped by a signal at step {step}; the same command goes on from there')
+    # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
+    raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
+
   with stop, profiler, contextlib.closing(batches), contextlib.closing(writer):
     profiler.at(step, state)
+    if unscored:
+      try:
+        checkpoint.add_metrics(manager, step, validate())
+      except Stopped:
+        leave()
     while step < total:
       if stages.phase_at(config, step, steps_per_epoch) != phase:
         phase = 2
@@ -250,27 +325,14 @@ def train(
         row = dict(step=step, epoch=epoch, phase=phase, **values, learning_rate=lr, **pace)
         writer.write('train', **row)
         say(step_line(row, total))
-      if step % eval_every == 0 or step in (total, boundary):
-        look(0)
-        with clock.validating():
-          result = evaluate.score(config, predictor, state.params, val_clips, title='validation')
-        result = result['overall']
-        scores = {name: float(result[name]) for name in ('miou', 'fscore')}
-        writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
-        say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
-        save(scores)
-        saved = True
-      else:
-        saved = step % config.train.checkpoint_every_steps == 0
-        if saved:
+      try:
+        stop.check()
+        if length.validates(step):
+          save(validate())
+        elif step % config.train.checkpoint_every_steps == 0:
           save(None)
-      if stop.after(step):
-        if not saved:
-          save(None)
-        manager.wait_until_finished()
-        say(f'stopped by a signal at step {step}; the same command goes on from there')
-        # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
-        raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
+      except Stopped:
+        leave()
   return _result(manager, workdir)
 
 

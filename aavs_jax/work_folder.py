@@ -20,14 +20,14 @@ from aavs_jax.logging import say
 from aavs_jax.state import TrainState
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
-# clips are compared one by one and that the masks are checked.
+# clips are compared one by one, and what train.init and data.masks hold by digests.
 _FREE_KEYS = (
-  'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'train.accumulate', 'mesh.',
-  'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
+  'train.log_every_steps', 'train.keep_checkpoints', 'train.checkpoint_every_steps', 'train.init',
+  'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
   'data.max_bad_clips',
 )  # fmt: skip
 
-
+_BAD_CLIPS = 'bad_clips.json'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
 
@@ -36,9 +36,10 @@ def claim(
   workdir: epath.Path,
   config: ml_collections.ConfigDict,
   clips: Sequence[Clip],
+  bad_clips: Sequence[dict[str, str]],
   latest: int | None,
 ) -> None:
-  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved.
+  """Saves config and lists of clips, or, once there is a checkpoint, compares with those saved.
 
   Raises:
     UserError: on all processes, if they do not begin with the same.
@@ -52,6 +53,7 @@ def claim(
     if distributed.is_first():
       evaluate.write_json(path, config.to_dict())
       evaluate.write_json(listing, found)
+      evaluate.write_json(workdir / _BAD_CLIPS, bad_clips)
     return
   if checkpoint.read_json(listing) != found:
     raise UserError(
@@ -85,17 +87,60 @@ def _require_same(facts: dict[str, Any]) -> None:
         )
 
 
-def require_masks(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> None:
-  """Reads the masks of this process's share of the clips, now and not after the first epoch."""
+def load_start(config: ml_collections.ConfigDict, needed: bool) -> stages.Flat | None:
+  """The parameters of config.train.init; None if it names none, or none is there nor `needed`."""
+  init = config.train.init
+  there = init and (needed or epath.Path(init).exists())
+  return stages.load_start(config) if there else None
+
+
+def claim_inputs(
+  workdir: epath.Path,
+  config: ml_collections.ConfigDict,
+  val_clips: Sequence[Clip],
+  start: stages.Flat | None,
+  latest: int | None,
+) -> None:
+  """Saves digests of start and masks, or, once there is a checkpoint, compares with those saved.
+
+  The masks are read here, and not after the first epoch.
+
+  Raises:
+    UserError: on all processes, if they or this and an earlier start do not find the same.
+  """
+  found = {}
+  if start is not None or not config.train.init:
+    found['train.init'] = None if start is None else evaluate.digest(start)
+  if config.use_prior and not config.oracle_prior:
+    found['data.masks'] = _masks_digest(config, val_clips)
+  _require_same({f'content of config.{key}': digest for key, digest in found.items()})
+  path = workdir / 'inputs.json'
+  saved = checkpoint.read_json(path) if latest is not None and path.exists() else {}
+  for key, digest in found.items():
+    if digest != saved.get(key, digest):
+      raise UserError(
+        f'{workdir} was begun with another content of config.{key} than it has now: give it the '
+        'folder that it began with, wherever that is now, or use another --workdir'
+      )
+  if distributed.is_first():
+    evaluate.write_json(path, {**found, **saved})
+
+
+def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:
+  """Of the masks that validation reads; each process reads those of its share of the clips."""
   masks.refuse_bucket(config.data.masks)
 
   def read(clip):
+    digest = hashlib.sha256()
     for t in range(clip.num_frames):
-      masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
+      digest.update(masks.read_mask(config.data.masks, clip, t, config.data.eval_size).tobytes())
+    return [clip.subset, clip.uid, digest.hexdigest()]
 
   with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-    for _ in pool.map(read, evaluate.share(clips)):
-      pass
+    digests = list(pool.map(read, evaluate.share(clips)))
+  distributed.wait_for_all('masks read')
+  everyones = sorted(itertools.chain(*distributed.gather(digests)))
+  return hashlib.sha256(json.dumps(everyones).encode()).hexdigest()[:16]
 
 
 def leave_out_bad(
@@ -104,18 +149,16 @@ def leave_out_bad(
   """Clips to train on and, as config.data.on_bad_clip says, those left out when the run began."""
   if config.data.on_bad_clip == 'error':
     return clips, []
-  listing = workdir / 'bad_clips.json'
-  if not any(distributed.gather(listing.exists())):
+  listing = workdir / _BAD_CLIPS
+  begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
+  if any(distributed.gather(begun)):
+    bad = checkpoint.read_json(listing)
+  else:
     say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
     bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
     distributed.wait_for_all('bad clips found')
     place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
     bad = sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
-    pipeline.leave_out(clips, bad, config.data.max_bad_clips)  # too many are not written down
-    if distributed.is_first():
-      evaluate.write_json(listing, bad)
-  distributed.wait_for_all('bad clips')
-  bad = checkpoint.read_json(listing)
   good = pipeline.leave_out(clips, bad, config.data.max_bad_clips)
   for row in bad:
     say(f'  left out {row["clip"]}: {row["text"]}')

@@ -9,35 +9,13 @@ import subprocess
 import sys
 import time
 
-import fsspec
 import pytest
 from etils import epath
-from fsspec.implementations.dirfs import DirFileSystem
 
 from aavs_jax import lock as lock_lib
 from aavs_jax.lock import lock
 
 ME = f'process {os.getpid()} on {re.escape(socket.gethostname())}'
-
-
-@pytest.fixture
-def bucket(tmp_path):
-  """A work folder in a bucket, for which a folder of the disk stands."""
-
-  class Bucket(DirFileSystem):
-    protocol = 's3'
-    cachable = False
-
-    def __init__(self, **_):
-      super().__init__(path=str(tmp_path), auto_mkdir=True)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-      return path.removeprefix('s3://')
-
-  fsspec.register_implementation('s3', Bucket, clobber=True)
-  epath.backend.fsspec_backend._get_filesystem.cache_clear()
-  return epath.Path('s3://bucket/run')
 
 
 @pytest.fixture
@@ -92,8 +70,12 @@ with lock(epath.Path({str(tmp_path)!r})):
 
 
 def test_a_lease_that_nobody_renews_is_given_up(bucket, quick, capsys):
-  bucket.mkdir(parents=True)
-  left = {'host': 'gone', 'pid': 7, 'run': 'x', 'time': time.time() + 1e6}  # whatever its clock said
+  left = {
+    'host': 'gone',
+    'pid': 7,
+    'run': 'x',
+    'time': time.time() + 1e6,
+  }
   (bucket / 'run.lease').write_text(json.dumps(left))
   started = time.monotonic()
   with lock(bucket):
