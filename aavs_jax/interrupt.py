@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
@@ -27,12 +28,22 @@ class StopSignal:
     self._before = {s: signal.signal(s, self._note) for s in signals}
     return self
 
-  def check(self, *_) -> None:
+  def check(self) -> None:
     """Raises Stopped if a signal has come; all processes must call it equally often."""
     if multihost_utils.reached_preemption_sync_point(next(self._calls)):
       self.received = signal.SIGTERM
     if self.received:
       raise Stopped
+
+  def after_each(self, items: int) -> Callable[..., None]:
+    """`check` for after each of the items that processes share; who has one more does not ask."""
+    common = iter(range(items // jax.process_count()))
+
+    def check(*_):
+      if next(common, None) is not None:
+        self.check()
+
+    return check
 
   def _note(self, number, frame):
     if self.received:

@@ -5,7 +5,7 @@ import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, pipeline
+from aavs_jax.epochs import Length, length_of
+from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.interrupt import Stopped, StopSignal
 from aavs_jax.lock import lock
@@ -31,25 +32,6 @@ from aavs_jax.state import TrainState, create, flatten
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2
-
-
-class _Clips(NamedTuple):
-  train: Sequence[avsbench.Clip]
-  val: Sequence[avsbench.Clip]
-  bad: Sequence[dict[str, str]]  # left out of train: see work_folder.leave_out_bad
-
-
-class _Length(NamedTuple):
-  """Epochs over items, in steps."""
-
-  steps_per_epoch: float
-  total: int
-  eval_every: int
-  boundary: int  # steps of phase 1, 0 if it is the only one
-
-  def validates(self, step: int) -> bool:
-    """Whether a validation follows a step, counted from 1."""
-    return step % self.eval_every == 0 or step in (self.total, self.boundary)
 
 
 class _Phase(NamedTuple):
@@ -94,53 +76,28 @@ def train(
       "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "
       '`aavs masks` and name their folder'
     )
-  train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
-  val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
-  config_lib.require_fit(train_clips + val_clips, config)
-  train_clips, bad_clips = work_folder.leave_out_bad(config, workdir, train_clips)
-  clips = _Clips(train_clips, val_clips, bad_clips)
-  length = _length(config, train_clips)
+  clips = work_folder.read_clips(config, workdir)
+  length = length_of(config, clips.train)
   profiler = Profiler(profile, workdir / 'profile', length.total)
   with lock(workdir):
     return _train(config, workdir, clips, length, profiler, wandb)
 
 
-def _length(config: ml_collections.ConfigDict, train_clips: Sequence[avsbench.Clip]) -> _Length:
-  steps_per_epoch, frames = pipeline.epoch_size(
-    train_clips, config.data.item_frames, config.data.batch_items
-  )
-  total = max(1, round(config.train.epochs * steps_per_epoch))
-  eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
-  boundary = round(config.train.phase2_epoch * steps_per_epoch)
-  if config.train.phase2_epoch and not 0 < boundary <= total:
-    raise UserError(
-      f'config.train.phase2_epoch is {config.train.phase2_epoch}, step {boundary} of {total}: let '
-      'phase 2 begin after the first step, at the very end if never, or use 0 for a single phase'
-    )
-  if frames % (jax.device_count() * config.train.accumulate):
-    raise UserError(
-      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
-      f'{jax.device_count()} devices cannot share evenly in {config.train.accumulate} parts: use a '
-      'multiple of devices times config.train.accumulate'
-    )
-  return _Length(steps_per_epoch, total, eval_every, boundary)
-
-
 def _train(
   config: ml_collections.ConfigDict,
   workdir: epath.Path,
-  clips: _Clips,
-  length: _Length,
+  clips: work_folder.Clips,
+  length: Length,
   profiler: Profiler,
   wandb: str,
 ) -> dict[str, float]:
   """What `train` does once it has the folder for itself."""
   train_clips, val_clips, bad_clips = clips
-  steps_per_epoch, total, eval_every, boundary = length
+  steps_per_epoch, total, _, boundary = length
 
   # Where it stands; the manager removes what a killed run has left of its last checkpoint.
   latest = checkpoint.latest_step(workdir / 'checkpoints')
-  work_folder.claim(workdir, config, train_clips + val_clips, bad_clips, latest)
+  work_folder.claim(workdir, config, clips, latest)
   manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
   # Stopped before the end of its validation, which then comes first.
   unscored = latest is not None and length.validates(latest) and manager.metrics(latest) is None
@@ -166,9 +123,9 @@ def _train(
 
   @functools.cache
   def phase_tools(phase):
-    length = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
+    count = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
     lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
-    optimizer, schedule = make_optimizer(config.optimizer, lr, length)
+    optimizer, schedule = make_optimizer(config.optimizer, lr, count)
     paths = stages.trainable_paths(config, abstract_params, phase)
 
     def make_state(first, best=None, step=0):
@@ -253,16 +210,10 @@ def _train(
 
   def validate() -> dict[str, float]:
     look(0)
-    # Processes that have a clip more than others do not ask after it.
-    common = iter(range(len(val_clips) // jax.process_count()))
+    on_clip = stop.after_each(len(val_clips))
     with clock.validating():
       result = evaluate.score(
-        config,
-        predictor,
-        state.params,
-        val_clips,
-        on_clip=lambda *_: next(common, None) is None or stop.check(),
-        title='validation',
+        config, predictor, state.params, val_clips, on_clip=on_clip, title='validation'
       )
     scores = {name: float(result['overall'][name]) for name in ('miou', 'fscore')}
     writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
@@ -317,8 +268,7 @@ def _train(
         values = {name: float(value) for name, value in metrics.items()}
         lr = float(phase_tools(phase).schedule(step - 1 - (boundary if phase == 2 else 0)))
         look(0)
-        validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
-        pace = clock.read(step, total, validations)
+        pace = clock.read(step, total, length.validations(step))
         pace |= flops.speed(pace.pop('flops_per_second'), flops.peak())
         pace |= _slowest_input(pace['input_wait'])
         epoch = step / steps_per_epoch

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -13,7 +13,7 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import masks, pipeline
+from aavs_jax.input_pipeline import avsbench, masks, pipeline
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
@@ -32,11 +32,47 @@ _BAD_CLIPS = 'bad_clips.json'
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
 
 
+class Clips(NamedTuple):
+  train: Sequence[Clip]
+  val: Sequence[Clip]
+  bad: Sequence[dict[str, str]]  # left out of train: 'clip' and 'text', what is wrong with it
+
+
+def read_clips(config: ml_collections.ConfigDict, workdir: epath.Path) -> Clips:
+  """The clips to train and to validate on, without bad ones as config.data.on_bad_clip says.
+
+  Raises:
+    UserError: the data set cannot be read or does not fit the config; there are too many bad clips.
+  """
+  train = avsbench.read_index(config.data.root, 'train', config.data.subsets)
+  val = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  config_lib.require_fit(train + val, config)
+  bad = [] if config.data.on_bad_clip == 'error' else _bad_clips(config, workdir, train)
+  good = pipeline.leave_out(train, bad, config.data.max_bad_clips)
+  for row in bad:
+    say(f'  left out {row["clip"]}: {row["text"]}')
+  return Clips(good, val, bad)
+
+
+def _bad_clips(
+  config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
+) -> list[dict[str, str]]:
+  """Those noted when the run began, which has a checkpoint; else all are read to find them."""
+  listing = workdir / _BAD_CLIPS
+  begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
+  if any(distributed.gather(begun)):
+    return checkpoint.read_json(listing)
+  say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
+  bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
+  distributed.wait_for_all('bad clips found')
+  place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
+  return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
+
+
 def claim(
   workdir: epath.Path,
   config: ml_collections.ConfigDict,
-  clips: Sequence[Clip],
-  bad_clips: Sequence[dict[str, str]],
+  clips: Clips,
   latest: int | None,
 ) -> None:
   """Saves config and lists of clips, or, once there is a checkpoint, compares with those saved.
@@ -45,7 +81,7 @@ def claim(
     UserError: on all processes, if they do not begin with the same.
   """
   path, listing = workdir / 'config.json', workdir / 'clips.json'
-  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips]
+  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips.train + clips.val]
   common = json.loads(config_lib.to_json(config))
   common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
   _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
@@ -53,7 +89,7 @@ def claim(
     if distributed.is_first():
       evaluate.write_json(path, config.to_dict())
       evaluate.write_json(listing, found)
-      evaluate.write_json(workdir / _BAD_CLIPS, bad_clips)
+      evaluate.write_json(workdir / _BAD_CLIPS, clips.bad)
     return
   if checkpoint.read_json(listing) != found:
     raise UserError(
@@ -141,28 +177,6 @@ def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> s
   distributed.wait_for_all('masks read')
   everyones = sorted(itertools.chain(*distributed.gather(digests)))
   return hashlib.sha256(json.dumps(everyones).encode()).hexdigest()[:16]
-
-
-def leave_out_bad(
-  config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
-) -> tuple[Sequence[Clip], list[dict[str, str]]]:
-  """Clips to train on and, as config.data.on_bad_clip says, those left out when the run began."""
-  if config.data.on_bad_clip == 'error':
-    return clips, []
-  listing = workdir / _BAD_CLIPS
-  begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
-  if any(distributed.gather(begun)):
-    bad = checkpoint.read_json(listing)
-  else:
-    say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
-    bad = pipeline.find_bad_clips(evaluate.share(clips), config.data.threads)
-    distributed.wait_for_all('bad clips found')
-    place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
-    bad = sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
-  good = pipeline.leave_out(clips, bad, config.data.max_bad_clips)
-  for row in bad:
-    say(f'  left out {row["clip"]}: {row["text"]}')
-  return good, bad
 
 
 def announce(

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from aavs_jax.input_pipeline.compose import compose
+from absl import logging as absl_logging
 from etils import epath
 
 from aavs_jax import checkpoint
@@ -80,6 +81,7 @@ def main() -> int:
   parser.add_argument('--seed', type=int, default=0, help='of the moments (%(default)s)')
   parser.add_argument('--json', help='also write the figures here')
   args = parser.parse_args()
+  absl_logging.set_verbosity(absl_logging.ERROR)
   with tempfile.TemporaryDirectory(prefix='kill-study-') as folder:
     result = study(Path(folder), args.kills, random.Random(args.seed))
   print(json.dumps(result))

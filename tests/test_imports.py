@@ -15,6 +15,7 @@ RANK = {
   'configs': 0,
   'types': 1,
   'distributed': 1,
+  'epochs': 1,
   'hlo': 1,
   'interrupt': 1,
   'logging': 1,

@@ -27,6 +27,7 @@ FREE = {
   'train.keep_checkpoints': 5,
   'train.log_every_steps': 3,
 }
+NO_CLIPS = work_folder.Clips([], [], [])
 
 
 def _keys(config, prefix=''):
@@ -50,15 +51,15 @@ def _other(value):
 def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
   folder = epath.Path(tmp_path)
   begun, now = tiny.get_config(), tiny.get_config()
-  work_folder.claim(folder, begun, [], [], None)
+  work_folder.claim(folder, begun, NO_CLIPS, None)
   now.update_from_flattened_dict({key: FREE.get(key, _other(dict(_keys(begun))[key]))})
   if key in FREE:
-    work_folder.claim(folder, now, [], [], 4)
+    work_folder.claim(folder, now, NO_CLIPS, 4)
   else:
     with pytest.raises(UserError, match=rf'was begun with another config \({key} is '):
-      work_folder.claim(folder, now, [], [], 4)
+      work_folder.claim(folder, now, NO_CLIPS, 4)
   # Before the first checkpoint nothing is settled.
-  work_folder.claim(folder, now, [], [], None)
+  work_folder.claim(folder, now, NO_CLIPS, None)
   assert json.loads((folder / 'config.json').read_text()) == json.loads(now.to_json())
 
 
@@ -128,15 +129,14 @@ def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, mo
 
   monkeypatch.setattr(work_folder.pipeline, 'find_bad_clips', find)
   for i in range(2):  # in another data set the second time, and no checkpoint yet
-    good, rows = work_folder.leave_out_bad(tiny_stage1, folder, clips)
-    assert good == [clip for clip in clips if clip != clips[i]]
-    work_folder.claim(folder, tiny_stage1, good, rows, None)
+    found = work_folder.read_clips(tiny_stage1, folder)
+    assert found.train == [clip for clip in clips if clip != clips[i]]
+    work_folder.claim(folder, tiny_stage1, found, None)
   monkeypatch.setattr(checkpoint, 'latest_step', lambda folder: 4)
-  assert work_folder.leave_out_bad(tiny_stage1, folder, clips) == (good, rows)
+  assert work_folder.read_clips(tiny_stage1, folder) == found
   # Nothing was left out of a run that began without looking.
   tiny_stage1.data.on_bad_clip = 'error'
-  work_folder.claim(
-    folder, tiny_stage1, *work_folder.leave_out_bad(tiny_stage1, folder, clips), None
-  )
+  work_folder.claim(folder, tiny_stage1, work_folder.read_clips(tiny_stage1, folder), None)
   tiny_stage1.data.on_bad_clip = 'skip'
-  assert work_folder.leave_out_bad(tiny_stage1, folder, clips) == (clips, [])
+  found = work_folder.read_clips(tiny_stage1, folder)
+  assert found.train == clips and found.bad == []
