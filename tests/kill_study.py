@@ -21,56 +21,20 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import optax
 from aavs_jax.input_pipeline.compose import compose
 from absl import logging as absl_logging
 from etils import epath
 
 from aavs_jax import checkpoint
-from aavs_jax.methods import Method
 from tests import runs
+from tests.stand_in import STAND_IN
 
 # 36 steps, a save after every second one, six validations.
 _SHORT = (
   '--config.train.epochs=6.0', '--config.train.checkpoint_every_steps=2',
   '--config.optimizer.lr=0.05',
 )  # fmt: skip
-_PROGRAM = 'import sys; from tests import kill_study; sys.exit(kill_study.train_stand_in())'
 _SAVES = 0.4  # share of the kills that are aimed at a save
-
-
-def train_stand_in() -> int:
-  """The command line, with colour and loudness instead of a network: 0.3 M parameters."""
-  from aavs_jax import cli, flops, train
-
-  def init(key):
-    wide = jax.random.normal(key, (512, 512))
-    return {'aavs': {'queries': {'features': jnp.zeros((4, 2)), 'positions': wide}}}
-
-  def apply(params, batch, drop_path_key=None):
-    frames = batch['frames'].astype(jnp.float32) / 255
-    if drop_path_key is not None:
-      frames += 0.1 * jax.random.normal(drop_path_key, frames.shape)
-    loud = jnp.broadcast_to(batch['log_mel'].mean((1, 2))[:, None, None, None], frames.shape)
-    seen = jnp.concatenate([frames, loud[..., :1]], -1)
-    queries = params['aavs']['queries']
-    return jnp.moveaxis(seen @ queries['features'], -1, 1), (queries['positions'] ** 2).mean()
-
-  def loss(outputs, batch, totals, key):
-    scores, decay = outputs
-    wrong = optax.softmax_cross_entropy_with_integer_labels(
-      jnp.moveaxis(scores, 1, -1), (batch['labels'] == 1).astype(jnp.int32)
-    ).mean()
-    terms = dict.fromkeys(('class', 'mask', 'dice'), wrong[None])
-    return wrong + 1e-2 * decay, terms
-
-  train.aavs = lambda config: Method(
-    init, apply, lambda batch: (), loss, lambda outputs: outputs[0]
-  )
-  flops.step_flops = lambda *_: 0
-  return cli.main()
 
 
 def main() -> int:
@@ -102,7 +66,7 @@ def study(folder: Path, kills: int, draws: random.Random) -> dict:
   environment = runs.environment(folder / 'cache')
 
   def start(workdir):
-    return runs.start(workdir, folder / 'data', environment, *_SHORT, program=_PROGRAM)
+    return runs.start(workdir, folder / 'data', environment, *_SHORT, program=STAND_IN)
 
   begun = time.monotonic()
   for name in ('uninterrupted', 'warm'):  # with all that is compiled in the cache, for its duration

@@ -14,6 +14,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax import checkpoint
 from aavs_jax.train import train
 from tests import runs
+from tests.stand_in import STAND_IN
 
 STEPS = 12  # 12 items, 2 a batch, 2 epochs
 
@@ -67,12 +68,22 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(start, uninterrupted, t
   assert runs.state(tmp_path)[0] == STEPS
 
 
-def test_a_second_start_is_refused_and_does_no_harm(start, uninterrupted, tmp_path):
-  first = start(tmp_path)
+@pytest.fixture(scope='module')
+def stand_in(start, tmp_path_factory):
+  """An uninterrupted run of the stand-in for the model."""
+  workdir = tmp_path_factory.mktemp('stand_in')
+  process = start(workdir, program=STAND_IN)
+  output = process.communicate()[0]
+  assert process.returncode == 0, output
+  return workdir
+
+
+def test_a_second_start_is_refused_and_does_no_harm(start, stand_in, tmp_path):
+  first = start(tmp_path, program=STAND_IN)
   _wait(first, lambda: runs.saving(tmp_path))
   first.send_signal(signal.SIGSTOP)  # in the middle of its save
   before = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
-  second = start(tmp_path, '--config.optimizer.lr=0.5')
+  second = start(tmp_path, '--config.optimizer.lr=0.5', program=STAND_IN)
   output = second.communicate()[0]
   assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} == before
   first.send_signal(signal.SIGCONT)
@@ -81,13 +92,14 @@ def test_a_second_start_is_refused_and_does_no_harm(start, uninterrupted, tmp_pa
   assert second.returncode == 1 and 'Traceback' not in output
   output = first.communicate()[0]
   assert first.returncode == 0, output
-  runs.require_same(tmp_path, uninterrupted)
+  runs.require_same(tmp_path, stand_in)
 
 
 # Sends SIGTERM to itself where {where} says: in the first validation, or in the log of a step.
 STOPPED = """
 import os, signal, sys
 from aavs_jax import cli, evaluate, train
+from tests import stand_in
 
 def stop(done=[]):
   if not done:
@@ -108,11 +120,12 @@ def step_line(row, total):
   return line(row, total)
 
 evaluate.Predictor.__call__, train.step_line = predict, step_line
+stand_in.use()
 sys.exit(cli.main())
 """
 
 
-def test_a_validation_does_not_keep_a_stop_waiting(start, uninterrupted, tmp_path):
+def test_a_validation_does_not_keep_a_stop_waiting(start, stand_in, tmp_path):
   # Before a validation, in the same one after a restart, in the last one.
   for where, at, batches in ((6, 6, 0), ('validation', 6, 1), (STEPS, STEPS, 3)):
     process = start(tmp_path, program=STOPPED.format(where=where))
@@ -122,9 +135,9 @@ def test_a_validation_does_not_keep_a_stop_waiting(start, uninterrupted, tmp_pat
     assert f'step {at}  validation' not in output
     assert output.count('batch of a validation') == batches, output
     assert runs.state(tmp_path)[0] == at
-  output = start(tmp_path).communicate()[0]
+  output = start(tmp_path, program=STAND_IN).communicate()[0]
   assert f'step {STEPS}  validation' in output and 'compiling' not in output
-  runs.require_same(tmp_path, uninterrupted)
+  runs.require_same(tmp_path, stand_in)
 
 
 def test_a_trace_holds_the_steps_that_it_was_asked_for(uninterrupted):
