@@ -84,6 +84,14 @@ def save(
   )
 
 
+def add_metrics(manager: ocp.CheckpointManager, step: int, metrics: dict[str, float]) -> None:
+  """Gives the checkpoint of a step the metrics that it was saved without; all of them or none."""
+  with ocp.Checkpointer(ocp.JsonCheckpointHandler(filename='metrics')) as writer:
+    path = manager.directory / str(step) / 'metrics'
+    writer.save(path, args=ocp.args.JsonSave(metrics), force=True)
+  manager.reload()
+
+
 def saved_phase(manager: ocp.CheckpointManager, step: int) -> int:
   """Which phase the checkpoint of a step belongs to; it decides what the state looks like."""
   args = ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -96,6 +104,18 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
   args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
   with _readable(manager.directory / str(step), _REMOVE):
     return manager.restore(step, args=args)['state']
+
+
+def latest_step(folder: epath.Path) -> int | None:
+  """Step of the newest checkpoint; unlike a manager that saves, this touches nothing there."""
+  if not folder.is_dir():
+    return None
+  options = ocp.CheckpointManagerOptions(read_only=True)
+  with (
+    _readable(folder, 'look at what it holds'),
+    ocp.CheckpointManager(folder.absolute(), options=options) as manager,
+  ):
+    return manager.latest_step()
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:

@@ -1,9 +1,15 @@
 """Ending a run in good order when somebody asks for it."""
 
+import itertools
 import signal
+from collections.abc import Callable
 
 import jax
 from jax.experimental import multihost_utils
+
+
+class Stopped(Exception):
+  """The run is to save and end now."""
 
 
 class StopSignal:
@@ -11,23 +17,35 @@ class StopSignal:
 
   Of several processes each may get a signal at another moment, or only one of them; JAX's
   preemption service, which then has the handler of SIGTERM and is told of SIGINT as well, agrees
-  with all on the step after which they stop.
+  with all on the call of `check` in which they stop.
   """
 
   received = 0
 
   def __enter__(self):
     self._several = jax.process_count() > 1
+    self._calls = itertools.count(1)
     signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
     self._before = {s: signal.signal(s, self._note) for s in signals}
     return self
 
-  def after(self, step: int) -> bool:
-    """Whether to stop after a step; to be asked after every one."""
-    agreed = multihost_utils.reached_preemption_sync_point(step)
+  def check(self) -> None:
+    """Raises Stopped if a signal has come; all processes must call it equally often."""
+    agreed = multihost_utils.reached_preemption_sync_point(next(self._calls))
     if agreed and not self.received:
       self.received = signal.SIGTERM
-    return agreed if self._several else bool(self.received)
+    if agreed if self._several else self.received:
+      raise Stopped
+
+  def after_each(self, items: int) -> Callable[..., None]:
+    """`check` for after each of the items that processes share; who has one more does not ask."""
+    common = iter(range(items // jax.process_count()))
+
+    def check(*_):
+      if next(common, None) is not None:
+        self.check()
+
+    return check
 
   def _note(self, number, frame):
     if self.received:

@@ -130,42 +130,72 @@ def step_line(row: dict[str, float], total: int) -> str:
   )
 
 
+# A bucket's objects cannot be appended to: metrics go there in parts of so many rows, of which
+# the last one is written again with every row.
+_PART_ROWS = 100
+
+
 class Writer:
   """Appends metrics to metrics.jsonl, one JSON object a line, and to TensorBoard's files.
 
-  The latter where the extra `tensorboard` is installed. Of several processes one alone writes.
-  What else takes rows, with `write(kind, values)` and `close()`, is handed in as `others`.
+  In a bucket to metrics-00000001.jsonl and so on; a part that cannot be written now is tried again
+  with the next row. TensorBoard's where the extra `tensorboard` is installed. Of several processes
+  one alone writes. What else takes rows, with `write(kind, values)` and `close()`, is handed in as
+  `others`.
+
+  Args:
+    folder: the work folder.
+    resume_step: rows of later steps are removed, since these steps are taken again; of 0 all are.
+    unscored: so is the row of a validation of that step.
+    silent: write nothing.
+    others: see above.
   """
 
   def __init__(
-    self, folder: epath.Path, resume_step: int, silent: bool = False, others: Sequence[Any] = ()
+    self,
+    folder: epath.Path,
+    resume_step: int,
+    *,
+    unscored: bool = False,
+    silent: bool = False,
+    others: Sequence[Any] = (),
   ):
     self._silent = silent
     self._others = others
     if silent:
       return
-    self._path = folder / 'metrics.jsonl'
+
+    def kept(line):
+      try:
+        row = json.loads(line)
+        again = unscored and row['kind'] == 'val' and row['step'] == resume_step
+        return resume_step and row['step'] <= resume_step and not again
+      except (ValueError, KeyError, TypeError):
+        return False  # cut short by the kill
+
+    for path in metrics_files(folder):
+      text = path.read_text()
+      left = ''.join(f'{line}\n' for line in text.splitlines() if kept(line))
+      if left != text:
+        _replace(path, left)
     self._in_bucket = '://' in str(folder)
-    self._text = ''
-    if self._path.exists():
-      # A killed run may have logged steps after its last checkpoint; they are taken again.
-      kept = [line for line in self._path.read_text().splitlines() if _step(line) <= resume_step]
-      self._text = ''.join(f'{line}\n' for line in kept)
-      if not self._in_bucket:
-        working = self._path.with_suffix('.writing')
-        working.write_text(self._text)
-        working.replace(self._path)
-    self._board = SummaryWriter(str(folder)) if SummaryWriter else None
+    self._folder = folder
+    self._rows = []  # of the part that is being written
+    self._parts = len(metrics_files(folder))  # finished ones
+    self._failing = False
+    # TensorBoard hides what a killed run has written of the steps that are taken again.
+    again = resume_step + 1 if resume_step else 0
+    self._board = SummaryWriter(str(folder), purge_step=again) if SummaryWriter else None
 
   def write(self, kind: str, **values: Any) -> None:
     if self._silent:
       return
     line = json.dumps({'kind': kind, **values, 'time': round(time.time(), 3)}) + '\n'
-    if self._in_bucket:  # where an object is written as a whole or not at all
-      self._text += line
-      self._path.write_text(self._text)
+    if self._in_bucket:
+      self._rows.append(line)
+      self._write_part()
     else:
-      with self._path.open('a') as file:
+      with (self._folder / 'metrics.jsonl').open('a') as file:
         file.write(line)
     if self._board:
       for name, value in values.items():
@@ -173,17 +203,45 @@ class Writer:
     for other in self._others:
       other.write(kind, values)
 
+  def _write_part(self) -> None:
+    path = self._folder / f'metrics-{self._parts + 1:08}.jsonl'
+    try:
+      path.write_text(''.join(self._rows))
+    except Exception as error:  # each kind of bucket has its own; training matters more
+      if not self._failing:
+        say(f'  WARNING: {path} cannot be written ({error}): tried again with the next row')
+      self._failing = True
+      return
+    self._failing = False
+    if len(self._rows) >= _PART_ROWS:
+      self._rows = []
+      self._parts += 1
+
   def close(self) -> None:
     if self._silent:
       return
+    if self._failing:
+      self._write_part()
     if self._board:
       self._board.close()
     for other in self._others:
       other.close()
 
 
-def _step(line: str) -> float:
-  try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError, TypeError):
-    return float('inf')  # cut short by the kill
+def metrics_files(folder: epath.PathLike) -> list[epath.Path]:
+  """The files of a work folder that hold its metrics, in the order of their rows."""
+  folder = epath.Path(folder)
+  whole = folder / 'metrics.jsonl'
+  return [whole] * whole.exists() + sorted(folder.glob('metrics-*.jsonl'))
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  """Writes a file anew, all of it or nothing, as a bucket does by itself; no text removes it."""
+  if not text:
+    path.unlink()
+  elif '://' in str(path):
+    path.write_text(text)
+  else:
+    working = path.with_suffix('.writing')
+    working.write_text(text)
+    working.replace(path)

@@ -21,6 +21,7 @@ from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
+from aavs_jax.logging import metrics_files
 from aavs_jax.overlay import legend_colour, overlay, overlay_binary
 
 _THUMBNAIL = 160  # pixels
@@ -105,20 +106,17 @@ def _read_json(path: Path, shape: Any = dict) -> Any:
   return files.read_json(path, shape, 'delete it and make it again')
 
 
-def _read_log(path: Path) -> list[dict]:
-  """Rows of a metrics.jsonl by step; of steps that a resumed run repeated, the later rows."""
-  try:
-    text = path.read_text(encoding='utf-8')
-  except FileNotFoundError:
-    return []
+def _read_log(workdir: Path) -> list[dict]:
+  """Rows of a run's metrics by step; of steps that a resumed run repeated, the later rows."""
   rows = {}
-  # What follows the last newline is a line that a running or killed job has not finished.
-  for number, line in enumerate(text.split('\n')[:-1], 1):
-    try:
-      row = json.loads(line)
-      rows[row['kind'], row['step']] = row
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f'{path}: line {number} is not a log entry, remove that line.') from error
+  for path in metrics_files(workdir):
+    # What follows the last newline is a line that a running or killed job has not finished.
+    for number, line in enumerate(path.read_text().split('\n')[:-1], 1):
+      try:
+        row = json.loads(line)
+        rows[row['kind'], row['step']] = row
+      except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: line {number} is not a log entry, remove that line.') from error
   return sorted(rows.values(), key=lambda row: row['step'])
 
 
@@ -293,7 +291,7 @@ def _naming(workdir: Path, evaluations: Mapping[str, Mapping | None]) -> str:
 
 
 def _curves(workdir: Path, stage: str) -> str:
-  rows = _read_log(workdir / stage / 'metrics.jsonl')
+  rows = _read_log(workdir / stage)
   if not rows:
     return _missing(workdir, [stage])
   train = [row for row in rows if row['kind'] == 'train']

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import ml_collections
@@ -18,9 +18,11 @@ from jax.experimental import multihost_utils
 
 from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, pipeline
+from aavs_jax.epochs import Length, length_of
+from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.interrupt import StopSignal
+from aavs_jax.interrupt import Stopped, StopSignal
+from aavs_jax.lock import lock
 from aavs_jax.logging import Clock, Writer, duration, say, step_line
 from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
 from aavs_jax.methods import aavs
@@ -64,6 +66,7 @@ def train(
 
   Raises:
     UserError: the config, the data or the folder is at fault.
+    BlockingIOError: another run is in the folder.
     FloatingPointError: loss or gradient is not finite; names step, clips and last checkpoint.
   """
   workdir = epath.Path(workdir)  # also gs:// or s3://
@@ -73,42 +76,39 @@ def train(
       "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "
       '`aavs masks` and name their folder'
     )
-  train_clips = avsbench.read_index(config.data.root, 'train', config.data.subsets)
-  val_clips = avsbench.read_index(config.data.root, 'val', config.data.subsets)
-  config_lib.require_fit(train_clips + val_clips, config)
-  train_clips, bad_clips = work_folder.leave_out_bad(config, workdir, train_clips)
+  clips = work_folder.read_clips(config, workdir)
+  length = length_of(config, clips.train)
+  profiler = Profiler(profile, workdir / 'profile', length.total)
+  with lock(workdir):
+    return _train(config, workdir, clips, length, profiler, wandb)
 
-  # How long: epochs over items, in steps.
-  steps_per_epoch, frames = pipeline.epoch_size(
-    train_clips, config.data.item_frames, config.data.batch_items
-  )
-  total = max(1, round(config.train.epochs * steps_per_epoch))
-  eval_every = max(1, round(config.train.eval_every_epochs * steps_per_epoch))
-  boundary = round(config.train.phase2_epoch * steps_per_epoch)
-  if config.train.phase2_epoch and not 0 < boundary <= total:
-    raise UserError(
-      f'config.train.phase2_epoch is {config.train.phase2_epoch}, step {boundary} of {total}: let '
-      'phase 2 begin after the first step, at the very end if never, or use 0 for a single phase'
-    )
-  if frames % (jax.device_count() * config.train.accumulate):
-    raise UserError(
-      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
-      f'{jax.device_count()} devices cannot share evenly in {config.train.accumulate} parts: use a '
-      'multiple of devices times config.train.accumulate'
-    )
-  profiler = Profiler(profile, workdir / 'profile', total)
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: epath.Path,
+  clips: work_folder.Clips,
+  length: Length,
+  profiler: Profiler,
+  wandb: str,
+) -> dict[str, float]:
+  """What `train` does once it has the folder for itself."""
+  train_clips, val_clips, bad_clips = clips
+  steps_per_epoch, total, _, boundary = length
+
+  # Where it stands; the manager removes what a killed run has left of its last checkpoint.
+  latest = checkpoint.latest_step(workdir / 'checkpoints')
+  work_folder.claim(workdir, config, clips, latest)
+  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+  # Stopped before the end of its validation, which then comes first.
+  unscored = latest is not None and length.validates(latest) and manager.metrics(latest) is None
+  if latest == total and not unscored:
+    return _result(manager, workdir)
+  start = work_folder.load_start(config, needed=latest is None or bool(boundary))
+  work_folder.claim_inputs(workdir, config, val_clips, start, latest)
 
   # What: parameters, and for each phase its optimiser, state layout and compiled step.
   method = aavs(config)
   mesh = make_mesh(config.mesh.fsdp)
-  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
-  latest = manager.latest_step()
-  work_folder.claim(workdir, config, train_clips + val_clips, latest)
-  if latest == total:
-    return _result(manager, workdir)
-  if config.use_prior and not config.oracle_prior:
-    work_folder.require_masks(config, val_clips)
-  start = stages.load_start(config) if config.train.init and (latest is None or boundary) else None
   key = jax.random.key(config.seed)
 
   def init(key):
@@ -123,9 +123,9 @@ def train(
 
   @functools.cache
   def phase_tools(phase):
-    length = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
+    count = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
     lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
-    optimizer, schedule = make_optimizer(config.optimizer, lr, length)
+    optimizer, schedule = make_optimizer(config.optimizer, lr, count)
     paths = stages.trainable_paths(config, abstract_params, phase)
 
     def make_state(first, best=None, step=0):
@@ -162,7 +162,9 @@ def train(
   first = stages.needed_later(config, first)
   step = int(state.step)
   others = wandb_run.begin(wandb, workdir, config)
-  writer = Writer(workdir, step, silent=not distributed.is_first(), others=others)
+  writer = Writer(
+    workdir, step, unscored=unscored, silent=not distributed.is_first(), others=others
+  )
   work_folder.announce(
     config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step
   )
@@ -206,8 +208,33 @@ def train(
     look(0)
     checkpoint.save(manager, state, phase, metrics)
 
+  def validate() -> dict[str, float]:
+    look(0)
+    on_clip = stop.after_each(len(val_clips))
+    with clock.validating():
+      result = evaluate.score(
+        config, predictor, state.params, val_clips, on_clip=on_clip, title='validation'
+      )
+    scores = {name: float(result['overall'][name]) for name in ('miou', 'fscore')}
+    writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
+    say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
+    return scores
+
+  def leave() -> NoReturn:
+    if manager.latest_step() != step:
+      save(None)
+    manager.wait_until_finished()
+    say(f'stopped by a signal at step {step}; the same command goes on from there')
+    # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
+    raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
+
   with stop, profiler, contextlib.closing(batches), contextlib.closing(writer):
     profiler.at(step, state)
+    if unscored:
+      try:
+        checkpoint.add_metrics(manager, step, validate())
+      except Stopped:
+        leave()
     while step < total:
       if stages.phase_at(config, step, steps_per_epoch) != phase:
         phase = 2
@@ -241,35 +268,21 @@ def train(
         values = {name: float(value) for name, value in metrics.items()}
         lr = float(phase_tools(phase).schedule(step - 1 - (boundary if phase == 2 else 0)))
         look(0)
-        validations = -(-(total - step) // eval_every) + (step % eval_every == 0)
-        pace = clock.read(step, total, validations)
+        pace = clock.read(step, total, length.validations(step))
         pace |= flops.speed(pace.pop('flops_per_second'), flops.peak())
         pace |= _slowest_input(pace['input_wait'])
         epoch = step / steps_per_epoch
         row = dict(step=step, epoch=epoch, phase=phase, **values, learning_rate=lr, **pace)
         writer.write('train', **row)
         say(step_line(row, total))
-      if step % eval_every == 0 or step in (total, boundary):
-        look(0)
-        with clock.validating():
-          result = evaluate.score(config, predictor, state.params, val_clips, title='validation')
-        result = result['overall']
-        scores = {name: float(result[name]) for name in ('miou', 'fscore')}
-        writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
-        say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
-        save(scores)
-        saved = True
-      else:
-        saved = step % config.train.checkpoint_every_steps == 0
-        if saved:
+      try:
+        stop.check()
+        if length.validates(step):
+          save(validate())
+        elif step % config.train.checkpoint_every_steps == 0:
           save(None)
-      if stop.after(step):
-        if not saved:
-          save(None)
-        manager.wait_until_finished()
-        say(f'stopped by a signal at step {step}; the same command goes on from there')
-        # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
-        raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
+      except Stopped:
+        leave()
   return _result(manager, workdir)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -13,38 +13,76 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import masks, pipeline, prepared
+from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.state import TrainState
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
-# clips are compared one by one and that the masks are checked.
+# clips are compared one by one, and what train.init and data.masks hold by digests.
 _FREE_KEYS = (
-  'train.log_every_steps', 'train.keep_checkpoints', 'train.init', 'train.accumulate', 'mesh.',
-  'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
+  'train.log_every_steps', 'train.keep_checkpoints', 'train.checkpoint_every_steps', 'train.init',
+  'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
   'data.max_bad_clips',
 )  # fmt: skip
 
-
+_BAD_CLIPS = 'bad_clips.json'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
+
+
+class Clips(NamedTuple):
+  train: Sequence[Clip]
+  val: Sequence[Clip]
+  bad: Sequence[dict[str, str]]  # left out of train: 'clip' and 'text', what is wrong with it
+
+
+def read_clips(config: ml_collections.ConfigDict, workdir: epath.Path) -> Clips:
+  """The clips to train and to validate on, without bad ones as config.data.on_bad_clip says.
+
+  Raises:
+    UserError: the data set cannot be read or does not fit the config; there are too many bad clips.
+  """
+  train = avsbench.read_index(config.data.root, 'train', config.data.subsets)
+  val = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  config_lib.require_fit(train + val, config)
+  bad = [] if config.data.on_bad_clip == 'error' else _bad_clips(config, workdir, train)
+  good = pipeline.leave_out(train, bad, config.data.max_bad_clips)
+  for row in bad:
+    say(f'  left out {row["clip"]}: {row["text"]}')
+  return Clips(good, val, bad)
+
+
+def _bad_clips(
+  config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
+) -> list[dict[str, str]]:
+  """Those noted when the run began, which has a checkpoint; else all are read to find them."""
+  listing = workdir / _BAD_CLIPS
+  begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
+  if any(distributed.gather(begun)):
+    return checkpoint.read_json(listing, prepared.BAD_CLIPS)
+  say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
+  task = config_lib.task_of(config)
+  bad = pipeline.find_bad_clips(evaluate.share(clips), task, config.data.threads)
+  distributed.wait_for_all('bad clips found')
+  place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
+  return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
 
 
 def claim(
   workdir: epath.Path,
   config: ml_collections.ConfigDict,
-  clips: Sequence[Clip],
+  clips: Clips,
   latest: int | None,
 ) -> None:
-  """Saves config and list of clips, or, once there is a checkpoint, compares with those saved.
+  """Saves config and lists of clips, or, once there is a checkpoint, compares with those saved.
 
   Raises:
     UserError: on all processes, if they do not begin with the same.
   """
   path, listing = workdir / 'config.json', workdir / 'clips.json'
-  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips]
+  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips.train + clips.val]
   common = json.loads(config_lib.to_json(config))
   common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
   _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
@@ -52,6 +90,7 @@ def claim(
     if distributed.is_first():
       evaluate.write_json(path, config.to_dict())
       evaluate.write_json(listing, found)
+      evaluate.write_json(workdir / _BAD_CLIPS, clips.bad)
     return
   if checkpoint.read_json(listing) != found:
     raise UserError(
@@ -85,43 +124,60 @@ def _require_same(facts: dict[str, Any]) -> None:
         )
 
 
-def require_masks(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> None:
-  """Reads the masks of this process's share of the clips, now and not after the first epoch."""
+def load_start(config: ml_collections.ConfigDict, needed: bool) -> stages.Flat | None:
+  """The parameters of config.train.init; None if it names none, or none is there nor `needed`."""
+  init = config.train.init
+  there = init and (needed or epath.Path(init).exists())
+  return stages.load_start(config) if there else None
+
+
+def claim_inputs(
+  workdir: epath.Path,
+  config: ml_collections.ConfigDict,
+  val_clips: Sequence[Clip],
+  start: stages.Flat | None,
+  latest: int | None,
+) -> None:
+  """Saves digests of start and masks, or, once there is a checkpoint, compares with those saved.
+
+  The masks are read here, and not after the first epoch.
+
+  Raises:
+    UserError: on all processes, if they or this and an earlier start do not find the same.
+  """
+  found = {}
+  if start is not None or not config.train.init:
+    found['train.init'] = None if start is None else evaluate.digest(start)
+  if config.use_prior and not config.oracle_prior:
+    found['data.masks'] = _masks_digest(config, val_clips)
+  _require_same({f'content of config.{key}': digest for key, digest in found.items()})
+  path = workdir / 'inputs.json'
+  saved = checkpoint.read_json(path) if latest is not None and path.exists() else {}
+  for key, digest in found.items():
+    if digest != saved.get(key, digest):
+      raise UserError(
+        f'{workdir} was begun with another content of config.{key} than it has now: give it the '
+        'folder that it began with, wherever that is now, or use another --workdir'
+      )
+  if distributed.is_first():
+    evaluate.write_json(path, {**found, **saved})
+
+
+def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:
+  """Of the masks that validation reads; each process reads those of its share of the clips."""
   masks.refuse_bucket(config.data.masks)
 
   def read(clip):
+    digest = hashlib.sha256()
     for t in range(clip.num_frames):
-      masks.read_mask(config.data.masks, clip, t, config.data.eval_size)
+      digest.update(masks.read_mask(config.data.masks, clip, t, config.data.eval_size).tobytes())
+    return [clip.subset, clip.uid, digest.hexdigest()]
 
   with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-    for _ in pool.map(read, evaluate.share(clips)):
-      pass
-
-
-def leave_out_bad(
-  config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
-) -> tuple[Sequence[Clip], list[dict[str, str]]]:
-  """Clips to train on and, as config.data.on_bad_clip says, those left out when the run began."""
-  if config.data.on_bad_clip == 'error':
-    return clips, []
-  listing = workdir / 'bad_clips.json'
-  if not any(distributed.gather(listing.exists())):
-    say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
-    bad = pipeline.find_bad_clips(
-      evaluate.share(clips), config_lib.task_of(config), config.data.threads
-    )
-    distributed.wait_for_all('bad clips found')
-    place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
-    bad = sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
-    pipeline.leave_out(clips, bad, config.data.max_bad_clips)  # too many are not written down
-    if distributed.is_first():
-      evaluate.write_json(listing, bad)
-  distributed.wait_for_all('bad clips')
-  bad = checkpoint.read_json(listing, prepared.BAD_CLIPS)
-  good = pipeline.leave_out(clips, bad, config.data.max_bad_clips)
-  for row in bad:
-    say(f'  left out {row["clip"]}: {row["text"]}')
-  return good, bad
+    digests = list(pool.map(read, evaluate.share(clips)))
+  distributed.wait_for_all('masks read')
+  everyones = sorted(itertools.chain(*distributed.gather(digests)))
+  return hashlib.sha256(json.dumps(everyones).encode()).hexdigest()[:16]
 
 
 def announce(

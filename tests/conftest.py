@@ -6,8 +6,11 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What tests compile runs a few times at most, so compiling fast matters and running fast does not.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 
+import fsspec
 import pytest
 from aavs_jax.input_pipeline.compose import compose
+from etils import epath
+from fsspec.implementations.dirfs import DirFileSystem
 
 from tests import tiny
 
@@ -34,3 +37,25 @@ def tiny_stage2(data_root):
   config = tiny.get_config('stage2')
   config.data.root = data_root
   return config
+
+
+@pytest.fixture
+def bucket(tmp_path):
+  """A work folder in a bucket, for which a folder of the disk stands."""
+
+  class Bucket(DirFileSystem):
+    protocol = 's3'
+    cachable = False
+
+    def __init__(self, **_):
+      super().__init__(path=str(tmp_path), auto_mkdir=True)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return path.removeprefix('s3://')
+
+  fsspec.register_implementation('s3', Bucket, clobber=True)
+  epath.backend.fsspec_backend._get_filesystem.cache_clear()
+  folder = epath.Path('s3://bucket/run')
+  folder.mkdir(parents=True)
+  return folder

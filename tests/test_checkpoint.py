@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from aavs_jax.input_pipeline.errors import UserError
+from etils import epath
 
 from aavs_jax import checkpoint
 from aavs_jax.state import create
@@ -29,6 +30,32 @@ def test_a_damaged_one_is_named_and_may_be_removed(saved):
       path.write_bytes(b'')
   with pytest.raises(UserError, match=r'checkpoint .*/3 cannot be read .* remove it to go on'):
     checkpoint.restore(manager, 3, state)
+
+
+def test_scores_may_come_after_the_save(saved):
+  manager, state, folder = saved
+  assert checkpoint.best_step(manager) is None
+  (folder / 'metrics.orbax-checkpoint-tmp').mkdir()  # killed when it tried before
+  checkpoint.add_metrics(manager, 3, {'miou': 0.5})
+  assert checkpoint.best_step(manager) == 3 and manager.metrics(3) == {'miou': 0.5}
+  with checkpoint.make_manager(folder.parent, 1) as later:
+    assert later.metrics(3) == {'miou': 0.5}
+    checkpoint.save(later, state.replace(step=4), 1, {'miou': 0.25})
+    checkpoint.save(later, state.replace(step=5), 1, None)
+    later.wait_until_finished()
+    assert list(later.all_steps()) == [3, 5]  # the best and the newest
+  assert checkpoint.load_params(folder.parent)[1] == 3
+
+
+def test_looking_for_the_latest_touches_nothing(saved):
+  _, _, folder = saved
+  half = folder.parent / '5.orbax-checkpoint-tmp'
+  half.mkdir()
+  (half / 'data').write_text('being written')
+  assert checkpoint.latest_step(epath.Path(folder.parent)) == 3
+  assert (half / 'data').read_text() == 'being written'
+  assert checkpoint.latest_step(epath.Path(folder.parent / 'none')) is None
+  assert not (folder.parent / 'none').exists()
 
 
 @pytest.mark.parametrize(

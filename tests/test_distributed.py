@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from aavs_jax import evaluate, train
-from tests import pixels, tiny
+from tests import stand_in, tiny
 
 ROOT = Path(__file__).parents[1]
 PROMPTLY = 15  # seconds on a machine that does much else
@@ -26,11 +26,11 @@ def _start(program, *arguments, processes=2, devices=1, xla_flags=''):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices} {xla_flags}'
+  environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_FLAGS': xla_flags}
   return [
     subprocess.Popen(
       [sys.executable, '-c', program, f'localhost:{port},{processes},{index}', *arguments],
-      cwd=ROOT, env=os.environ | {'XLA_FLAGS': flags}, text=True,
+      cwd=ROOT, env=environment, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     for index in range(processes)
@@ -64,7 +64,7 @@ def alone(data_root, tmp_path_factory):
   """The folder of `everything` in one process."""
   folder = tmp_path_factory.mktemp('alone')
   with pytest.MonkeyPatch.context() as patch:
-    pixels.take_its_place(patch.setattr)
+    stand_in.use(patch.setattr)
     everything(data_root, folder)
   return folder
 
@@ -83,8 +83,8 @@ def test_two_processes_give_what_one_gives(alone, data_root, tmp_path):
 import sys
 from aavs_jax import distributed
 distributed.start(sys.argv[1])
-from tests import pixels, test_distributed
-pixels.take_its_place()
+from tests import stand_in, test_distributed
+stand_in.use()
 test_distributed.everything(*sys.argv[2:])
 """
   _finish(_start(program, data_root, str(tmp_path), devices=2), 0, 0)
@@ -103,8 +103,8 @@ def test_a_process_that_is_late_is_waited_for(alone, data_root, tmp_path):
 import sys, time
 from aavs_jax import distributed, evaluate
 distributed.start(sys.argv[1])
-from tests import pixels
-pixels.take_its_place()
+from tests import stand_in
+stand_in.use()
 place = int(sys.argv[1][-1])
 assert distributed.gather(place) == [0, 1]
 _, work, data, out = sys.argv[1:]
@@ -120,8 +120,8 @@ assert evaluate.write_masks(work, data=data, out=f'{out}/masks') == 10
 COMMAND = """
 import sys, time
 from aavs_jax import cli, evaluate
-from tests import pixels
-pixels.take_its_place()
+from tests import stand_in
+stand_in.use()
 
 class Slow(evaluate.Predictor):
   def __call__(self, params, batch):

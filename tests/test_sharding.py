@@ -19,6 +19,10 @@ import numpy as np
 import pytest
 from aavs_jax.input_pipeline import avsbench
 
+from tests.runs import require_same
+from tests.stand_in import STAND_IN
+from tests.test_train import STOPPED
+
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 
@@ -41,6 +45,10 @@ LAYOUTS = {
 }
 
 
+# Parameters of the tiny model are all below the size from which arrays are spread.
+SPREAD = 'import sys; from aavs_jax import cli, mesh; mesh.FSDP_MIN_SIZE = 1; sys.exit(cli.main())'
+
+
 def _free_port():
   with socket.socket() as listener:
     listener.bind(('localhost', 0))
@@ -52,17 +60,13 @@ def start(data_root, tmp_path_factory):
   """Starts the processes of a run; programs are compiled once for all of them."""
   cache = tmp_path_factory.mktemp('cache')
 
-  def run(workdir, layout, *overrides, of_last=()):
+  def run(workdir, layout, *overrides, of_last=(), program=SPREAD):
     environment = os.environ | {
       'JAX_NUM_CPU_DEVICES': str(layout.devices),
       'JAX_PLATFORMS': 'cpu',
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
-    # Parameters of the tiny model are all below the size from which arrays are spread.
-    program = (
-      'import sys; from aavs_jax import cli, mesh; mesh.FSDP_MIN_SIZE = 1; sys.exit(cli.main())'
-    )
     port = _free_port()
     processes = []
     for index in range(layout.processes):
@@ -180,6 +184,31 @@ def test_sigterm_to_one_process_saves_and_ends_all(start, tmp_path):
   alone = _losses(whole)
   steps = range(1, last + 3)
   np.testing.assert_allclose([after[s] for s in steps], [alone[s] for s in steps], rtol=1e-4)
+
+
+def test_a_stop_among_validations_ends_all_and_nothing_is_lost(start, tmp_path):
+  layout = LAYOUTS['2 processes of 4']
+  often = '--config.train.epochs=20.0', '--config.train.eval_every_epochs=0.5'
+  stopping = STOPPED.format(where='validation')
+  output = _finish(start(tmp_path / 'work', layout, *often, program=stopping), timeout=120)[0]
+  assert 'stopped by a signal at step' in output
+  _finish(start(tmp_path / 'work', layout, *often, program=STAND_IN))
+  _finish(start(tmp_path / 'whole', layout, *often, program=STAND_IN))
+  require_same(tmp_path / 'work', tmp_path / 'whole')
+
+
+def test_a_second_run_is_refused_by_all_its_processes(start, tmp_path):
+  layout = LAYOUTS['2 processes of 4']
+  first = start(tmp_path / 'work', layout, *LONG, program=STAND_IN)
+  _wait_for_step(tmp_path / 'work', 1, first)
+  first[0].send_signal(signal.SIGSTOP)
+  for process in start(tmp_path / 'work', layout, *LONG, program=STAND_IN):
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 1
+    assert f'is in use by another run, process {first[0].pid} on ' in output
+  for process in first:
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.parametrize('victim', [0, 1])

@@ -17,14 +17,12 @@ import sys
 import time
 import types
 
-import fsspec
 import numpy as np
 import pytest
 from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared, shards, sounds
 from aavs_jax.input_pipeline.clips import SPLITS
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-from fsspec.implementations.dirfs import DirFileSystem
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
@@ -453,24 +451,8 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
   assert files(out) == files(tmp_path / 'mended')
 
 
-def test_a_bucket_gets_the_same_files(own, tmp_path):
+def test_a_bucket_gets_the_same_files(own, bucket, tmp_path):
   root, local = own
-  (tmp_path / 'bucket').mkdir()
-
-  class Bucket(DirFileSystem):
-    """A folder that stands for s3://bucket."""
-
-    protocol = 's3'
-    cachable = False
-
-    def __init__(self, **_):
-      super().__init__(path=str(tmp_path), auto_mkdir=True)
-
-    @classmethod
-    def _strip_protocol(cls, path):
-      return path.removeprefix('s3://')
-
-  fsspec.register_implementation('s3', Bucket, clobber=True)
   for _ in range(2):  # the second time all is there
-    shards.prepare(root, 's3://bucket/out', **SIZES, clips_per_shard=3, workers=1)
-    assert files(tmp_path / 'bucket' / 'out') == files(local)
+    shards.prepare(root, bucket / 'shards', **SIZES, clips_per_shard=3, workers=1)
+    assert files(tmp_path / 'bucket' / 'run' / 'shards') == files(local)

@@ -1,10 +1,8 @@
 """Training as a whole: interrupted anywhere it ends with the same bits; faults stop it clearly."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
@@ -15,38 +13,19 @@ from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import checkpoint
 from aavs_jax.train import train
+from tests import runs
+from tests.stand_in import STAND_IN
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12  # 12 items, 2 a batch, 2 epochs
 
 
 @pytest.fixture(scope='module')
-def environment(tmp_path_factory):
-  """Compiled programs are shared by the processes of this module."""
-  return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('cache')),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
-
-
-@pytest.fixture(scope='module')
-def start(environment, data_root):
+def start(tmp_path_factory, data_root):
   """Starts the command line's training into a folder, in a process of its own."""
+  environment = runs.environment(tmp_path_factory.mktemp('cache'))
 
-  def run(workdir, *overrides):
-    command = [
-      sys.executable, '-m', 'aavs_jax.cli', 'train', '--config', 'tests/tiny.py:stage1',
-      '--data', data_root, '--workdir', str(workdir), *overrides,
-    ]  # fmt: skip
-    return subprocess.Popen(
-      command,
-      cwd=ROOT,
-      env=environment,
-      text=True,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-    )
+  def run(workdir, *overrides, **options):
+    return runs.start(workdir, data_root, environment, *overrides, **options)
 
   return run
 
@@ -60,32 +39,6 @@ def uninterrupted(start, tmp_path_factory):
   return workdir
 
 
-def _state(workdir):
-  """Everything the newest checkpoint holds, as numpy."""
-  with checkpoint.make_manager(workdir / 'checkpoints', 2) as manager:
-    step = manager.latest_step()
-  return step, checkpoint.read_arrays(workdir / 'checkpoints' / str(step) / 'state')
-
-
-def _history(workdir):
-  """Log lines without what depends on the clock."""
-  clock = (
-    'time', 'step_seconds', 'frames_per_second', 'tflops_per_second', 'input_wait', 'eta_seconds',
-  )  # fmt: skip
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  return [{key: value for key, value in row.items() if key not in clock} for row in rows]
-
-
-def _logged(workdir):
-  path = workdir / 'metrics.jsonl'
-  return path.read_text().count('"train"') if path.exists() else 0
-
-
-def _saving(workdir):
-  return any('tmp' in path.name for path in (workdir / 'checkpoints').glob('*'))
-
-
 def _wait(process, condition, seconds=120):
   end = time.monotonic() + seconds
   while not condition():
@@ -96,10 +49,10 @@ def _wait(process, condition, seconds=120):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(start, uninterrupted, tmp_path):
   moments = [
-    lambda: _logged(tmp_path) >= 2,  # before the first checkpoint
-    lambda: _saving(tmp_path),  # in the middle of a save
-    lambda: _logged(tmp_path) >= 6,
-    lambda: _saving(tmp_path) and _logged(tmp_path) >= 10,
+    lambda: runs.logged(tmp_path) >= 2,  # before the first checkpoint
+    lambda: runs.saving(tmp_path),  # in the middle of a save
+    lambda: runs.logged(tmp_path) >= 6,
+    lambda: runs.saving(tmp_path) and runs.logged(tmp_path) >= 10,
   ]
   for moment in moments:
     process = start(tmp_path)
@@ -111,12 +64,80 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(start, uninterrupted, t
   assert process.returncode == 0, output
   assert 'going on from step' in output
 
-  (step, found), (expected_step, expected) = _state(tmp_path), _state(uninterrupted)
-  assert step == expected_step == STEPS
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-    np.testing.assert_array_equal(a, b)
-  assert _history(tmp_path) == _history(uninterrupted)
+  runs.require_same(tmp_path, uninterrupted)
+  assert runs.state(tmp_path)[0] == STEPS
+
+
+@pytest.fixture(scope='module')
+def stand_in(start, tmp_path_factory):
+  """An uninterrupted run of the stand-in for the model."""
+  workdir = tmp_path_factory.mktemp('stand_in')
+  process = start(workdir, program=STAND_IN)
+  output = process.communicate()[0]
+  assert process.returncode == 0, output
+  return workdir
+
+
+def test_a_second_start_is_refused_and_does_no_harm(start, stand_in, tmp_path):
+  first = start(tmp_path, program=STAND_IN)
+  _wait(first, lambda: runs.saving(tmp_path))
+  first.send_signal(signal.SIGSTOP)  # in the middle of its save
+  before = {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+  second = start(tmp_path, '--config.optimizer.lr=0.5', program=STAND_IN)
+  output = second.communicate()[0]
+  assert {path.name for path in (tmp_path / 'checkpoints').iterdir()} == before
+  first.send_signal(signal.SIGCONT)
+  holder = f'process {first.pid} on {socket.gethostname()}'
+  assert f'aavs: {tmp_path} is in use by another run, {holder}: ' in output
+  assert second.returncode == 1 and 'Traceback' not in output
+  output = first.communicate()[0]
+  assert first.returncode == 0, output
+  runs.require_same(tmp_path, stand_in)
+
+
+# Sends SIGTERM to itself where {where} says: in the first validation, or in the log of a step.
+STOPPED = """
+import os, signal, sys
+from aavs_jax import cli, evaluate, train
+from tests import stand_in
+
+def stop(done=[]):
+  if not done:
+    os.kill(os.getpid(), signal.SIGTERM)
+  done.append(True)
+
+call, line = evaluate.Predictor.__call__, train.step_line
+
+def predict(self, *batch):
+  print('batch of a validation', flush=True)
+  if {where!r} == 'validation':
+    stop()
+  return call(self, *batch)
+
+def step_line(row, total):
+  if row['step'] == {where!r}:
+    stop()
+  return line(row, total)
+
+evaluate.Predictor.__call__, train.step_line = predict, step_line
+stand_in.use()
+sys.exit(cli.main())
+"""
+
+
+def test_a_validation_does_not_keep_a_stop_waiting(start, stand_in, tmp_path):
+  # Before a validation, in the same one after a restart, in the last one.
+  for where, at, batches in ((6, 6, 0), ('validation', 6, 1), (STEPS, STEPS, 3)):
+    process = start(tmp_path, program=STOPPED.format(where=where))
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert f'stopped by a signal at step {at};' in output
+    assert f'step {at}  validation' not in output
+    assert output.count('batch of a validation') == batches, output
+    assert runs.state(tmp_path)[0] == at
+  output = start(tmp_path, program=STAND_IN).communicate()[0]
+  assert f'step {STEPS}  validation' in output and 'compiling' not in output
+  runs.require_same(tmp_path, stand_in)
 
 
 def test_a_trace_holds_the_steps_that_it_was_asked_for(uninterrupted):
@@ -139,17 +160,17 @@ def test_a_finished_run_is_not_trained_again(start, uninterrupted):
 
 def test_sigterm_saves_and_ends_well(start, uninterrupted, tmp_path):
   process = start(tmp_path, '--config.data.workers=1')
-  _wait(process, lambda: _logged(tmp_path) >= 2)
+  _wait(process, lambda: runs.logged(tmp_path) >= 2)
   process.send_signal(signal.SIGTERM)
   output = process.communicate(timeout=30)[0]
   assert process.returncode == 0 and 'stopped by a signal at step' in output
   assert 'Traceback' not in output and 'leaked' not in output
-  step, _ = _state(tmp_path)
+  step, _ = runs.state(tmp_path)
   assert f'at step {step};' in output
 
 
 def test_the_newest_and_the_best_checkpoint_are_kept(uninterrupted):
-  scores = {row['step']: row['miou'] for row in _history(uninterrupted) if row['kind'] == 'val'}
+  scores = {row['step']: row['miou'] for row in runs.history(uninterrupted) if row['kind'] == 'val'}
   best = max(scores, key=lambda step: (scores[step], step))
   with checkpoint.make_manager(uninterrupted / 'checkpoints', 2) as manager:
     assert checkpoint.best_step(manager) == best
@@ -194,7 +215,7 @@ def test_two_phases(tiny_stage1, tmp_path):
   train(config, tmp_path)
 
   _check_pace(tmp_path)
-  rows = [row for row in _history(tmp_path) if row['kind'] == 'val' and row['step'] <= 6]
+  rows = [row for row in runs.history(tmp_path) if row['kind'] == 'val' and row['step'] <= 6]
   best = max(rows, key=lambda row: (row['miou'], row['step']))['step']
   assert len(rows) == 3 and best != 6, 'the best weights of phase 1 are its last: shows nothing'
   states = {

@@ -1,0 +1,141 @@
+"""One run at a time in a work folder: a second start is refused and learns who is there."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from etils import epath
+
+from aavs_jax import distributed
+from aavs_jax.logging import say
+
+# Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
+_RENEWED_EVERY = 15
+_PATIENCE = 60
+_SETTLED = 3  # two that take a lease at the same moment both see whose was written last
+# What file systems answer that know no flock, such as Lustre's usual mount.
+_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+  """Keeps other runs out of a work folder, which it makes if there is none.
+
+  On a disk by flock, which the kernel takes back from a process that is killed; in a bucket by an
+  object that is renewed again and again. Of several processes, all of which must call this, the
+  first one holds it for all.
+
+  Raises:
+    BlockingIOError: on all processes, another run is in the folder; it names host and process.
+  """
+  with contextlib.ExitStack() as held:
+    refusal = None
+    if distributed.is_first():
+      try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_lease(workdir) if '://' in str(workdir) else _flock(workdir))
+      except BlockingIOError as error:
+        refusal = str(error)
+    refusal, *_ = distributed.gather(refusal)
+    if refusal:
+      raise BlockingIOError(refusal)
+    yield
+
+
+@contextlib.contextmanager
+def _flock(workdir: epath.Path) -> Iterator[None]:
+  # Never removed: whoever has opened it by then would hold a lock that nobody else can see.
+  with open(workdir / 'run.lock', 'a+') as file, contextlib.ExitStack() as held:
+    file.seek(0)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise _in_use(workdir, json.loads(file.read() or '{}')) from None
+    except OSError as error:
+      if error.errno not in _NO_FLOCK:
+        raise
+      held.enter_context(_lease(workdir))
+    file.truncate(0)
+    file.write(json.dumps(_whose()))
+    file.flush()
+    yield
+
+
+@contextlib.contextmanager
+def _lease(workdir: epath.Path) -> Iterator[None]:
+  path = workdir / 'run.lease'
+  found = _read(path)
+  if found:
+    say(f'  {path} names {_name(found)}: waiting {_PATIENCE} s, to see whether that run goes on')
+  end = time.monotonic() + _PATIENCE
+  # Whether it changes is all that counts: clocks of hosts differ.
+  while found and time.monotonic() < end:
+    time.sleep(1)
+    now = _read(path)
+    if now and now != found:
+      raise _in_use(workdir, now)
+    found = now
+  mine = {**_whose(), 'run': secrets.token_hex(8)}
+
+  def write():
+    path.write_text(json.dumps({**mine, 'time': time.time()}))
+
+  def still_mine():
+    holder = _read(path)
+    return holder is None or holder['run'] == mine['run']
+
+  write()
+  time.sleep(_SETTLED)
+  if not still_mine():
+    raise _in_use(workdir, _read(path))
+  ended = threading.Event()
+
+  def renew():
+    while not ended.wait(_RENEWED_EVERY):
+      # A bucket out of reach for a moment is no reason to end.
+      with contextlib.suppress(Exception):
+        if not still_mine():
+          # This process slept for longer than others wait. It must not write one byte more, and
+          # a work folder survives the end of its run at any moment.
+          print(f'aavs: {_in_use(workdir, _read(path))}', file=sys.stderr, flush=True)
+          os._exit(1)
+        write()
+
+  thread = threading.Thread(target=renew, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
+    path.unlink(missing_ok=True)
+
+
+def _read(path: epath.Path) -> dict | None:
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    return None
+
+
+def _whose() -> dict[str, str | int]:
+  return {'host': socket.gethostname(), 'pid': os.getpid()}
+
+
+def _name(holder: dict) -> str:
+  return f'process {holder.get("pid")} on {holder.get("host")}'
+
+
+def _in_use(workdir: epath.Path, holder: dict) -> BlockingIOError:
+  return BlockingIOError(
+    f'{workdir} is in use by another run, {_name(holder)}: wait for its end, or name another '
+    '--workdir'
+  )

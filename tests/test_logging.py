@@ -1,0 +1,97 @@
+"""Rows of metrics: each once, in order, whatever was interrupted, on a disk and in a bucket."""
+
+import json
+
+import pytest
+from etils import epath
+
+from aavs_jax import logging
+from aavs_jax.logging import Writer, metrics_files
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def folder(request, tmp_path):
+  if request.param == 'bucket':
+    return request.getfixturevalue('bucket')
+  return epath.Path(tmp_path)
+
+
+def _rows(folder):
+  text = ''.join(path.read_text() for path in metrics_files(folder))
+  return [(row['kind'], row['step']) for row in map(json.loads, text.splitlines())]
+
+
+def _write(folder, resume_step, steps, **options):
+  writer = Writer(folder, resume_step, **options)
+  for step in steps:
+    writer.write('train', step=step, loss=0.5)
+    if step % 4 == 0:
+      writer.write('val', step=step, miou=0.5)
+  writer.close()
+
+
+def test_steps_that_are_taken_again_are_there_once(folder, monkeypatch):
+  monkeypatch.setattr(logging, '_PART_ROWS', 3)
+  folder.mkdir(parents=True, exist_ok=True)
+  Writer(folder, 0).write('data', step=0, bad_clips=1)
+  Writer(folder, 0).write('data', step=0, bad_clips=1)  # killed before its first checkpoint
+  _write(folder, 0, range(1, 10))
+  _write(folder, 6, range(7, 11))
+  _write(folder, 10, range(11, 13))
+  whole = [*(('train', s) for s in range(1, 13)), ('val', 4), ('val', 8), ('val', 12)]
+  assert _rows(folder) == sorted(whole, key=lambda row: (row[1], row[0]))
+  # The validation of the last step is repeated, where its scores were not saved.
+  _write(folder, 8, ())
+  assert _rows(folder)[-1] == ('val', 8)
+  _write(folder, 8, (), unscored=True)
+  assert _rows(folder)[-1] == ('train', 8)
+  Writer(folder, 0)
+  assert _rows(folder) == []
+
+
+def test_a_line_cut_short_is_dropped(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"kind": "train", "step": 1}\n{"kind": "tra')
+  _write(epath.Path(tmp_path), 1, [2])
+  assert _rows(tmp_path) == [('train', 1), ('train', 2)]
+
+
+def test_a_bucket_is_not_sent_all_rows_with_each(bucket, monkeypatch):
+  sent = []
+  write = epath.Path.write_text
+  monkeypatch.setattr(
+    type(bucket), 'write_text', lambda self, text: (sent.append(len(text)), write(self, text))
+  )
+  _write(bucket, 0, range(1, 2001))
+  rows = sum(len(path.read_text()) for path in metrics_files(bucket))
+  assert len(_rows(bucket)) == 2500 and len(sent) == 2500
+  assert sum(sent) < 60 * rows and len(metrics_files(bucket)) == 25
+
+
+def test_a_bucket_out_of_reach_is_said_once_and_rows_come_later(bucket, monkeypatch, capsys):
+  writer = Writer(bucket, 0)
+  writer.write('train', step=1, loss=0.5)
+
+  def fail(*_):
+    raise ConnectionError('no network')
+
+  with monkeypatch.context() as outage:
+    outage.setattr(type(bucket), 'write_text', fail)
+    for step in (2, 3):
+      writer.write('train', step=step, loss=0.5)
+  out = capsys.readouterr().out
+  assert out.count('WARNING') == 1 and 'no network' in out
+  assert _rows(bucket) == [('train', 1)]
+  writer.close()
+  assert _rows(bucket) == [('train', 1), ('train', 2), ('train', 3)]
+
+
+@pytest.mark.parametrize(('resume_step', 'purged'), [(0, 0), (6, 7)])
+def test_tensorboard_hides_the_steps_that_are_taken_again(
+  resume_step, purged, tmp_path, monkeypatch
+):
+  asked = []
+  monkeypatch.setattr(
+    logging, 'SummaryWriter', lambda folder, purge_step: asked.append((folder, purge_step))
+  )
+  Writer(epath.Path(tmp_path), resume_step)
+  assert asked == [(str(tmp_path), purged)]

@@ -1,0 +1,142 @@
+"""What a work folder remembers of how its run began, and what may differ when it goes on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline import avsbench, masks
+from aavs_jax.input_pipeline.errors import UserError
+from etils import epath
+
+from aavs_jax import checkpoint, work_folder
+from tests import tiny
+
+# The keys in which a run that goes on may differ, each with another value.
+FREE = {
+  'mesh.fsdp': 2,
+  'data.root': '/elsewhere',
+  'data.masks': '/elsewhere',  # what it holds is compared
+  'data.threads': 9,
+  'data.workers': 3,
+  'data.on_bad_clip': 'skip',  # the clips that are left are compared
+  'data.max_bad_clips': 5,
+  'train.init': '/elsewhere',  # what it holds is compared
+  'train.checkpoint_every_steps': 7,
+  'train.keep_checkpoints': 5,
+  'train.log_every_steps': 3,
+}
+NO_CLIPS = work_folder.Clips([], [], [])
+
+
+def _keys(config, prefix=''):
+  for key, value in config.items():
+    if hasattr(value, 'items'):
+      yield from _keys(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def _other(value):
+  """Another value of the same type."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, str):
+    return f'{value}x'
+  return value[1:] if isinstance(value, tuple) else value + 1
+
+
+@pytest.mark.parametrize('key', dict(_keys(base.get_config())))
+def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
+  folder = epath.Path(tmp_path)
+  begun, now = tiny.get_config(), tiny.get_config()
+  work_folder.claim(folder, begun, NO_CLIPS, None)
+  now.update_from_flattened_dict({key: FREE.get(key, _other(dict(_keys(begun))[key]))})
+  if key in FREE:
+    work_folder.claim(folder, now, NO_CLIPS, 4)
+  else:
+    with pytest.raises(UserError, match=rf'was begun with another config \({key} is '):
+      work_folder.claim(folder, now, NO_CLIPS, 4)
+  # Before the first checkpoint nothing is settled.
+  work_folder.claim(folder, now, NO_CLIPS, None)
+  assert json.loads((folder / 'config.json').read_text()) == json.loads(now.to_json())
+
+
+@pytest.fixture
+def stage2(tiny_stage2, tmp_path):
+  """A config of stage 2 and its clips of val, with masks of nothing."""
+  tiny_stage2.data.masks = str(tmp_path / 'masks')
+  clips = avsbench.read_index(tiny_stage2.data.root, 'val')
+  for clip in clips:
+    empty = np.zeros((clip.num_frames, 32, 32), np.uint8)
+    masks.write_clip_masks(tiny_stage2.data.masks, clip, empty)
+  return tiny_stage2, clips
+
+
+def test_masks_may_move_but_not_change(stage2, tmp_path):
+  config, clips = stage2
+  folder = epath.Path(tmp_path / 'run')
+  work_folder.claim_inputs(folder, config, clips, None, None)
+  config.data.masks = str(shutil.move(tmp_path / 'masks', tmp_path / 'moved'))
+  work_folder.claim_inputs(folder, config, clips, None, 4)
+  changed = np.zeros((clips[-1].num_frames, 32, 32), np.uint8)
+  changed[-1, 0, 0] = 255
+  masks.write_clip_masks(config.data.masks, clips[-1], changed)
+  with pytest.raises(UserError, match=r'begun with another content of config\.data\.masks'):
+    work_folder.claim_inputs(folder, config, clips, None, 4)
+  config.oracle_prior = True  # masks are not read
+  work_folder.claim_inputs(folder, config, clips, None, 4)
+
+
+def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
+  folder = epath.Path(tmp_path / 'run')
+  tiny_stage1.train.init = str(tmp_path / 'init')
+  start = {'a': np.arange(3.0), 'b': np.ones(2)}
+  work_folder.claim_inputs(folder, tiny_stage1, [], start, None)
+  tiny_stage1.train.init = '/moved'
+  work_folder.claim_inputs(folder, tiny_stage1, [], start, 4)
+  for other in ({**start, 'a': np.zeros(3)}, None):
+    tiny_stage1.train.init = '/other' if other else ''
+    with pytest.raises(UserError, match=r'begun with another content of config\.train\.init'):
+      work_folder.claim_inputs(folder, tiny_stage1, [], other, 4)
+  # Gone, it is missed only by a run that has a second phase before it.
+  tiny_stage1.train.init = str(tmp_path / 'gone')
+  assert work_folder.load_start(tiny_stage1, needed=False) is None
+  work_folder.claim_inputs(folder, tiny_stage1, [], None, 4)
+  with pytest.raises(UserError, match='gone holds no checkpoint'):
+    work_folder.load_start(tiny_stage1, needed=True)
+
+
+def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1, tmp_path):
+  folder = epath.Path(tmp_path)
+  tiny_stage1.train.init = '/start'
+  work_folder.claim_inputs(folder, tiny_stage1, [], {'a': np.ones(2)}, 4)
+  with pytest.raises(UserError, match='another content'):
+    work_folder.claim_inputs(folder, tiny_stage1, [], {'a': np.zeros(2)}, 4)
+
+
+def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, monkeypatch):
+  clips = avsbench.read_index(tiny_stage1.data.root, 'train')
+  tiny_stage1.data.on_bad_clip = 'skip'
+  tiny_stage1.data.max_bad_clips = 1
+  folder = epath.Path(tmp_path)
+  bad = iter(range(3))
+
+  def find(*_):
+    clip = clips[next(bad)]
+    return [{'clip': f'{clip.subset}/{clip.uid}', 'text': 'cut short'}]
+
+  monkeypatch.setattr(work_folder.pipeline, 'find_bad_clips', find)
+  for i in range(2):  # in another data set the second time, and no checkpoint yet
+    found = work_folder.read_clips(tiny_stage1, folder)
+    assert found.train == [clip for clip in clips if clip != clips[i]]
+    work_folder.claim(folder, tiny_stage1, found, None)
+  monkeypatch.setattr(checkpoint, 'latest_step', lambda folder: 4)
+  assert work_folder.read_clips(tiny_stage1, folder) == found
+  # Nothing was left out of a run that began without looking.
+  tiny_stage1.data.on_bad_clip = 'error'
+  work_folder.claim(folder, tiny_stage1, work_folder.read_clips(tiny_stage1, folder), None)
+  tiny_stage1.data.on_bad_clip = 'skip'
+  found = work_folder.read_clips(tiny_stage1, folder)
+  assert found.train == clips and found.bad == []
