@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -589,7 +590,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit status.
 
-  0, 1 (check-data or selftest found faults; a disk or another process failed) or 2 (bad input).
+  0, 1 (check-data or selftest found faults; a disk or another process failed), 2 (bad input), or,
+  ended from outside, 130 (Ctrl-C) or 143 (SIGTERM).
   """
   parser = _parser()
   args, rest = parser.parse_known_args(argv)
@@ -600,12 +602,19 @@ def main(argv: Sequence[str] | None = None) -> int:
   several = getattr(args, 'distributed', None)
   _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
+  # So that files half written are removed; training, which saves first, has a handler of its own.
+  before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
   try:
     if several:
       from aavs_jax import distributed
 
       distributed.start(several)
     return args.run(args) or 0
+  except KeyboardInterrupt:
+    if args.debug:
+      raise
+    print('aavs: interrupted', file=sys.stderr)
+    return 128 + signal.SIGINT
   except Exception as error:
     status, text = _fault(error)
     if several and text is None and isinstance(error, RuntimeError):  # as a failed collective is
@@ -623,6 +632,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if several:
       distributed.leave(status)
     return status
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _fault(error: Exception) -> tuple[int, str | None]:
