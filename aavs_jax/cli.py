@@ -599,7 +599,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Entry point; returns the exit status.
 
   0, 1 (check-data or selftest found faults; a disk, a device or another process failed), 2 (bad
-  input), or 141 as of a tool that SIGPIPE ended (nobody reads its output any more).
+  input), or, ended from outside, 130 (Ctrl-C), 141 (nobody reads its output any more) or 143
+  (SIGTERM).
   """
   if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
     # Names of files need not be text in the encoding of the terminal, nor in any.
@@ -613,6 +614,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   several = getattr(args, 'distributed', None)
   _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
+
+  # So that files half written are removed; training, which saves first, has a handler of its own.
+  def end(number, frame):
+    sys.exit(128 + number)
+
+  before = signal.signal(signal.SIGTERM, end)
   try:
     if several:
       from aavs_jax import distributed
@@ -620,13 +627,19 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start(several)
       if args.command != 'train':
         # JAX has taken the signal to tell all processes of it, for which training alone asks.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        signal.signal(signal.SIGTERM, end)
     return args.run(args) or 0
-  except (KeyboardInterrupt, SystemExit) as stop:
-    agreed = args.command == 'train' and isinstance(stop, SystemExit)  # with all other processes
-    if agreed or not several:
-      raise
-    distributed.leave(getattr(stop, 'code', 130), patience=3)
+  except SystemExit as stop:
+    if several and args.command != 'train':  # which ends together with all other processes
+      distributed.leave(stop.code, patience=3)
+    raise
+  except KeyboardInterrupt:
+    if args.debug:
+      traceback.print_exc()
+    print('aavs: interrupted', file=sys.stderr)
+    if several:
+      distributed.leave(128 + signal.SIGINT, patience=3)
+    return 128 + signal.SIGINT
   except Exception as error:
     status, text = _fault(error, args)
     failed = isinstance(error, RuntimeError) or 'Gloo' in str(error)  # as of a collective
@@ -645,6 +658,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if several:
       distributed.leave(status)
     return status
+  finally:
+    signal.signal(signal.SIGTERM, before)
 
 
 def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]:

@@ -66,7 +66,8 @@ def predict(
     out.
 
   Raises:
-    UserError: the source, a model or the output folder is at fault; nothing is left behind.
+    UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
+      this ends, but after SIGKILL.
   """
   source, target = Path(source), _checked_target(Path(out))
   is_video = source.is_file()
@@ -120,7 +121,7 @@ def predict(
 def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Iterator[Window]:
   """Cuts a clip folder into windows of at most `seconds` frames, as read_windows does a video.
 
-  Frames are a list, as they need not have one size; the waveform ends early where the sound does.
+  The waveform ends early where the sound does.
 
   Raises:
     UserError: no such folder, no frames, frames not numbered one by one, or sound that is missing,

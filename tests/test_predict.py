@@ -2,6 +2,8 @@
 
 import functools
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from aavs_jax import checkpoint
+from aavs_jax import checkpoint, cli
 from aavs_jax.evaluate import Predictor, load_trained, write_json
 from aavs_jax.mesh import make_mesh
 from aavs_jax.methods import aavs
@@ -329,6 +331,46 @@ def test_damage_met_half_way_leaves_nothing_behind(stage1, tmp_path):
     predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / 'new' / 'out', progress=told.append)
   assert told == [10]
   assert names(tmp_path) == ['clip']
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+  """Everything sounds, whatever the model."""
+
+  def full(frames, log_mel):
+    return np.full((len(frames), 4, 4), 255, np.uint8), None
+
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: full)
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_ended_leaves_nothing_behind(
+  number, status, no_model, tmp_path, monkeypatch, capsys
+):
+  make_clip(tmp_path / 'clip', range(2), 2)
+  monkeypatch.setattr(
+    'aavs_jax.predict.overlay_binary', lambda frame, mask: os.kill(os.getpid(), number)
+  )
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    ended = cli.main(
+      ['predict', str(tmp_path / 'clip'), '--stage1', 'any', '--out', str(tmp_path / 'out')]
+    )
+  except SystemExit as error:
+    ended = error.code
+  assert ended == status and names(tmp_path) == ['clip']
+  assert len(capsys.readouterr().err.splitlines()) <= 1
+  assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_frames_of_other_sizes_are_answered_at_their_own(no_model, tmp_path):
+  source = tmp_path / 'v.ts'
+  sizes = [(48, 64), (64, 48)]
+  pieces = [write_video(tmp_path / f'{size}.ts', 0.8, size=size) for size in sizes]
+  source.write_bytes(b''.join(piece.read_bytes() for piece in pieces))
+  out = predict(source, stage1='any', out=tmp_path / 'out')
+  assert [read(out / 'masks' / f'{second}.png').shape for second in range(2)] == sizes
+  assert {frame.shape[:2] for _, frame in decode(out / 'overlay.mp4')[0]} == {(48, 64)}
 
 
 def test_sources_that_do_not_exist_or_are_no_video(stage1, tmp_path):
