@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from aavs_jax.input_pipeline import avsbench
 
-from tests.runs import require_same
+from tests.runs import DEEP, require_same
 from tests.stand_in import STAND_IN
 from tests.test_train import STOPPED
 
@@ -127,6 +127,15 @@ def test_losses_do_not_depend_on_devices_processes_or_accumulation(runs):
   assert list(alone) == [1, 2, STEPS]
   for workdir in runs.values():
     _same(_losses(workdir), alone)
+
+
+def test_scanned_layers_and_stochastic_depth_do_not_depend_on_the_layout(start, tmp_path):
+  found = []
+  for name in ('one device', 'data 2, fsdp 4'):
+    _finish(start(tmp_path / name, LAYOUTS[name], *DEEP))
+    found.append(_losses(tmp_path / name))
+  assert list(found[0]) == [1, 2, STEPS]
+  _same(*found)
 
 
 # Each layout goes on from the checkpoint of another one.

@@ -1,14 +1,18 @@
 """A training step, sent through in parts or not, against the same step in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from aavs_jax.methods import Method
-from aavs_jax.state import create
+from aavs_jax import bench
+from aavs_jax.methods import Method, aavs
+from aavs_jax.state import create, flatten
 from aavs_jax.steps import train_step
+from tests import tiny
 
 FRAMES, RATE = 6, 0.5
 
@@ -83,3 +87,28 @@ def test_a_step_draws_from_the_key_of_the_run_and_its_number_alone(accumulate):
   losses = [loss(0), loss(1), loss(2), loss(0, seed=2)]
   assert len(set(losses)) == 4
   assert loss(1) == losses[1]
+
+
+def test_gradients_in_bfloat16_point_where_those_in_float32_do():
+  """Of one step of the whole model: parameters and gradients stay float32, the computation not."""
+  config = tiny.get_config('stage1')
+  gradients = []
+  for config.dtype in ('float32', 'bfloat16'):
+    method, optimizer = aavs(config), optax.sgd(1.0)
+    params = flatten(jax.jit(method.init)(jax.random.key(0)))
+    step = jax.jit(functools.partial(train_step, method=method, optimizer=optimizer))
+    state = create(params, list(params), optimizer)
+    state, metrics = step(state, bench.random_batch(config, 2), jax.random.key(1))
+    gradients.append({path: params[path] - state.trained[path] for path in params})
+    assert {value.dtype for value in state.trained.values()} == {jnp.dtype('float32')}
+    assert metrics['loss'].dtype == jnp.float32
+
+  def cosine(a, b):
+    return jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+
+  exact, rounded = gradients
+  whole = (jnp.concatenate([value.ravel() for value in tree.values()]) for tree in gradients)
+  # Found: 0.990 of the whole gradient, 0.989 of the median tensor (jax 0.10.2, CPU).
+  assert cosine(*whole) > 0.97
+  # Some tensors have no gradient at all, such as those of a bias before a softmax.
+  assert np.nanmedian([cosine(exact[path], rounded[path]) for path in exact]) > 0.97

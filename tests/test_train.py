@@ -25,7 +25,7 @@ def start(tmp_path_factory, data_root):
   environment = runs.environment(tmp_path_factory.mktemp('cache'))
 
   def run(workdir, *overrides, **options):
-    return runs.start(workdir, data_root, environment, *overrides, **options)
+    return runs.start(workdir, data_root, environment, *runs.DEEP, *overrides, **options)
 
   return run
 
