@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 _CLI = 'import sys; from aavs_jax import cli; sys.exit(cli.main())'
 # Of a row of metrics, what depends on the clock.
 _CLOCK = (
-  'time', 'step_seconds', 'frames_per_second', 'tflops_per_second', 'input_wait', 'input_wait_process',
-  'eta_seconds',
+  'time', 'step_seconds', 'frames_per_second', 'tflops_per_second', 'input_wait',
+  'input_wait_process', 'eta_seconds',
 )  # fmt: skip
 
 
