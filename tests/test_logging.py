@@ -61,10 +61,10 @@ def test_a_bucket_is_not_sent_all_rows_with_each(bucket, monkeypatch):
   monkeypatch.setattr(
     type(bucket), 'write_text', lambda self, text: (sent.append(len(text)), write(self, text))
   )
-  _write(bucket, 0, range(1, 2001))
+  _write(bucket, 0, range(1, 401))
   rows = sum(len(path.read_text()) for path in metrics_files(bucket))
-  assert len(_rows(bucket)) == 2500 and len(sent) == 2500
-  assert sum(sent) < 60 * rows and len(metrics_files(bucket)) == 25
+  assert len(_rows(bucket)) == 500 and len(sent) == 500
+  assert sum(sent) < 60 * rows and len(metrics_files(bucket)) == 5
 
 
 def test_a_bucket_out_of_reach_is_said_once_and_rows_come_later(bucket, monkeypatch, capsys):
