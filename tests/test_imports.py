@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,11 @@ def test_modules_are_attributes_of_the_package():
     'assert not hasattr(aavs_jax, "nonsense")\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_the_least_versions_that_are_tested_are_those_that_are_asked_for():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  lists = [project['dependencies'], *project['optional-dependencies'].values()]
+  asked = {text.replace('>=', '==') for texts in lists for text in texts if '>=' in text}
+  tested = (ROOT / '.ci' / 'least.txt').read_text().splitlines()
+  assert {line for line in tested if not line.startswith('#')} == asked
