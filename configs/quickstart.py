@@ -1,6 +1,7 @@
 """The quickstart: made clips, both stages, every evaluation; about ten minutes on two cores."""
 
 import ml_collections
+
 from aavs_jax.configs import quick_stage1, quick_stage2
 
 

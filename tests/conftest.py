@@ -8,10 +8,10 @@ os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 
 import fsspec
 import pytest
-from aavs_jax.input_pipeline.compose import compose
 from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 
+from aavs_jax.input_pipeline.compose import compose
 from tests import tiny
 
 

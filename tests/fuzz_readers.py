@@ -13,6 +13,7 @@ import sys
 import zlib
 
 import numpy as np
+
 from aavs_jax.input_pipeline import audio, avsbench
 from aavs_jax.input_pipeline.errors import UserError
 

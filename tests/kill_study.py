@@ -21,11 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from aavs_jax.input_pipeline.compose import compose
 from absl import logging as absl_logging
 from etils import epath
 
 from aavs_jax import checkpoint
+from aavs_jax.input_pipeline.compose import compose
 from tests import runs
 from tests.stand_in import STAND_IN
 

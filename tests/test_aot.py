@@ -6,11 +6,11 @@ import re
 
 import numpy as np
 import pytest
-from aavs_jax.configs import avss_stage2
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aavs_jax import aot, cli, hlo, mesh, stages
+from aavs_jax.configs import avss_stage2
 from tests import tiny
 
 needs_compiler = pytest.mark.skipif(

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError
 

@@ -8,9 +8,10 @@ import zlib
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
+
 from aavs_jax.input_pipeline import audio, avsbench, labels
 from aavs_jax.input_pipeline.errors import UserError
-from PIL import Image
 
 ROWS = [  # uid, subset, split
   ('-aldtLqTVYI_1000_11000', 'v2', 'train'),

@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
-from aavs_jax.input_pipeline import audio, avsbench, avsbench_object, check, labels, pipeline
-from aavs_jax.input_pipeline.errors import UserError
 from PIL import Image
 
 from aavs_jax import cli
+from aavs_jax.input_pipeline import audio, avsbench, avsbench_object, check, labels, pipeline
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.train import train
 from tests import tiny
 

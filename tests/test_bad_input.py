@@ -23,13 +23,13 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
-from aavs_jax.input_pipeline.errors import UserError, may_pass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from aavs_jax import checkpoint, cli, evaluate, wandb_run, work_folder
+from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.train import train
 from tests import tiny
 

@@ -7,9 +7,9 @@ import sys
 
 import jax
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import bench, cli, flops, peer
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import aavs
 from tests import tiny
 

@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import bench, pipeline, shards
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli
+from aavs_jax.input_pipeline import bench, pipeline, shards
+from aavs_jax.input_pipeline.errors import UserError
 
 TASK = pipeline.Task(True, 71, 32, 32, 4, True, '')
 LOADING = bench.Loading(item_frames=5, batch_items=2, threads=1, workers=0)

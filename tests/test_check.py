@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
+
 from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels
 from aavs_jax.input_pipeline.errors import UserError
-from PIL import Image
 
 CLIPS = {
   'train': {'v1s': 3, 'v1m': 3, 'v2': 1},

@@ -5,10 +5,10 @@ import errno
 import jax.numpy as jnp
 import optax
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 from etils import epath
 
 from aavs_jax import checkpoint
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.state import create
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import soundfile
+
 from aavs_jax.input_pipeline import compose, compose_scenes, compose_sounds, labels
 from aavs_jax.input_pipeline.errors import UserError
 

@@ -6,12 +6,12 @@ import math
 import jax
 import ml_collections
 import pytest
-from aavs_jax.configs import base
-from aavs_jax.input_pipeline.errors import UserError
 from flax import traverse_util
 
 from aavs_jax import bench, steps
 from aavs_jax import config as config_lib
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import create, flatten

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 from safetensors.numpy import load_file, save_file
 
 from aavs_jax import checkpoint, cli, recordings, stages
 from aavs_jax import config as config_lib
 from aavs_jax.convert import convert, export
 from aavs_jax.evaluate import load_trained
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import aavs
 from aavs_jax.state import flatten
 from tests import parity, tiny

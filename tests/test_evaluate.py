@@ -13,13 +13,13 @@ import jax
 import numpy as np
 import optax
 import pytest
-from aavs_jax.input_pipeline import avsbench, labels, masks, sounds
-from aavs_jax.input_pipeline.errors import UserError
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from aavs_jax import checkpoint, evaluate, metrics, tables
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline import avsbench, labels, masks, sounds
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import aavs
 from aavs_jax.state import create, flatten, merge
 from tests import tiny

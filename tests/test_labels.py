@@ -3,8 +3,9 @@
 import cv2
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import labels
 from PIL import Image
+
+from aavs_jax.input_pipeline import labels
 
 
 def test_palette_bit_by_bit():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from aavs_jax.configs import base
 
 ROOT = Path(__file__).parents[1]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from aavs_jax.input_pipeline import avsbench, pipeline
 from aavs_jax.input_pipeline.errors import UserError
 

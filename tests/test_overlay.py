@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.labels import NUM_CLASSES
 
+from aavs_jax.input_pipeline.labels import NUM_CLASSES
 from aavs_jax.overlay import SOUNDING_COLOUR, legend_colour, overlay, overlay_binary
 
 

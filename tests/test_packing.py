@@ -5,9 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import packing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from aavs_jax.input_pipeline import packing
 
 SINGLE, PAIRS = 3452 + 296, 4750  # clips of v1s and v1m, and of v2, that train as published
 PUBLISHED = [1] * SINGLE + [2] * PAIRS

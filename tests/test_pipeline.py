@@ -10,11 +10,11 @@ import shutil
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import avsbench, labels, masks, pipeline, sounds
-from aavs_jax.input_pipeline.errors import UserError
 from PIL import Image
 
 from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline import avsbench, labels, masks, pipeline, sounds
+from aavs_jax.input_pipeline.errors import UserError
 
 
 def _stream(clips, task, count, **changes):

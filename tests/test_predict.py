@@ -10,16 +10,16 @@ import numpy as np
 import optax
 import pytest
 import soundfile
-from aavs_jax.configs import quick_stage1, quick_stage2
-from aavs_jax.input_pipeline import audio
-from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from aavs_jax import checkpoint, cli
+from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.evaluate import Predictor, load_trained, write_json
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.mesh import make_mesh
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import SOUNDING_COLOUR, overlay

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
 
 from aavs_jax import metrics, protocols
+from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
 
 GOLDENS = np.load(Path(__file__).parent / 'goldens' / 'metrics.npz')
 SUBSETS = ('v1s', 'v1m', 'v2')

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aavs_jax.configs import base
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import cli, recipe, stages
 from aavs_jax import config as config_lib
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import aavs
 from aavs_jax.state import flatten
 

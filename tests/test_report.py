@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
 from PIL import Image
 
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
 from aavs_jax.report import write_report
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}

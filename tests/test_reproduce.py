@@ -9,13 +9,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import avsbench
-from aavs_jax.input_pipeline.errors import UserError
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from safetensors.numpy import save_file
 
 from aavs_jax import cli, evaluate
+from aavs_jax.input_pipeline import avsbench
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.reproduce import ROWS, format_table, reproduce
 from tests import tiny
 from tests.released import random_released, random_vggish

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline import avsbench
 
+from aavs_jax.input_pipeline import avsbench
 from tests.runs import DEEP, require_same
 from tests.stand_in import STAND_IN
 from tests.test_train import STOPPED

@@ -19,13 +19,13 @@ import types
 
 import numpy as np
 import pytest
+
+from aavs_jax import cli
+from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared, shards, sounds
 from aavs_jax.input_pipeline.clips import SPLITS
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-
-from aavs_jax import cli
-from aavs_jax import config as config_lib
 from aavs_jax.train import train
 
 SIZE, EVAL_SIZE = 32, 24

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from aavs_jax.input_pipeline import audio, avsbench, sounds
 from aavs_jax.input_pipeline.avsbench_object import ObjectClip
 from aavs_jax.input_pipeline.compose import compose

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import checkpoint, stages
 from aavs_jax import config as config_lib
+from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.state import create
 
 
@@ -95,7 +95,10 @@ def work_folder(tmp_path_factory):
   """Of three checkpoints, in which a weight is the number of the step; step 2 is the best."""
   folder = tmp_path_factory.mktemp('run')
   (folder / 'config.json').write_text(config_lib.to_json(quick_stage1.get_config()))
-  note = {'kind': 'mask2former', 'lacking': ['aavs/audio_projection/'], 'names': []}
+  note = {
+    'kind': 'mask2former', 'source': 'start', 'vggish': '', 'lacking': ['aavs/audio_projection/'],
+    'names': [], 'unused': [],
+  }  # fmt: skip
   (folder / checkpoint.CONVERTED).write_text(json.dumps(note))
   with checkpoint.make_manager(folder / 'checkpoints', 3) as manager:
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.5)):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from aavs_jax.input_pipeline.compose import compose
 
 # In a process of its own, in which any attempt to import TensorFlow fails and shows.

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 
 from aavs_jax import checkpoint
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.train import train
 from tests import runs
 from tests.stand_in import STAND_IN

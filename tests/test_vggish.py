@@ -5,9 +5,9 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.audio import log_mel_examples
-
 from aavs_jax.models.vggish import VGGish
 
 RECORDED = np.load(pathlib.Path(__file__).parent / 'goldens' / 'audio.npz')

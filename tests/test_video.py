@@ -5,8 +5,8 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from aavs_jax.input_pipeline.errors import UserError
 
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.overlay import overlay_binary
 from aavs_jax.video import SAMPLE_RATE, read_windows, write_overlay_video
 

@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from aavs_jax.configs import base
-from aavs_jax.input_pipeline import avsbench, masks
-from aavs_jax.input_pipeline.errors import UserError
 from etils import epath
 
 from aavs_jax import checkpoint, work_folder
+from aavs_jax.configs import base
+from aavs_jax.input_pipeline import avsbench, masks
+from aavs_jax.input_pipeline.errors import UserError
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.
