@@ -3,14 +3,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONUNBUFFERED=1
 
 make_environment() { # extras, such as "" or "[dev]"
-  local python="${PYTHON:-python3}" version='import sys; print(*sys.version_info[:2])'
+  local python="${PYTHON:-python3}"
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "aavs_jax needs Python 3.11 or newer; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
     exit 2
   fi
   if [ ! -x .venv/bin/python ]; then
     "$python" -m venv .venv
-  elif [ -n "${PYTHON:-}" ] && [ "$("$python" -c "$version")" != "$(.venv/bin/python -c "$version")" ]; then
+  elif [ -n "${PYTHON:-}" ] &&
+    ! grep -q "^version = $("$python" -c 'import platform; print(platform.python_version())')" .venv/pyvenv.cfg; then
     echo "making .venv anew, for $("$python" --version) ..."
     "$python" -m venv --clear .venv
   fi

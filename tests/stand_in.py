@@ -31,7 +31,7 @@ def method(config) -> Method:
   def apply(params, batch, drop_path_key=None):
     frames = normalise(batch['frames'])
     if drop_path_key is not None:
-      frames += 0.1 * jax.random.normal(drop_path_key, frames.shape)
+      frames += 0.1 * jax.random.normal(drop_path_key, frames.shape[1:])
     loudness = jnp.broadcast_to(batch['log_mel'].mean((1, 2))[:, None, None, None], frames.shape)
     queries = params['aavs']['queries']
     scores = jnp.concatenate([frames, loudness[..., :1]], -1) @ queries['features']

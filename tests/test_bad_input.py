@@ -27,8 +27,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aavs_jax import checkpoint, cli, evaluate, wandb_run, work_folder
-from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels, masks, pipeline
+from aavs_jax import checkpoint, cli, evaluate, wandb_run
+from aavs_jax.input_pipeline import (
+  audio,
+  avsbench,
+  check,
+  compose,
+  labels,
+  masks,
+  pipeline,
+  prepared,
+)
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.train import train
 from tests import tiny
@@ -439,7 +448,7 @@ def test_damaged_files_are_read_or_refused(tmp_path):
     ),
     (
       'bad_clips.json',
-      lambda folder: work_folder.leave_out_bad(_skipping(), folder, []),
+      lambda folder: checkpoint.read_json(folder / 'bad_clips.json', prepared.BAD_CLIPS),
       '[{"clip": "v1s/a"}]',
       'lacks [0].text',
     ),
@@ -454,12 +463,6 @@ def test_damaged_files_are_read_or_refused(tmp_path):
 def test_a_note_of_another_shape_is_refused(tmp_path, name, read, wrong, found):
   (tmp_path / name).write_bytes(wrong.encode('latin-1'))
   refusal(lambda: read(tmp_path), tmp_path / name, found)
-
-
-def _skipping():
-  config = tiny.get_config('stage1')
-  config.data.on_bad_clip = 'skip'
-  return config
 
 
 # Disks that fail

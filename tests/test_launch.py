@@ -1,6 +1,7 @@
 """The launchers, with fakes of the tools they call: what they print, and that they run just it."""
 
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -117,6 +118,7 @@ def project(tmp_path):
   programs = root / '.venv' / 'bin'
   programs.mkdir(parents=True)
   shutil.copy(ROOT / 'pyproject.toml', root / '.venv' / 'installed[cuda]')
+  (root / '.venv' / 'pyvenv.cfg').write_text(f'version = {platform.python_version()}\n')
   for name in ('python', 'aavs'):
     (programs / name).write_text(RECORDER.replace('"${0##*/}"', '"${0##*/}" "$JAX_PLATFORMS"'))
     (programs / name).chmod(0o755)

@@ -342,7 +342,7 @@ def test_frames_are_set_free_at_once(tmp_path):
   try:
     for _, _, frame in timeline.pictures():
       timeline.upright(frame)
-    alive = sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects())
+    alive = sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
   finally:
     gc.enable()
   assert alive <= 2

@@ -126,8 +126,9 @@ sys.exit(cli.main())
 
 
 def test_a_validation_does_not_keep_a_stop_waiting(start, stand_in, tmp_path):
-  # Before a validation, in the same one after a restart, in the last one.
-  for where, at, batches in ((6, 6, 0), ('validation', 6, 1), (STEPS, STEPS, 3)):
+  # Before a validation, in the same one after a restart (whose batches are dispatched ahead), and
+  # before the last one.
+  for where, at, batches in ((6, 6, 0), ('validation', 6, 3), (STEPS, STEPS, 3)):
     process = start(tmp_path, program=STOPPED.format(where=where))
     output = process.communicate()[0]
     assert process.returncode == 0, output
