@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 _CLI = 'import sys; from aavs_jax import cli; sys.exit(cli.main())'
 # Layers that are scanned over in backbone, encoder and decoder, and blocks that are dropped.
 DEEP = (
-  '--config.model.swin.depths=(2,2,4,2)', '--config.model.swin.drop_path=0.3',
+  '--config.model.swin.depths=(1,1,4,1)', '--config.model.swin.drop_path=0.3',
   '--config.model.encoder_layers=2', '--config.model.decoder_layers=6',
 )  # fmt: skip
 # Of a row of metrics, what depends on the clock.

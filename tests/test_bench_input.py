@@ -50,8 +50,9 @@ def test_memory_that_an_epoch_keeps_is_seen(data_root):
   assert len(result['megabytes']) == len(told) == 6  # an epoch of 12 items in batches of 2
   assert abs(result['growth']) < bench.FLAT_MB and ': flat' in bench.format_memory(result)
   kept = []
-  result = watch(lambda line: kept.append(np.ones(1 << 21)))  # 16 MB
-  assert 70 < result['growth'] < 120 and 'NOT flat' in bench.format_memory(result)
+  # 67 MB at a time, beside which what the process gives back to the system is little.
+  result = watch(lambda line: kept.append(np.ones(1 << 23)))
+  assert 280 < result['growth'] < 480 and 'NOT flat' in bench.format_memory(result)
 
 
 def test_more_clips_than_there_are_is_refused(data_root):
