@@ -185,7 +185,7 @@ class Writer:
     self._failing = False
     # TensorBoard hides what a killed run has written of the steps that are taken again.
     again = resume_step + 1 if resume_step else 0
-    self._board = SummaryWriter(str(folder), purge_step=again) if SummaryWriter else None
+    self._board = _board(folder, again)
 
   def write(self, kind: str, **values: Any) -> None:
     if self._silent:
@@ -226,6 +226,15 @@ class Writer:
       self._board.close()
     for other in self._others:
       other.close()
+
+
+def _board(folder: epath.Path, purge_step: int) -> Any:
+  """What writes TensorBoard's files; None where it is not installed, or not for such a bucket."""
+  try:
+    return SummaryWriter(str(folder), purge_step=purge_step) if SummaryWriter else None
+  except ImportError as error:
+    say(f"  no files of TensorBoard's in {folder}: {error}")
+    return None
 
 
 def metrics_files(folder: epath.PathLike) -> list[epath.Path]:
