@@ -113,8 +113,14 @@ evaluate.evaluate(work, data=data, out=f'{out}/result.json')
 time.sleep(4 * (1 - place))
 assert evaluate.write_masks(work, data=data, out=f'{out}/masks') == 10
 """
+  flag = '--xla_cpu_collective_timeout_seconds=2'
+  known = subprocess.run(
+    [sys.executable, '-c', 'import jax; jax.devices()'], env=os.environ | {'XLA_FLAGS': flag}
+  )
+  if known.returncode:
+    pytest.skip('in this release of JAX the patience of a collective cannot be set')
   arguments = (str(alone / 'work'), data_root, str(tmp_path))
-  _finish(_start(program, *arguments, xla_flags='--xla_cpu_collective_timeout_seconds=2'), 0, 0)
+  _finish(_start(program, *arguments, xla_flags=flag), 0, 0)
 
 
 COMMAND = """
