@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any, NoReturn
 
 import jax
@@ -106,4 +107,6 @@ def leave(status: int, patience: int = _LAST_WORDS) -> NoReturn:
   try:
     _meet('leaving', patience)
   finally:
+    if is_first():
+      time.sleep(1)  # it serves the others, who abort if they miss it before they have ended
     os._exit(status)

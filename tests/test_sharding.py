@@ -117,9 +117,9 @@ def runs(start, tmp_path_factory):
   return folders
 
 
-def _same(found, wanted):
+def _same(found, wanted, rtol=1e-5):
   assert found.keys() == wanted.keys()
-  np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+  np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=rtol)
 
 
 def test_losses_do_not_depend_on_devices_processes_or_accumulation(runs):
@@ -135,7 +135,9 @@ def test_scanned_layers_and_stochastic_depth_do_not_depend_on_the_layout(start, 
     _finish(start(tmp_path / name, LAYOUTS[name], *DEEP))
     found.append(_losses(tmp_path / name))
   assert list(found[0]) == [1, 2, STEPS]
-  _same(*found)
+  # Found: 2e-5, 1e-7 and 6e-5, as rounding of so many layers turns over single points of the loss.
+  # Other draws of stochastic depth alone change it by 7e-4 to 4e-3.
+  _same(*found, rtol=3e-4)
 
 
 # Each layout goes on from the checkpoint of another one.
@@ -236,7 +238,7 @@ def test_processes_that_begin_with_something_else_all_say_so(start, tmp_path):
   )
   for process in processes:
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == 2
+    assert process.returncode == 2, output
     assert 'aavs: process 1 finds another config than process 0' in output
   assert not (tmp_path / 'work' / 'config.json').exists()
 
