@@ -3,7 +3,6 @@
 The TPU compiler (libtpu) needs no TPU; what it accepts for a slice fits that slice's memory.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import math
@@ -18,17 +17,16 @@ import ml_collections
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aavs_jax import stages, steps
-from aavs_jax.bench import random_batch
+from aavs_jax import methods, phases
+from aavs_jax.bench import format_forms, random_batch
 from aavs_jax.hlo import Work, work
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import batch_sharding, make_mesh, replicated, state_sharding
-from aavs_jax.methods import Method, aavs
-from aavs_jax.optimizer import make_optimizer
-from aavs_jax.state import TrainState, create, flatten
+from aavs_jax.mesh import batch_sharding, make_mesh, replicated
+from aavs_jax.phases import placed
+from aavs_jax.predictor import compiled_predict, seen
+from aavs_jax.state import TrainState, count
 
 PHASE = 2  # of the recipe, the one that needs more
-SEEN = ('frames', 'log_mel', 'prior')  # what predictions are made from
 HOP_SECONDS = 1e-6  # from one chip to the next
 
 
@@ -137,20 +135,6 @@ def slice_devices(where: Slice) -> Sequence[jax.Device]:
   return found.devices
 
 
-def abstract_state(
-  config: ml_collections.ConfigDict, mesh: Mesh, method: Method
-) -> tuple[TrainState, Any]:
-  """Shapes, types and shardings of the train state in PHASE, and its optimiser."""
-  params = flatten(jax.eval_shape(method.init, jax.eval_shape(jax.random.key, 0)))
-  optimizer, _ = make_optimizer(config.optimizer, config.optimizer.lr_phase2, 1)
-  paths = stages.trainable_paths(config, params, PHASE)
-  make_state = functools.partial(
-    create, trainable=paths, optimizer=optimizer, frozen_dtype=config.train.frozen_dtype
-  )
-  state = jax.eval_shape(make_state, params)
-  return jax.tree.map(_placed, state, state_sharding(mesh, state)), optimizer
-
-
 def abstract_batch(
   config: ml_collections.ConfigDict, mesh: Mesh, frames: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
@@ -164,10 +148,6 @@ def abstract_batch(
   }
 
 
-def _placed(leaf, sharding):
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def compile_train(
   config: ml_collections.ConfigDict, mesh: Mesh, frames: int
 ) -> tuple[jax.stages.Compiled, TrainState]:
@@ -176,19 +156,11 @@ def compile_train(
   Raises:
     DoesNotFit: it needs more memory than a device has.
   """
-  method = aavs(config)
-  state, optimizer = abstract_state(config, mesh, method)
-  key = _placed(jax.eval_shape(jax.random.key, 0), replicated(mesh))
-  step = jax.jit(
-    functools.partial(
-      steps.train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
-    ),
-    donate_argnums=0,
-    out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None),
-  )
+  built = phases.build(config, methods.of(config), mesh, PHASE, 1)
+  key = placed(jax.eval_shape(jax.random.key, 0), replicated(mesh))
   with jax.set_mesh(mesh):
-    lowered = step.lower(state, abstract_batch(config, mesh, frames), key)
-  return _compile(lowered), state
+    lowered = built.step.lower(built.abstract, abstract_batch(config, mesh, frames), key)
+  return _compile(lowered), built.abstract
 
 
 def compile_predict(
@@ -199,15 +171,12 @@ def compile_predict(
   Raises:
     DoesNotFit: it needs more memory than a device has.
   """
-  method = aavs(config)
-  state, _ = abstract_state(config, mesh, method)
-  params = jax.tree.map(lambda leaf: _placed(leaf, replicated(mesh)), state.params)
-  batch = abstract_batch(config, mesh, frames)
-  batch = {name: batch[name] for name in SEEN if name in batch}
-  # Parameters that this variant of the model leaves unused are in memory all the same.
-  step = jax.jit(functools.partial(steps.predict_step, method=method), keep_unused=True)
+  method = methods.of(config)
+  state = phases.build(config, method, mesh, PHASE, 1).abstract
+  variables = jax.tree.map(lambda leaf: placed(leaf, replicated(mesh)), state.variables)
+  batch = seen(method, abstract_batch(config, mesh, frames))
   with jax.set_mesh(mesh):
-    lowered = step.lower(params, batch)
+    lowered = compiled_predict(method).lower(variables, batch)
   return _compile(lowered)
 
 
@@ -261,11 +230,11 @@ def roofline(done: Work, where: Slice) -> dict[str, float]:
     'hbm': done.bytes / (chip.hbm_gb_s * 1e9 / chip.devices),
     'interconnect': 0.0,
   }
-  for kind, (count, size) in done.collectives.items():
+  for kind, (number, size) in done.collectives.items():
     passes = 2 if kind == 'all-reduce' else 1  # it scatters sums, then gathers them
     if links:
       sent = size / (links * link / chip.devices)
-      seconds['interconnect'] += passes * (sent + count * hops * HOP_SECONDS)
+      seconds['interconnect'] += passes * (sent + number * hops * HOP_SECONDS)
   alone = max(seconds['products'], seconds['hbm'])
   total = alone + seconds['interconnect']
   return {**seconds, 'step': total, 'scaling': alone / total}
@@ -322,12 +291,14 @@ def aot(
   """
   where = parse_topology(topology)
   chip = where.chip
-  unit = chip.devices * config.train.accumulate
+  together = methods.of(config).unit
+  unit = chip.devices * config.train.accumulate * together
   per_chip = unit if frames_per_chip is None else frames_per_chip
   if per_chip < 1 or per_chip % unit:
+    clips = f' times the {together} frames of a clip' if together > 1 else ''
     raise UserError(
       f'--batch-per-chip is {per_chip}: use a multiple of {unit}, the devices of a chip times '
-      'config.train.accumulate, so that all have the same number of whole frames'
+      f'config.train.accumulate{clips}, so that all have the same number of whole frames'
     )
   mesh = make_mesh(config.mesh.fsdp, slice_devices(where))
   found = None  # the step of the largest batch so far, its state, the seconds it took
@@ -359,14 +330,13 @@ def aot(
     'chips': where.chips,
     'devices': where.devices,
     'dtype': config.dtype,
-    'sampling': config.model.sampling,
-    'remat': config.model.remat,
+    'forms': methods.forms(config),
     'accumulate': config.train.accumulate,
     'fsdp': config.mesh.fsdp,
     'frames_per_chip': per_chip,
     'frames': per_chip * where.chips,
-    'trained_parameters': stages.count(state.trained),
-    'frozen_parameters': stages.count(state.frozen),
+    'trained_parameters': count(state.trained),
+    'frozen_parameters': count(state.frozen),
     'hbm_bytes_per_device': int(chip.hbm_gib * 2**30 / chip.devices),
     'train': _measure(step, where, seconds),
   }
@@ -415,8 +385,7 @@ def format_report(result: dict[str, Any]) -> str:
     f'{where}, {where.chips} chips'
     + (f' with {chip.devices} devices each' if chip.devices > 1 else '')
     + f'; {result["frames_per_chip"]} frames a chip, {result["frames"]} a step; {result["dtype"]}, '
-    f'sampling {result["sampling"]}, remat {result["remat"]}, accumulate {result["accumulate"]}, '
-    f'fsdp {result["fsdp"]}',
+    f'{format_forms(result["forms"])}accumulate {result["accumulate"]}, fsdp {result["fsdp"]}',
     f'{trained:.2f} M of {trained + frozen:.2f} M parameters train; figures are per {unit}',
   ]
   for name, title in (

@@ -1,6 +1,5 @@
 """Timing of the real steps on whatever is there, of compiling them, and of the peer beside them."""
 
-import functools
 import multiprocessing
 import statistics
 import tempfile
@@ -14,12 +13,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from aavs_jax import flops, peer, stages, steps
+from aavs_jax import flops, methods, peer, phases
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated, state_sharding
-from aavs_jax.methods import aavs
-from aavs_jax.optimizer import make_optimizer
-from aavs_jax.state import create, flatten
+from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated
+from aavs_jax.methods import forms
+from aavs_jax.phases import placed
+from aavs_jax.predictor import compiled_predict, seen
+from aavs_jax.state import count, flatten
 
 ROUNDS = 2  # ours and the peer take turns so often
 TITLES = {'step': 'training step', 'predict': 'forward and post-processing'}
@@ -49,8 +49,8 @@ def random_batch(config: ml_collections.ConfigDict, frames: int) -> dict[str, np
 
 
 class _Compiled(NamedTuple):
-  run: Callable  # (state, batch, key) -> (next state, metrics), or predictions
-  make_state: Callable  # key -> state, where it belongs
+  run: Callable  # (state, batch) -> (next state, metrics), or (model, batch) -> predictions
+  make_state: Callable  # key -> state or model, where it belongs
   state: Any  # its shapes and places
   trace_seconds: float  # from Python to XLA's input
   compile_seconds: float
@@ -58,46 +58,46 @@ class _Compiled(NamedTuple):
 
 def _compile(what: str, config: ml_collections.ConfigDict, batch: Any, phase: int) -> _Compiled:
   """Compiles a step as training or evaluation runs it; `what` is a key of TITLES."""
-  method, mesh = aavs(config), make_mesh(config.mesh.fsdp)
+  method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
   key = jax.random.key(config.seed)
   if what == 'step':
-    shapes = flatten(jax.eval_shape(method.init, key))
-    paths = stages.trainable_paths(config, shapes, phase)
-    optimizer, _ = make_optimizer(config.optimizer, config.optimizer.lr, 1)
+    built = phases.build(config, method, mesh, phase, 1)
+    state, step = built.abstract, built.step
+    arguments = lambda batch: (batch, key)  # noqa: E731
 
     def make_state(key):
-      return create(flatten(method.init(key)), paths, optimizer, 0, config.train.frozen_dtype)
-
-    places = state_sharding(mesh, jax.eval_shape(make_state, key))
-    step = functools.partial(
-      steps.train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
-    )
-    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+      first = flatten(method.init(key))
+      return built.begin(first, first)
   else:
-    make_state = method.init
-    places = jax.tree.map(lambda _: replicated(mesh), jax.eval_shape(make_state, key))
-    step = jax.jit(lambda params, batch, key: steps.predict_step(params, batch, method=method))
-  state = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-    jax.eval_shape(make_state, key),
-    places,
-  )
+    make_state = jax.jit(method.init, out_shardings=replicated(mesh))
+    state = jax.tree.map(
+      lambda leaf: placed(leaf, replicated(mesh)), jax.eval_shape(method.init, key)
+    )
+    step = compiled_predict(method)
+    arguments = lambda batch: (seen(method, batch),)  # noqa: E731
   started = time.perf_counter()
   with jax.set_mesh(mesh):
-    lowered = step.lower(state, batch, key)
+    lowered = step.lower(state, *arguments(batch))
   traced = time.perf_counter()
   run = lowered.compile()
   done = time.perf_counter()
-  make_state = jax.jit(make_state, out_shardings=places)
-  return _Compiled(run, make_state, state, traced - started, done - traced)
+  return _Compiled(
+    lambda state, batch: run(state, *arguments(batch)),
+    make_state,
+    state,
+    traced - started,
+    done - traced,
+  )
 
 
 def _place(config: ml_collections.ConfigDict, frames: int) -> dict[str, jax.Array]:
   """A batch of noise on the devices. Raises UserError if they cannot share it."""
-  parts = jax.device_count() * config.train.accumulate
+  unit = methods.of(config).unit
+  parts = jax.device_count() * config.train.accumulate * unit
   if frames < 1 or frames % parts:
     raise UserError(
       f'--frames is {frames}: use a multiple of {parts}, the devices times config.train.accumulate'
+      + (f' times {unit} frames that stay together' if unit > 1 else '')
     )
   return global_batch(random_batch(config, frames), batch_sharding(make_mesh(config.mesh.fsdp)))
 
@@ -127,12 +127,11 @@ def bench(
     raise UserError(f'--repeats is {repeats}: use 1 or more')
   batch = _place(config, frames)
   compiled = _compile(what, config, batch, phase)
-  key = jax.random.key(config.seed)
-  state = compiled.make_state(key)
+  state = compiled.make_state(jax.random.key(config.seed))
   seconds = []
   for _ in range(repeats + 1):
     started = time.perf_counter()
-    result = jax.block_until_ready(compiled.run(state, batch, key))
+    result = jax.block_until_ready(compiled.run(state, batch))
     seconds.append(time.perf_counter() - started)
     if what == 'step':
       state = result[0]  # the old one was donated
@@ -150,8 +149,7 @@ def bench(
     'device': jax.devices()[0].device_kind,
     'devices': jax.device_count(),
     'dtype': config.dtype,
-    'sampling': config.model.sampling,
-    'remat': config.model.remat,
+    'forms': forms(config),
     'frames': frames,
     'gflop_per_frame': done / frames / 1e9,
     'peak_flops': flops.peak(),
@@ -161,7 +159,7 @@ def bench(
     'jax': jax.__version__,
   }
   if what == 'step':
-    result |= {'phase': phase, 'trained_parameters': stages.count(compiled.state.trained)}
+    result |= {'phase': phase, 'trained_parameters': count(compiled.state.trained)}
   return _timed(result, seconds[1:])
 
 
@@ -321,11 +319,16 @@ def format_bench(result: dict[str, Any]) -> str:
   return '\n'.join([
     f'{TITLES[result["what"]]} of {result["frames"]} frames'
     + (f', phase {result["phase"]}' if 'phase' in result else '')
-    + f', {result["dtype"]}, sampling {result["sampling"]}, remat {result["remat"]}, on '
+    + f', {result["dtype"]}, {format_forms(result["forms"])}on '
     f'{result["devices"]} {result["device"]} device{"s" * (result["devices"] > 1)}',
     *(f'  {label:20}{text}' for label, text in rows),
     flops.COUNTED,
   ])  # fmt: skip
+
+
+def format_forms(forms: dict[str, Any]) -> str:
+  """What `methods.forms` gives, each with a comma after it."""
+  return ''.join(f'{name} {value}, ' for name, value in forms.items())
 
 
 def _seconds(result: dict[str, Any]) -> str:

@@ -128,8 +128,8 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
   return max(scored)[1] if scored else None
 
 
-def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
-  """Flat float32 parameters {path: array} of the best checkpoint of a work folder, and its step.
+def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
+  """All numbers, {path: float32 array}, of the best checkpoint of a work folder, and its step.
 
   Args:
     source: a work folder of `aavs train`, its checkpoints folder, or the one checkpoint to read.
@@ -154,10 +154,11 @@ def load_params(source: str | Path) -> tuple[dict[str, Any], int]:
     if step is None:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
     # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
-    loaded = read_arrays(folder.absolute() / str(step) / 'state', ('trained', 'frozen'))
-  params = {**loaded.get('trained', {}), **loaded.get('frozen', {})}
+    kinds = ('trained', 'frozen', 'statistics')
+    loaded = read_arrays(folder.absolute() / str(step) / 'state', kinds)
+  flat = {path: value for kind in loaded.values() for path, value in kind.items()}
   # Frozen ones may be stored in bfloat16.
-  return {path: value.astype(np.float32, copy=False) for path, value in params.items()}, step
+  return {path: value.astype(np.float32, copy=False) for path, value in flat.items()}, step
 
 
 def converted(folder: str | Path) -> dict[str, Any] | None:

@@ -21,8 +21,8 @@ _CONFIGS = Path(configs.__path__[0])
 
 
 def _compose(args) -> None:
+  from aavs_jax.console import Progress, say
   from aavs_jax.input_pipeline.compose import compose
-  from aavs_jax.logging import Progress, say
 
   clips = {split: _per_subset(split, getattr(args, split)) for split in ('train', 'val', 'test')}
   if args.layout == 'object':
@@ -62,10 +62,10 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _check_data(args) -> int:
-  from aavs_jax.evaluate import write_json
+  from aavs_jax.console import Progress, say
   from aavs_jax.input_pipeline.avsbench import read_index
   from aavs_jax.input_pipeline.check import check_data, format_check
-  from aavs_jax.logging import Progress, say
+  from aavs_jax.input_pipeline.files import write_json
 
   with Progress('checking', len(read_index(args.root)), 'clips') as progress:
     report = check_data(args.root, progress=lambda done, _: progress.advance_to(done))
@@ -76,9 +76,9 @@ def _check_data(args) -> int:
 
 
 def _prepare(args) -> None:
+  from aavs_jax.console import Progress, say
   from aavs_jax.input_pipeline.avsbench import read_index
   from aavs_jax.input_pipeline.shards import prepare
-  from aavs_jax.logging import Progress, say
 
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(
@@ -131,8 +131,8 @@ def _range(text: str) -> tuple[int, int]:
 
 
 def _masks(args) -> None:
-  from aavs_jax.evaluate import write_masks
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
+  from aavs_jax.hand_over import write_masks
 
   written = write_masks(
     args.workdir, data=args.data, out=args.out, splits=tuple(args.splits.split(','))
@@ -141,8 +141,8 @@ def _masks(args) -> None:
 
 
 def _eval(args) -> None:
+  from aavs_jax.console import say
   from aavs_jax.evaluate import evaluate
-  from aavs_jax.logging import say
   from aavs_jax.tables import format_evaluation
 
   result = evaluate(
@@ -161,7 +161,7 @@ def _eval(args) -> None:
 
 
 def _predict(args) -> None:
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
   from aavs_jax.predict import predict
 
   out = predict(
@@ -175,22 +175,22 @@ def _predict(args) -> None:
 
 
 def _convert(args) -> None:
+  from aavs_jax.console import say
   from aavs_jax.convert import convert
-  from aavs_jax.logging import say
 
   convert(args.source, args.out, args.vggish)
   say(f'written to {args.out}')
 
 
 def _export(args) -> None:
+  from aavs_jax.console import say
   from aavs_jax.convert import export
-  from aavs_jax.logging import say
 
   say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
 
 
 def _report(args) -> None:
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
   from aavs_jax.report import write_report
 
   say(f'open {write_report(args.workdir, args.data, args.out)}')
@@ -199,7 +199,7 @@ def _report(args) -> None:
 def _recipe(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax import recipe
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
 
   if args.config:
     changes = recipe.format_recipe(config_lib.load(args.config))
@@ -210,7 +210,7 @@ def _recipe(args) -> None:
 
 
 def _reproduce(args) -> None:
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
   from aavs_jax.reproduce import format_table, reproduce
 
   result = reproduce(
@@ -231,8 +231,8 @@ def _reproduce(args) -> None:
 def _bench(args) -> None:
   from aavs_jax import bench
   from aavs_jax import config as config_lib
-  from aavs_jax.evaluate import write_json
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
+  from aavs_jax.input_pipeline.files import write_json
 
   config = config_lib.load(args.config, args.overrides)
   if args.what == 'compile':
@@ -254,9 +254,9 @@ def _bench(args) -> None:
 
 def _bench_input(args) -> None:
   from aavs_jax import config as config_lib
-  from aavs_jax.evaluate import write_json
+  from aavs_jax.console import say
   from aavs_jax.input_pipeline import bench
-  from aavs_jax.logging import say
+  from aavs_jax.input_pipeline.files import write_json
 
   config = config_lib.load(args.config, args.overrides)
   task, data = config_lib.task_of(config), config.data
@@ -283,8 +283,8 @@ def _aot(args) -> None:
   os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   from aavs_jax import config as config_lib
   from aavs_jax.aot import aot, format_report
-  from aavs_jax.evaluate import write_json
-  from aavs_jax.logging import say
+  from aavs_jax.console import say
+  from aavs_jax.input_pipeline.files import write_json
 
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')

@@ -11,21 +11,21 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import config_flags
 
+from aavs_jax import methods
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.avsbench import FRAMES, Clip, require_classes
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import NUM_CLASSES
 from aavs_jax.input_pipeline.pipeline import Task
 from aavs_jax.input_pipeline.prepared import require_sizes
-from aavs_jax.models.repeat import REMAT_POLICIES
 
 # All numbers of a config are finite and positive; these may be zero besides.
 _MAY_BE_ZERO = (
-  'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'model.swin.depths',
-  'model.swin.drop_path', 'model.encoder_layers', 'model.decoder_layers', 'optimizer.lr',
+  'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'optimizer.lr',
   'optimizer.lr_phase2', 'optimizer.weight_decay', 'optimizer.clip_norm',
   'optimizer.warmup_steps', 'train.phase2_epoch',
 )  # fmt: skip
+
+_OF_METHOD = ('model', 'vggish', 'loss')  # sections that are another method's own affair
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -78,6 +78,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for a config that cannot work."""
   if 'task' not in config:
     raise UserError('the config is that of a study: use it with `aavs quickstart`')
+  method = methods.module_of(config)
   values = traverse_util.flatten_dict(config.to_dict(), sep='.')
 
   def need(key, ok, expected):
@@ -88,17 +89,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     need(key, value != 'None', f'write --config.{key}= for none')
     items = value if isinstance(value, (tuple, list)) else (value,)
     numbers = [item for item in items if type(item) in (int, float)]  # bool is neither
-    if key in _MAY_BE_ZERO:
+    if key in _MAY_BE_ZERO + method.MAY_BE_ZERO:
       need(key, all(0 <= x < math.inf for x in numbers), 'use a finite number of at least 0')
     else:
       need(key, all(0 < x < math.inf for x in numbers), 'use a finite number above 0')
 
-  data, model, swin = config.data, config.model, config.model.swin
+  data = config.data
   need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
-  classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
-  # Mask2Former without adapters, which others are trained from, has the classes of its own data.
-  fits = config.num_classes in classes or model.adapter_variant == 'none'
-  need('num_classes', fits, f'use {classes}')
+  fits = config.num_classes == 2 if config.task == 'binary' else config.num_classes >= 2
+  need('num_classes', fits, 'use 2 with a binary task, 2 or more with a semantic one')
   for key in ('dtype', 'train.frozen_dtype'):
     need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(
@@ -112,32 +111,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     'a model without config.use_prior takes no prior, leave it False',
   )
   need(
-    'model.adapter_variant',
-    model.adapter_variant in ('replace', 'after', 'none'),
-    "use 'replace' (stage 1 of the release), 'after' (stage 2) or 'none' (Mask2Former)",
-  )
-  need('model.sampling', model.sampling in ('gather', 'dense'), "'gather' or 'dense'")
-  need('model.remat', model.remat in REMAT_POLICIES, f'use one of {tuple(REMAT_POLICIES)}')
-  need(
-    'data.max_targets',
-    data.max_targets <= model.num_queries,
-    f'there are {model.num_queries} queries, each takes one target at most',
-  )
-  need('data.image_size', data.image_size % 32 == 0, 'use a multiple of 32 pixels')
-  need(
     'data.subsets',
     data.subsets and set(data.subsets) <= set(FRAMES),
     f"name one, as v1s, or several of {tuple(FRAMES)} as \"('v1s','v1m')\"",
   )
-  need('model.swin.depths', len(swin.depths) == 4, 'give the blocks of four stages')
-  need('model.swin.heads', len(swin.heads) == 4, 'give four numbers')
-  need('model.swin.drop_path', swin.drop_path < 1, 'use a probability below 1')
-  need('model.hidden', model.hidden % 32 == 0, 'use a multiple of 32')
-  need('model.heads', model.hidden % model.heads == 0, f'it must divide the width {model.hidden}')
-  widths = [swin.embed_dim * 2**stage for stage in range(4)]
-  divide = all(width % heads == 0 for width, heads in zip(widths, swin.heads))
-  need('model.swin.heads', divide, f'they must divide the widths {widths}')
-  need('vggish.conv_widths', len(config.vggish.conv_widths) == 6, 'give six numbers')
   schedules = ('constant', 'cosine')
   need('optimizer.schedule', config.optimizer.schedule in schedules, f'use one of {schedules}')
   need('data.on_bad_clip', data.on_bad_clip in ('error', 'skip'), "use 'error' or 'skip'")
@@ -148,6 +125,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       re.compile(pattern)
     except re.error as error:
       need('train.trainable', False, f'{pattern!r} is not a regular expression ({error})')
+  method.check(config, need)
+  unit = method.method(config).unit
+  need(
+    'data.item_frames',
+    not data.item_frames % unit,
+    f'the method sees {unit} frames of a clip together, use a multiple of them, or 0 for whole '
+    'clips',
+  )
 
 
 def task_of(config: ml_collections.ConfigDict) -> Task:
@@ -177,7 +162,8 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def from_json(path: Path) -> ml_collections.ConfigDict:
   """The config that a work folder was trained with. Raises UserError if there is none.
 
-  Keys that came after it was written get the values of configs/base.py.
+  Keys that came after it was written get the values of configs/base.py, but for the sections of
+  another method than that file's.
   """
   try:
     plain = json.loads(path.read_text())
@@ -189,7 +175,10 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
     raise UserError(f'{path} is not valid JSON ({error}): restore it or train again') from None
   try:
     if 'task' in plain:  # else it is no config, which `check` says
-      plain = _with_defaults(plain, base.get_config().to_dict())
+      defaults = base.get_config().to_dict()
+      if plain.get('method', defaults['method']) != defaults['method']:
+        defaults = {key: value for key, value in defaults.items() if key not in _OF_METHOD}
+      plain = _with_defaults(plain, defaults)
     config = ml_collections.ConfigDict(_tuples(plain))
     check(config)
   except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -15,17 +15,17 @@ import ml_collections
 import numpy as np
 import optax
 
-from aavs_jax import checkpoint, torch_files
+from aavs_jax import checkpoint, methods, torch_files
 from aavs_jax import config as config_lib
 from aavs_jax.configs import avss_stage1, avss_stage2
-from aavs_jax.evaluate import load_trained, write_json
+from aavs_jax.console import say
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
-from aavs_jax.methods import aavs
+from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.stages import count, in_groups
-from aavs_jax.state import create, flatten, matches
+from aavs_jax.state import count, create, flat_shapes, flatten, in_groups, matches
+from aavs_jax.types import Variables
+from aavs_jax.work_folder import load_trained
 
 KINDS = {
   'aavs': 'an AAVS checkpoint of the release',
@@ -363,7 +363,7 @@ def _read_vggish(source: Path) -> tuple[ml_collections.ConfigDict, Flat]:
     )
   if note:
     config = config_lib.from_json(source / 'config.json')
-    return config.vggish, checkpoint.load_params(source)[0]
+    return config.vggish, checkpoint.load_flat(source)[0]
   return _vggish(source, tensors)
 
 
@@ -378,7 +378,9 @@ def _vggish(
   config.conv_widths = tuple(widths.values())
   init = VGGish(**config.to_dict()).init
   template = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 96, 64)))['params']
-  return config, released_to_params(tensors, flatten({'vggish': template}), what=str(source))
+  return config, released_to_params(
+    tensors, flatten(Variables({'vggish': template}, {})), what=str(source)
+  )
 
 
 def _model(
@@ -410,10 +412,10 @@ def _model(
         f'{source}: {name.removeprefix(prefix)} is not that of windows of '
         f'{config.model.swin.window}: fetch the checkpoint again'
       )
-  abstract = jax.eval_shape(aavs(config).init, jax.random.key(0))
+  shapes = flat_shapes(methods.of(config))
   return config, released_to_params(
     tensors,
-    flatten({'aavs': abstract['aavs']}),
+    {path: shape for path, shape in shapes.items() if path.startswith('aavs/')},
     lacking=_LACKING[kind],
     prefix=prefix,
     what=str(source),
@@ -528,12 +530,13 @@ def export(workdir: str | Path, out: str | Path) -> Path:
     raise UserError(f'{out} is not written: let it end in {" or ".join(torch_files.WRITABLE)}')
   if out.exists():
     raise UserError(f'{out} exists already: name a new file, or remove it')
-  config, tree, _ = load_trained(workdir)
+  config, variables, _ = load_trained(workdir)
   if config.model.adapter_variant == 'none':
     raise UserError(f"{workdir} holds a model without adapters, which is none of the release's")
   tensors = {
     released_name(path): to_released_layout(path, np.asarray(value))
-    for path, value in flatten({'aavs': tree['aavs']}).items()
+    for path, value in flatten(variables).items()
+    if path.startswith('aavs/')
   }
   index = relative_position_index(config.model.swin.window)
   for name in [name for name in tensors if name.endswith('.relative_position_bias_table')]:

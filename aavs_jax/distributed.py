@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import time
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from aavs_jax.input_pipeline.errors import UserError
 _PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 _LAST_WORDS = 10  # seconds for all to say the same error
 _meetings = itertools.count()
+_T = TypeVar('_T')
 
 
 def start(where: str) -> None:
@@ -61,6 +63,11 @@ def start(where: str) -> None:
 def is_first() -> bool:
   """Whether this process is the one that writes what is written once."""
   return jax.process_index() == 0
+
+
+def share(items: Sequence[_T]) -> Sequence[_T]:
+  """Those that this process takes care of."""
+  return items[jax.process_index() :: jax.process_count()]
 
 
 def wait_for_all(what: str) -> None:

@@ -11,9 +11,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jax.interpreters import partial_eval
 
-from aavs_jax.methods import Method, aavs
-from aavs_jax.state import TrainState, merge
-from aavs_jax.types import Batch, Params
+from aavs_jax import methods
+from aavs_jax.methods.method import Method
+from aavs_jax.state import TrainState
+from aavs_jax.types import Batch, Variables
 
 COUNTED = (
   'counted are the multiply-adds, as 2, of matrix products and convolutions. Forward: both '
@@ -62,36 +63,34 @@ def speed(flops_per_second: float, peak: float | None) -> dict[str, float]:
   return result
 
 
-def forward_flops(config: ml_collections.ConfigDict, params: Params, batch: Batch) -> int:
+def forward_flops(config: ml_collections.ConfigDict, variables: Variables, batch: Batch) -> int:
   """FLOPs of the model on a batch, see COUNTED. Nothing is computed.
 
   Args:
-    config: the model's; the forms in which it computes, `model.remat` and `model.sampling`, make no
-      difference.
-    params: parameter tree; arrays or their shapes and types, as for the batch.
+    config: the model's; the forms in which it computes, Method.forms, make no difference.
+    variables: of the model; arrays or their shapes and types, as for the batch.
     batch: see types.Batch.
   """
-  return count(_plain(config).apply, params, batch)
+  return count(_plain(config).apply, variables, batch)
 
 
 def step_flops(config: ml_collections.ConfigDict, state: TrainState, batch: Batch) -> int:
   """FLOPs of a training step on a batch, likewise: of loss and gradient of what trains in state."""
   method = _plain(config)
 
-  def loss(trained, frozen, batch, key):
-    outputs = method.apply(merge(trained, frozen), batch, key)
+  def loss(trained, state, batch, key):
+    outputs, _ = method.apply(state.replace(trained=trained).variables, batch, key)
     return method.loss(outputs, batch, method.totals(batch), key)[0]
 
   key = jax.eval_shape(functools.partial(jax.random.key, 0))
-  return count(jax.value_and_grad(loss), state.trained, state.frozen, batch, key)
+  return count(jax.value_and_grad(loss), state.trained, state, batch, key)
 
 
 def _plain(config: ml_collections.ConfigDict) -> Method:
   """The method in the form that computes nothing twice and samples with the fewest products."""
   config = config.copy_and_resolve_references()
-  config.model.remat = 'none'
-  config.model.sampling = 'gather'
-  return aavs(config)
+  config.update_from_flattened_dict(methods.of(config).forms)
+  return methods.of(config)
 
 
 def count(function: Callable, *arguments: Any) -> int:

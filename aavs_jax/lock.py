@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from aavs_jax import distributed
-from aavs_jax.logging import say
+from aavs_jax.console import say
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
 _RENEWED_EVERY = 15

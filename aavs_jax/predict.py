@@ -16,14 +16,15 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from aavs_jax.evaluate import Predictor, load_trained, write_json
-from aavs_jax.input_pipeline import audio, avsbench
+from aavs_jax import methods
+from aavs_jax.console import say
+from aavs_jax.input_pipeline import audio, avsbench, files
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.labels import CLASS_NAMES
-from aavs_jax.logging import say
-from aavs_jax.methods import aavs
 from aavs_jax.overlay import overlay, overlay_binary
+from aavs_jax.predictor import Predictor
 from aavs_jax.video import Window, read_windows, write_overlay_video
+from aavs_jax.work_folder import load_trained
 
 WINDOW_SECONDS = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once
@@ -100,7 +101,7 @@ def predict(
       maps = (avsbench.read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
       draw = overlay if stage2 is not None else overlay_binary
       write_overlay_video(working / 'overlay.mp4', source, maps, draw)
-    write_json(
+    files.write_json(
       working / 'summary.json',
       {
         'source': str(source),
@@ -232,16 +233,18 @@ def load_models(
 
 def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDict, Model]:
   """Config, and (frames, log_mel, prior [T e e] or None) -> what Method.predict gives."""
-  config, params, _ = load_trained(workdir)
+  config, variables, _ = load_trained(workdir)
   if config.task != task:
     role, other = ('stage1', 'stage2') if task == 'binary' else ('stage2', 'stage1')
     raise UserError(
       f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: '
       f'name it with --{other}.'
     )
-  predictor = Predictor(aavs(config))
+  method = methods.of(config)
+  predictor = Predictor(method)
   devices = jax.device_count()
-  count = -(-_BATCH_FRAMES // devices) * devices
+  parts = devices * method.unit
+  count = -(-_BATCH_FRAMES // parts) * parts
 
   def model(frames, log_mel, prior):
     size = config.data.image_size
@@ -255,7 +258,7 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
       real = len(part['frames'])
       lacking = count - real
       padded = {name: np.concatenate([v, v[-1:].repeat(lacking, 0)]) for name, v in part.items()}
-      answers.append(np.asarray(predictor(params, padded))[:real])
+      answers.append(np.asarray(predictor(variables, padded))[:real])
     return np.concatenate(answers)
 
   return config, model

@@ -5,8 +5,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from aavs_jax.console import say
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
 
 
 class Profiler:

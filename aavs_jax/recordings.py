@@ -21,10 +21,11 @@ from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.convert import released_name, released_to_params
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import IGNORE
-from aavs_jax.losses import OVERSAMPLE, UNCERTAIN_SHARE, PointDraws
+from aavs_jax.methods.matching import Targets
+from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.state import flatten
-from aavs_jax.types import Targets
+from aavs_jax.types import Variables
 
 CONFIGS = {1: avss_stage1.get_config(), 2: avss_stage2.get_config()}  # what trains, and how
 
@@ -136,7 +137,7 @@ def set_names(recording: Recording) -> list[str]:
   return [*map(str, range(recording.sizes['decl'] - 1)), 'final']
 
 
-def model(recording: Recording, form: str, dtype=jnp.float32) -> AAVS:
+def model(recording: Recording, sampling: str, dtype=jnp.float32) -> AAVS:
   """The recorded model, with one of the two sampling forms."""
   c = recording.sizes
 
@@ -165,7 +166,7 @@ def model(recording: Recording, form: str, dtype=jnp.float32) -> AAVS:
     decoder_layers=c['decl'] - 1,
     decoder_ffn=c['ff'],
     audio_hidden=rows('aavs/audio_projection/down/linear/bias'),
-    sampling=form,
+    sampling=sampling,
     dtype=dtype,
   )
 
@@ -203,11 +204,12 @@ def draws(recording: Recording, prefix: str) -> tuple[PointDraws, np.ndarray]:
     no target.
   """
   arrays, names, points = recording.arrays, set_names(recording), recording.sizes['npts']
+  loss = CONFIGS[recording.stage].loss
   n, k = targets(recording).classes.shape
   pairs = (len(names), n, k)
   matcher = np.zeros((len(names), n, points, 2), np.float32)
-  candidates = np.zeros((*pairs, OVERSAMPLE * points, 2), np.float32)
-  extra = np.zeros((*pairs, points - int(UNCERTAIN_SHARE * points), 2), np.float32)
+  candidates = np.zeros((*pairs, loss.oversample * points, 2), np.float32)
+  extra = np.zeros((*pairs, points - int(loss.uncertain_share * points), 2), np.float32)
   query = np.full(pairs, -1)
   for s, name in enumerate(names):
     match, drawn = f'{prefix}/match/{name}', f'{prefix}/points/{name}'
@@ -242,4 +244,4 @@ def _parameter_shapes(model: AAVS, embedding: int) -> dict[str, jax.ShapeDtypeSt
     jax.ShapeDtypeStruct((1, embedding), jnp.float32),
     prior,
   )
-  return flatten({'aavs': tree['params']})
+  return flatten(Variables({'aavs': tree['params']}, {}))

@@ -21,7 +21,7 @@ from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
-from aavs_jax.logging import metrics_files
+from aavs_jax.metric_log import metrics_files
 from aavs_jax.overlay import legend_colour, overlay, overlay_binary
 
 _THUMBNAIL = 160  # pixels

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aavs_jax import checkpoint, evaluate
+from aavs_jax import checkpoint, evaluate, hand_over
 from aavs_jax import config as config_lib
+from aavs_jax.console import say
 from aavs_jax.convert import KINDS, convert
-from aavs_jax.input_pipeline import avsbench
+from aavs_jax.input_pipeline import avsbench, files
 from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-from aavs_jax.logging import say
-from aavs_jax.state import merge
+from aavs_jax.state import digest, unflatten
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
 _SCORES = ('miou', 'fscore')
@@ -113,15 +113,15 @@ def reproduce(
     _claim_masks(workdir, str(masks), avsbench.read_index(data, 'test'))
   else:
     masks = workdir / 'masks'
-    if not evaluate.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
+    if not hand_over.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
       say('  all there')
 
   say('[3] evaluation on the test split')
 
   @functools.cache
   def origin(model):
-    flat, step = checkpoint.load_params(workdir / model)
-    return {'checkpoint_step': step, 'checkpoint_digest': evaluate.digest(merge(flat, {}))}
+    flat, step = checkpoint.load_flat(workdir / model)
+    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
 
   result = {}
   for key, row in ROWS.items():
@@ -129,7 +129,9 @@ def reproduce(
     if row.model in sources:
       prior = row.model == 'stage2' and not row.oracle
       out = workdir / 'eval' / f'{key}.json'
-      wanted = origin(row.model) | {'masks_digest': evaluate.masks_digest(masks) if prior else None}
+      wanted = origin(row.model) | {
+        'masks_digest': mask_files.source_digest(masks) if prior else None
+      }
       scores = evaluate.reusable(out, wanted) or evaluate.evaluate(
         workdir / row.model,
         data=data,
@@ -142,8 +144,8 @@ def reproduce(
     paper = dict(zip(_SCORES, row.paper))
     difference = ours and {name: ours[name] - paper[name] for name in _SCORES}
     result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
-  evaluate.write_json(workdir / 'table.json', result)
-  evaluate.write_text(workdir / 'table.md', format_table(result) + '\n')
+  files.write_json(workdir / 'table.json', result)
+  files.write_text(workdir / 'table.md', format_table(result) + '\n')
   return result
 
 
@@ -207,7 +209,7 @@ def _convert(
     shutil.rmtree(working)
     hint = _HINTS.get(model, '')
     raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}{hint}')
-  evaluate.write_json(working / _SOURCE, made_of)
+  files.write_json(working / _SOURCE, made_of)
   os.replace(working, folder)
 
 
@@ -225,7 +227,7 @@ def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
       total.update(mask_files.read_mask(folder, clip, t, size).tobytes())
   note, digest = workdir / 'masks.json', total.hexdigest()
   if not note.exists():
-    evaluate.write_json(note, digest)
+    files.write_json(note, digest)
   elif checkpoint.read_json(note) != digest:
     raise UserError(
       f'{workdir} was begun with other masks than those of {folder}: name another --workdir'
@@ -238,4 +240,4 @@ def _set_batch(path: Path, batch_items: int) -> None:
   config = checkpoint.read_json(path, shape)
   if config['data']['batch_items'] != batch_items:
     config['data']['batch_items'] = batch_items
-    evaluate.write_json(path, config)
+    files.write_json(path, config)

@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aavs_jax import losses, metrics, protocols
+from aavs_jax import methods, metrics, protocols
+from aavs_jax.console import say
 from aavs_jax.convert import from_released_layout, released_name, released_to_params
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
-from aavs_jax.losses import PointDraws
+from aavs_jax.methods import set_loss
+from aavs_jax.methods.aavs import class_scores
+from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
+from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.optimizer import make_optimizer
-from aavs_jax.postprocess import class_scores
+from aavs_jax.phases import flat_of_phase, trainable_paths
 from aavs_jax.recordings import (
   CONFIGS,
   Arrays,
@@ -36,10 +39,10 @@ from aavs_jax.recordings import (
   steps,
   targets,
 )
-from aavs_jax.stages import params_of_phase, trainable_paths
-from aavs_jax.state import flatten, merge
-from aavs_jax.types import Outputs
+from aavs_jax.state import flatten, unflatten
+from aavs_jax.types import Variables
 
+LOSS = CONFIGS[1].loss  # of both stages
 GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
 DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
 FORMS = ('gather', 'dense')
@@ -213,7 +216,7 @@ def compare_model(recording: Recording) -> Iterator[Table]:
 
 def _predict(model: AAVS, params: Flat, inputs) -> Predictions:
   outputs, captured = model.apply(
-    {'params': merge(params, {})['aavs']},
+    {'params': unflatten(params).params['aavs']},
     *inputs,
     mutable='intermediates',
     capture_intermediates=lambda module, _: module.name in INTERMEDIATE_MODULES,
@@ -241,11 +244,12 @@ def _compiled_evaluate(model: AAVS, trained: tuple[str, ...]):
 
   def loss_of(params, inputs, targets, points):
     predictions = _predict(model, params, inputs)
-    total, terms = losses.loss(
+    total, terms = set_loss.loss(
       predictions.outputs,
       targets,
       lambda index: jax.tree.map(lambda leaf: leaf[index], points),
-      losses.totals(targets, model.num_queries),
+      set_loss.totals(targets, model.num_queries, LOSS),
+      LOSS,
       model.sampling,
     )
     return total, (predictions, terms)
@@ -266,10 +270,16 @@ def evaluate(recording: Recording, params: Flat, points: PointDraws, form: str) 
   """Predictions and loss in float32, with the stage's GRADIENT_FORM also the gradient."""
   trained = ()
   if form == GRADIENT_FORM[recording.stage]:
-    trained = tuple(trainable_paths(CONFIGS[recording.stage], params, 2))
+    trained = tuple(trained_in(recording, params, 2))
   run = _compiled_evaluate(model(recording, form), trained)
   with jax.default_matmul_precision('highest'):
     return jax.device_get(run(params, inputs(recording), targets(recording), points))
+
+
+def trained_in(recording: Recording, params: Flat, phase: int) -> list[str]:
+  """Paths that train in a phase of the recorded recipe."""
+  config = CONFIGS[recording.stage]
+  return trainable_paths(config, methods.of(config), params, phase)
 
 
 def at_start(recording: Recording, begin: Flat, form: str) -> Evaluation:
@@ -299,9 +309,9 @@ def _optimizer(stage: int, phase: int):
 def take_steps(recording: Recording, begin: Flat, phase: int) -> Steps:
   """The steps of a phase, with its recorded draws; both phases begin at the recording's start."""
   config = CONFIGS[recording.stage]
-  params = params_of_phase(config, 1, begin, None) if phase == 1 else begin
+  params = flat_of_phase(config, methods.of(config), 1, begin, None) if phase == 1 else begin
   init, update = _optimizer(recording.stage, phase)
-  names = trainable_paths(config, params, phase)
+  names = trained_in(recording, params, phase)
   trained = {path: params[path] for path in names}
   state = init(trained)
   totals, norms, queries = [], [], []
@@ -378,7 +388,7 @@ def final_scores(outputs: Outputs) -> np.ndarray:
 
 def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> Errors:
   """Errors of a phase's optimiser steps."""
-  arrays, config = recording.arrays, CONFIGS[recording.stage]
+  arrays = recording.arrays
 
   def column(name, values):
     keys = (f'phase{phase}/{step}/{name}' for step in range(len(values)))
@@ -398,7 +408,7 @@ def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> 
   def change(params):
     return {path: np.asarray(params[path]) - np.asarray(begin[path]) for path in params}
 
-  found = change({path: taken.params[path] for path in trainable_paths(config, begin, phase)})
+  found = change({path: taken.params[path] for path in trained_in(recording, begin, phase)})
   wanted = _in_our_layout(found, arrays.under(f'phase{phase}/param_after/'))
   wanted = {
     path: value - np.asarray(begin[path]) if value.shape == begin[path].shape else value
@@ -463,13 +473,15 @@ def _vggish(arrays: Arrays) -> Callable[[np.ndarray], np.ndarray]:
     shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 96, 64))))[
       'params'
     ]
-    params = released_to_params(weights, flatten({'vggish': shapes}), what=str(arrays.path))
+    params = released_to_params(
+      weights, flatten(Variables({'vggish': shapes}, {})), what=str(arrays.path)
+    )
 
   apply = jax.jit(network.apply)
 
   def embed(log_mel):
     with jax.default_matmul_precision('highest'):
-      return np.asarray(apply({'params': merge(params, {})['vggish']}, log_mel))
+      return np.asarray(apply({'params': unflatten(params).params['vggish']}, log_mel))
 
   return embed
 

@@ -1,14 +1,15 @@
 """The jitted steps: pure functions of state and batch."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from aavs_jax.methods import Method
-from aavs_jax.state import TrainState, merge
-from aavs_jax.types import Batch, Params
+from aavs_jax.methods.method import Method
+from aavs_jax.state import TrainState, flatten_statistics
+from aavs_jax.types import Batch, Variables
 
 
 def train_step(
@@ -24,50 +25,62 @@ def train_step(
 
   Random numbers come from the run's key and the step alone, so a restarted run draws the same ones.
   With accumulate > 1 the frames go through the model in so many parts, one after the other: the
-  same step, but for stochastic depth, in less memory.
+  same step in less memory, but for what a method draws or measures of a part at a time (stochastic
+  depth, the statistics of BatchNorm).
 
   Returns:
-    The next state, and float32 scalars: loss, the final prediction set's weighted class, mask and
-    dice terms, and the norm of the gradient before clipping.
+    The next state, and float32 scalars: loss, the method's terms of it as loss_NAME, and the norm
+    of the gradient before clipping.
   """
   key = jax.random.fold_in(key, state.step)
-  drop_path_key, points_key = jax.random.split(key)
-
+  apply_key, loss_key = jax.random.split(key)
   totals = method.totals(batch)
 
-  def loss_of(trained, batch, totals, drop_path_key):
-    outputs = method.apply(merge(trained, state.frozen), batch, drop_path_key)
-    loss, terms = method.loss(outputs, batch, totals, points_key)
-    return loss, {f'loss_{name}': terms[name][-1] for name in ('class', 'mask', 'dice')}
+  def loss_of(trained, statistics, batch, totals, key):
+    variables = state.replace(trained=trained, statistics=statistics).variables
+    outputs, statistics = method.apply(variables, batch, key)
+    loss, terms = method.loss(outputs, batch, totals, loss_key)
+    terms = {f'loss_{name}': value for name, value in terms.items()}
+    return loss, ({'loss': loss, **terms}, flatten_statistics(statistics))
 
-  gradient_of = functools.partial(jax.value_and_grad(loss_of, has_aux=True), state.trained)
+  gradient_of = jax.grad(loss_of, has_aux=True)
   if accumulate == 1:
-    (loss, terms), gradient = gradient_of(batch, totals, drop_path_key)
-  else:
-    # Every part takes each accumulate-th frame, so that a sharded batch stays where it is.
-    parts = jax.tree.map(
-      lambda leaf: leaf.reshape(-1, accumulate, *leaf.shape[1:]).swapaxes(0, 1), (batch, totals)
+    gradient, (losses, statistics) = gradient_of(
+      state.trained, state.statistics, batch, totals, apply_key
     )
-    keys = jax.random.split(drop_path_key, accumulate)
+  else:
+    parts = jax.tree.map(
+      functools.partial(_parts, count=accumulate, unit=method.unit), (batch, totals)
+    )
 
-    def add(gradient, part):
+    def add(carry, part):
+      gradient, statistics = carry
       (batch, totals), key = part
-      value, more = gradient_of(batch, totals, key)
-      return jax.tree.map(jnp.add, gradient, more), value
+      more, (losses, statistics) = gradient_of(state.trained, statistics, batch, totals, key)
+      return (jax.tree.map(jnp.add, gradient, more), statistics), losses
 
-    nothing = jax.tree.map(jnp.zeros_like, state.trained)
-    gradient, values = jax.lax.scan(add, nothing, (parts, keys))
-    loss, terms = jax.tree.map(functools.partial(jnp.sum, axis=0), values)
+    begin = jax.tree.map(jnp.zeros_like, state.trained), state.statistics
+    keys = jax.random.split(apply_key, accumulate)
+    (gradient, statistics), losses = jax.lax.scan(add, begin, (parts, keys))
+    losses = jax.tree.map(functools.partial(jnp.sum, axis=0), losses)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
-  trained = optax.apply_updates(state.trained, updates)
-  metrics = {
-    'loss': loss,
-    **terms,
-    'gradient_norm': optax.global_norm(gradient),
-  }
-  return state.replace(step=state.step + 1, trained=trained, opt_state=opt_state), metrics
+  state = state.replace(
+    step=state.step + 1,
+    trained=optax.apply_updates(state.trained, updates),
+    opt_state=opt_state,
+    statistics=statistics,
+  )
+  return state, {**losses, 'gradient_norm': optax.global_norm(gradient)}
 
 
-def predict_step(params: Params, batch: Batch, *, method: Method) -> jax.Array:
-  """Predictions of the final set, see Method.predict."""
-  return method.predict(method.apply(params, batch))
+def _parts(leaf: jax.Array, count: int, unit: int) -> jax.Array:
+  """[n ...] -> [count n/count ...]. Every part takes each count-th unit, not a run of them, so that
+  a sharded batch stays where it is."""
+  units = leaf.reshape(-1, count, unit, *leaf.shape[1:]).swapaxes(0, 1)
+  return units.reshape(count, -1, *leaf.shape[1:])
+
+
+def predict_step(variables: Variables, batch: Batch, *, method: Method) -> Any:
+  """Predictions of a batch, see Method.predict."""
+  outputs, _ = method.apply(variables, batch)
+  return method.predict(outputs)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import checkpoint, evaluate, tables
-from aavs_jax.input_pipeline import avsbench, prepared
+from aavs_jax import checkpoint, evaluate, hand_over, tables
+from aavs_jax.console import Progress, duration, say
+from aavs_jax.input_pipeline import avsbench, files, prepared
+from aavs_jax.input_pipeline import masks as masks_lib
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
-from aavs_jax.state import merge
+from aavs_jax.state import digest, unflatten
 from aavs_jax.train import train
 
 _MARK = 'study.json'
@@ -76,7 +77,7 @@ def run_study(
   reports = [write_report(folder, data) for folder in folders.values()]
   if config.end_to_end:
     comparison = _compare(results)
-    evaluate.write_json(workdir / 'comparison.json', comparison)
+    files.write_json(workdir / 'comparison.json', comparison)
     say(_format_comparison(comparison))
   say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, reports))}')
   return reports[0]
@@ -94,7 +95,7 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   say(f'[2] stage 1: where the sound comes from (seed {seed})')
   train(stage1, folder / 'stage1')
   say("[3] stage 1's masks of val and test, the stepping stones of stage 2")
-  written = evaluate.write_masks(folder / 'stage1', data=data, out=folder / 'masks')
+  written = hand_over.write_masks(folder / 'stage1', data=data, out=folder / 'masks')
   if not written:
     say('  all there')
   say('[4] stage 2: what it is')
@@ -114,13 +115,13 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
 
   @functools.cache
   def model(stage):
-    flat, step = checkpoint.load_params(folder / stage)
-    return {'checkpoint_step': step, 'checkpoint_digest': evaluate.digest(merge(flat, {}))}
+    flat, step = checkpoint.load_flat(folder / stage)
+    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
 
   results = {}
   for name, (stage, options) in plan.items():
     out = folder / 'eval' / f'{name}.json'
-    prior = evaluate.masks_digest(folder / 'masks') if name == 'stage2_masks' else None
+    prior = masks_lib.source_digest(folder / 'masks') if name == 'stage2_masks' else None
     origin = {**model(stage), 'masks_digest': prior}
     results[name] = evaluate.reusable(out, origin) or evaluate.evaluate(
       folder / stage, data=data, out=out, **options
@@ -191,4 +192,4 @@ def _claim(workdir: Path, settings: dict) -> None:
         'start anew with --fresh'
       )
     return
-  evaluate.write_json(mark, settings)
+  files.write_json(mark, settings)

@@ -13,8 +13,8 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 
+from aavs_jax.console import say
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
 
 _TORCH = ('.pth', '.pt', '.bin')
 _SAFETENSORS = '.safetensors'

@@ -1,46 +1,40 @@
 """The training loop of one stage, from first to last step."""
 
-import collections
 import contextlib
 import functools
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import ml_collections
 import numpy as np
-import optax
 from etils import epath
-from jax.experimental import multihost_utils
 
-from aavs_jax import checkpoint, distributed, evaluate, flops, stages, steps, wandb_run, work_folder
+from aavs_jax import (
+  checkpoint,
+  distributed,
+  flops,
+  methods,
+  metric_log,
+  phases,
+  score,
+  start,
+  wandb_run,
+  work_folder,
+)
 from aavs_jax import config as config_lib
-from aavs_jax.epochs import Length, length_of
+from aavs_jax.console import duration, say
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.interrupt import Stopped, StopSignal
 from aavs_jax.lock import lock
-from aavs_jax.logging import Clock, Writer, duration, say, step_line
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, state_sharding
-from aavs_jax.methods import aavs
-from aavs_jax.optimizer import make_optimizer
+from aavs_jax.mesh import batch_sharding, global_batch, make_mesh
+from aavs_jax.predictor import Predictor
 from aavs_jax.profiling import Profiler
-from aavs_jax.state import TrainState, create, flatten
-
-# Losses are looked at this many steps late, so that the host never waits for the device.
-_LAG = 2
-
-
-class _Phase(NamedTuple):
-  """What a phase needs; all of it follows from the config."""
-
-  step: Callable  # jitted train step
-  schedule: optax.Schedule  # learning rate by step of the phase
-  abstract: TrainState  # shapes and shardings of its state
-  begin: Callable  # (first parameters, best ones of phase 1 or None, step=0) -> state
+from aavs_jax.watch import Watch
 
 
 def train(
@@ -77,237 +71,231 @@ def train(
       '`aavs masks` and name their folder'
     )
   clips = work_folder.read_clips(config, workdir)
-  length = length_of(config, clips.train)
-  profiler = Profiler(profile, workdir / 'profile', length.total)
+  plan = phases.plan(config, clips.train, methods.of(config).unit)
+  profiler = Profiler(profile, workdir / 'profile', plan.total)
   with lock(workdir):
-    return _train(config, workdir, clips, length, profiler, wandb)
+    run = _Run(config, workdir, clips, plan)
+    if not run.is_finished:
+      run.begin(wandb)
+      _loop(run, profiler)
+    return run.result()
 
 
-def _train(
-  config: ml_collections.ConfigDict,
-  workdir: epath.Path,
-  clips: work_folder.Clips,
-  length: Length,
-  profiler: Profiler,
-  wandb: str,
-) -> dict[str, float]:
-  """What `train` does once it has the folder for itself."""
-  train_clips, val_clips, bad_clips = clips
-  steps_per_epoch, total, _, boundary = length
+def _loop(run: '_Run', profiler: Profiler) -> None:
+  """Every step that is left, with what comes between steps."""
+  config, plan = run.config, run.plan
+  batches = run.batches()
+  with run.stop, profiler, contextlib.closing(batches), contextlib.closing(run.writer):
+    profiler.at(run.step, run.state)
+    try:
+      if run.unscored:
+        checkpoint.add_metrics(run.manager, run.step, run.validate())
+      while run.step < plan.total:
+        if plan.phase_at(run.step) != run.phase:
+          run.enter_phase_2()
+        with run.clock.waiting():
+          batch = next(batches)
+        metrics = run.take_step(batch)
+        profiler.at(run.step, run.state)
+        if run.step % config.train.log_every_steps == 0 or run.step == plan.total:
+          run.log(metrics)
+        run.stop.check()
+        if plan.validates(run.step):
+          run.save(run.validate())
+        elif run.step % config.train.checkpoint_every_steps == 0:
+          run.save()
+    except Stopped:
+      run.leave()
 
-  # Where it stands; the manager removes what a killed run has left of its last checkpoint.
-  latest = checkpoint.latest_step(workdir / 'checkpoints')
-  work_folder.claim(workdir, config, clips, latest)
-  manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
-  # Stopped before the end of its validation, which then comes first.
-  unscored = latest is not None and length.validates(latest) and manager.metrics(latest) is None
-  if latest == total and not unscored:
-    return _result(manager, workdir)
-  start = work_folder.load_start(config, needed=latest is None or bool(boundary))
-  work_folder.claim_inputs(workdir, config, val_clips, start, latest)
 
-  # What: parameters, and for each phase its optimiser, state layout and compiled step.
-  method = aavs(config)
-  mesh = make_mesh(config.mesh.fsdp)
-  key = jax.random.key(config.seed)
+class _Run:
+  """A training in its work folder, which this process has for itself."""
 
-  def init(key):
-    return flatten(method.init(key))
-
-  # Created where they will be: no device holds more than its part of the model.
-  places = state_sharding(mesh, jax.eval_shape(init, key))
-  fresh = jax.jit(init, out_shardings=places)(key)
-  first, lacking = stages.first_params(fresh, start, stages.start_lacks(config))
-  del fresh, start
-  abstract_params = jax.eval_shape(lambda: first)
-
-  @functools.cache
-  def phase_tools(phase):
-    count = (boundary if phase == 1 and boundary else total) - (boundary if phase == 2 else 0)
-    lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
-    optimizer, schedule = make_optimizer(config.optimizer, lr, count)
-    paths = stages.trainable_paths(config, abstract_params, phase)
-
-    def make_state(first, best=None, step=0):
-      params = stages.params_of_phase(config, phase, first, best)
-      return create(params, paths, optimizer, step, config.train.frozen_dtype)
-
-    abstract = jax.eval_shape(make_state, abstract_params, abstract_params)
-    sharding = state_sharding(mesh, abstract)
-    abstract = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-      abstract,
-      sharding,
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    clips: work_folder.Clips,
+    plan: phases.Plan,
+  ):
+    self.config, self.workdir, self.clips, self.plan = config, workdir, clips, plan
+    # Where it stands; the manager removes what a killed run has left of its last checkpoint.
+    latest = checkpoint.latest_step(workdir / 'checkpoints')
+    work_folder.claim(workdir, config, clips, latest)
+    self.manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+    # Stopped before the end of its validation, which then comes first.
+    self.unscored = (
+      latest is not None and plan.validates(latest) and self.manager.metrics(latest) is None
     )
-    step = jax.jit(
-      functools.partial(
-        steps.train_step,
-        method=method,
-        optimizer=optimizer,
-        accumulate=config.train.accumulate,
-      ),
-      donate_argnums=0,
-      out_shardings=(sharding, None),
+    self.latest = latest
+    self.is_finished = latest == plan.total and not self.unscored
+
+  def begin(self, wandb: str) -> None:
+    """Builds what is trained, as it was left or from its start, and says so."""
+    config, workdir, plan, latest = self.config, self.workdir, self.plan, self.latest
+    self.method, self.mesh = methods.of(config), make_mesh(config.mesh.fsdp)
+    self.key = jax.random.key(config.seed)
+    given = work_folder.load_start(
+      config, self.method, needed=latest is None or bool(plan.boundary)
     )
-    begin = jax.jit(make_state, static_argnames='step', out_shardings=sharding)
-    return _Phase(step, schedule, abstract, begin)
+    work_folder.claim_inputs(workdir, config, self.clips.val, given, latest)
+    first, lacking = start.first(config, self.method, self.mesh, self.key, given)
+    del given
+    shapes = jax.eval_shape(lambda: first)
 
-  # Where to begin: the latest checkpoint, or the first parameters.
-  if latest is None:
-    phase = 1
-    state = phase_tools(1).begin(first)
-  else:
-    phase = checkpoint.saved_phase(manager, latest)
-    state = checkpoint.restore(manager, latest, phase_tools(phase).abstract)
-  first = stages.needed_later(config, first)
-  step = int(state.step)
-  others = wandb_run.begin(wandb, workdir, config)
-  writer = Writer(
-    workdir, step, unscored=unscored, silent=not distributed.is_first(), others=others
-  )
-  work_folder.announce(
-    config, workdir, lacking, phase_tools(phase).abstract, len(train_clips), total, step
-  )
-  if bad_clips and not step:
-    writer.write('data', step=0, bad_clips=len(bad_clips))
+    @functools.cache
+    def phase_of(number: int) -> phases.Phase:
+      return phases.build(config, self.method, self.mesh, number, plan.steps_of(number), shapes)
 
-  batches = pipeline.training_batches(
-    train_clips,
-    config_lib.task_of(config),
-    item_frames=config.data.item_frames,
-    batch_items=config.data.batch_items,
-    seed=config.seed,
-    start=step,
-    threads=config.data.threads,
-    workers=config.data.workers,
-    process=jax.process_index(),
-    processes=jax.process_count(),
-  )
-  predictor = evaluate.Predictor(method)
-  compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
-  in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
-  clock = Clock(step)
-  stop = StopSignal()
+    self.phase_of = phase_of
+    if latest is None:
+      self.phase = 1
+      self.state = self.phase_of(1).begin(first)
+    else:
+      self.phase = checkpoint.saved_phase(self.manager, latest)
+      abstract = self.phase_of(self.phase).abstract
+      self.state = checkpoint.restore(self.manager, latest, abstract)
+    self._first = phases.needed_later(config, self.method, first)
+    self.step = int(self.state.step)
 
-  def look(keep: int) -> None:
-    """Stops on a loss or gradient that is not finite, in all but the newest `keep` steps."""
-    while len(in_flight) > keep:
-      at, clips, metrics = in_flight.popleft()
-      # A gradient that is not finite spoils the parameters, though this step's loss is still good.
-      loss, norm = float(metrics['loss']), float(metrics['gradient_norm'])
-      if not np.isfinite([loss, norm]).all():
-        saved = manager.latest_step()
-        raise FloatingPointError(
-          f'the loss of step {at} is {loss} and its gradient {norm} on clips '
-          f'{", ".join(train_clips[i].uid for i in dict.fromkeys(clips.tolist()))}; the last good '
-          f'checkpoint is {"none" if saved is None else workdir / "checkpoints" / str(saved)}: '
-          'lower optimizer.lr or look at these clips'
-        )
+    self.writer = metric_log.Writer(
+      workdir,
+      self.step,
+      unscored=self.unscored,
+      silent=not distributed.is_first(),
+      others=wandb_run.begin(wandb, workdir, config),
+    )
+    abstract = self.phase_of(self.phase).abstract
+    work_folder.announce(
+      config, workdir, lacking, abstract, len(self.clips.train), plan.total, self.step
+    )
+    if self.clips.bad and not self.step:
+      self.writer.write('data', step=0, bad_clips=len(self.clips.bad))
+    self._predictor = Predictor(self.method)
+    self._compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
+    self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
+    self._watch = Watch([clip.uid for clip in self.clips.train], self._last_good)
 
-  def save(metrics: dict[str, float] | None) -> None:
-    look(0)
-    checkpoint.save(manager, state, phase, metrics)
+  def batches(self) -> Iterator[dict[str, np.ndarray]]:
+    """Those from the next step on."""
+    data = self.config.data
+    return pipeline.training_batches(
+      self.clips.train,
+      config_lib.task_of(self.config),
+      item_frames=data.item_frames,
+      batch_items=data.batch_items,
+      seed=self.config.seed,
+      start=self.step,
+      threads=data.threads,
+      workers=data.workers,
+      process=jax.process_index(),
+      processes=jax.process_count(),
+    )
 
-  def validate() -> dict[str, float]:
-    look(0)
-    on_clip = stop.after_each(len(val_clips))
-    with clock.validating():
-      result = evaluate.score(
-        config, predictor, state.params, val_clips, on_clip=on_clip, title='validation'
+  def take_step(self, batch: dict[str, np.ndarray]) -> Mapping[str, jax.Array]:
+    """The next step; what it returns, and the state, may still be on its way."""
+    clips = batch.pop('clip')
+    # The host is a few steps ahead, and neither this nor the step's call waits for a device: the
+    # next batch travels while the devices are at the steps before it.
+    batch = global_batch(batch, batch_sharding(self.mesh))
+    if (self.phase, len(clips)) not in self._compiled:
+      self._compiled[self.phase, len(clips)] = self._compile(batch)
+    run, work = self._compiled[self.phase, len(clips)]
+    with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
+      self.state, metrics = run(self.state, batch, self.key)
+    self.step += 1
+    self.clock.frames += len(batch['weight'])
+    self.clock.flops += work
+    self._watch.add(self.step, clips, metrics)
+    return metrics
+
+  def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], int]:
+    """The compiled step, and the FLOPs of the model in one run of it."""
+    with self.clock.paused(), jax.set_mesh(self.mesh):
+      started = time.monotonic()
+      say(f'  compiling the training step for {len(batch["weight"])} frames ...')
+      step = self.phase_of(self.phase).step
+      compiled = step.lower(self.state, batch, self.key).compile()
+      work = flops.step_flops(self.config, self.state, batch)
+      say(f'  compiled in {duration(time.monotonic() - started)}')
+      distributed.wait_for_all(f'compiled for step {self.step}')
+    return compiled, work
+
+  def enter_phase_2(self) -> None:
+    """From the best of phase 1, and with what has waited."""
+    self.manager.wait_until_finished()
+    best = checkpoint.best_step(self.manager)
+    best = checkpoint.restore(self.manager, best, self.phase_of(1).abstract).flat
+    self.phase = 2
+    self.state = self.phase_of(2).begin(self._first, best, step=self.step)
+    say(f'phase 2 from step {self.step}: the best weights so far, what waited for it anew')
+
+  def log(self, metrics: Mapping[str, jax.Array]) -> None:
+    """A row of the last step and of the pace since the last row."""
+    phase_step = self.plan.step_of_phase(self.step - 1)
+    values = {name: float(value) for name, value in metrics.items()}
+    self._watch.look()
+    pace = self.clock.read(self.step, self.plan.total, self.plan.validations(self.step))
+    row = {
+      **self._place(),
+      **values,
+      'learning_rate': float(self.phase_of(self.phase).schedule(phase_step)),
+      **pace,
+      **metric_log.slowest_input(pace['input_wait']),
+    }
+    row |= flops.speed(row.pop('flops_per_second'), flops.peak())
+    self.writer.write('train', **row)
+    say(metric_log.step_line(row, self.plan.total))
+
+  def _place(self) -> dict[str, float]:
+    return {
+      'step': self.step,
+      'epoch': self.step / self.plan.steps_per_epoch,
+      'phase': self.phase,
+    }
+
+  def validate(self) -> dict[str, float]:
+    """Scores of the state on the validation clips. Raises Stopped."""
+    self._watch.look()
+    clips = self.clips.val
+    on_clip = self.stop.after_each(len(clips))
+    with self.clock.validating():
+      result = score.score(
+        self.config,
+        self._predictor,
+        self.state.variables,
+        clips,
+        on_clip=on_clip,
+        title='validation',
       )
     scores = {name: float(result['overall'][name]) for name in ('miou', 'fscore')}
-    writer.write('val', step=step, epoch=step / steps_per_epoch, phase=phase, **scores)
-    say(f'  step {step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
+    self.writer.write('val', **self._place(), **scores)
+    say(f'  step {self.step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
     return scores
 
-  def leave() -> NoReturn:
-    if manager.latest_step() != step:
-      save(None)
-    manager.wait_until_finished()
-    say(f'stopped by a signal at step {step}; the same command goes on from there')
+  def save(self, metrics: dict[str, float] | None = None) -> None:
+    """Saves the state, if it is good, in the background."""
+    self._watch.look()
+    checkpoint.save(self.manager, self.state, self.phase, metrics)
+
+  def leave(self) -> NoReturn:
+    """Ends the process in good order, after a signal."""
+    if self.manager.latest_step() != self.step:
+      self.save()
+    self.manager.wait_until_finished()
+    say(f'stopped by a signal at step {self.step}; the same command goes on from there')
     # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
-    raise SystemExit(0 if stop.received == signal.SIGTERM else 130)
+    raise SystemExit(0 if self.stop.received == signal.SIGTERM else 130)
 
-  with stop, profiler, contextlib.closing(batches), contextlib.closing(writer):
-    profiler.at(step, state)
-    if unscored:
-      try:
-        checkpoint.add_metrics(manager, step, validate())
-      except Stopped:
-        leave()
-    while step < total:
-      if stages.phase_at(config, step, steps_per_epoch) != phase:
-        phase = 2
-        manager.wait_until_finished()
-        best = checkpoint.best_step(manager)
-        best = checkpoint.restore(manager, best, phase_tools(1).abstract)
-        state = phase_tools(2).begin(first, {**best.trained, **best.frozen}, step=step)
-        del best
-        say(f'phase 2 from step {step}: the best weights so far, Swin adapters anew')
-      with clock.waiting():
-        batch = next(batches)
-      clips = batch.pop('clip')
-      # The host is up to _LAG steps ahead, and neither this nor the step's call waits for a device:
-      # the next batch travels while the devices are at the steps before it.
-      batch = global_batch(batch, batch_sharding(mesh))
-      if (phase, len(clips)) not in compiled:
-        with clock.paused(), jax.set_mesh(mesh):
-          compiled[phase, len(clips)] = _compile(config, phase_tools(phase).step, state, batch, key)
-          distributed.wait_for_all(f'compiled for step {step}')
-      run, work = compiled[phase, len(clips)]
-      with jax.profiler.StepTraceAnnotation('train', step_num=step):
-        state, metrics = run(state, batch, key)
-      step += 1
-      clock.frames += len(batch['weight'])
-      clock.flops += work
-      profiler.at(step, state)
-      in_flight.append((step, clips, metrics))
-      look(_LAG)
+  def _last_good(self) -> str:
+    saved = self.manager.latest_step()
+    return 'none' if saved is None else str(self.workdir / 'checkpoints' / str(saved))
 
-      if step % config.train.log_every_steps == 0 or step == total:
-        values = {name: float(value) for name, value in metrics.items()}
-        lr = float(phase_tools(phase).schedule(step - 1 - (boundary if phase == 2 else 0)))
-        look(0)
-        pace = clock.read(step, total, length.validations(step))
-        pace |= flops.speed(pace.pop('flops_per_second'), flops.peak())
-        pace |= _slowest_input(pace['input_wait'])
-        epoch = step / steps_per_epoch
-        row = dict(step=step, epoch=epoch, phase=phase, **values, learning_rate=lr, **pace)
-        writer.write('train', **row)
-        say(step_line(row, total))
-      try:
-        stop.check()
-        if length.validates(step):
-          save(validate())
-        elif step % config.train.checkpoint_every_steps == 0:
-          save(None)
-      except Stopped:
-        leave()
-  return _result(manager, workdir)
-
-
-def _result(manager, workdir: epath.Path) -> dict[str, float]:
-  manager.wait_until_finished()
-  best = checkpoint.best_step(manager)
-  result = {**manager.metrics(best), 'step': best}
-  manager.close()
-  say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {workdir}')
-  return result
-
-
-def _slowest_input(wait: float) -> dict[str, float]:
-  """The largest share of waiting for input of all processes, and whose it is of several."""
-  waits = multihost_utils.process_allgather(np.float32(wait)).reshape(-1)
-  slowest = int(waits.argmax())
-  process = {'input_wait_process': slowest} if len(waits) > 1 else {}
-  return {'input_wait': float(waits[slowest]), **process}
-
-
-def _compile(config, step, state, batch, key):
-  """The compiled step, and the FLOPs of the model in one run of it."""
-  started = time.monotonic()
-  say(f'  compiling the training step for {len(batch["weight"])} frames ...')
-  compiled = step.lower(state, batch, key).compile()
-  work = flops.step_flops(config, state, batch)
-  say(f'  compiled in {duration(time.monotonic() - started)}')
-  return compiled, work
+  def result(self) -> dict[str, float]:
+    """Metrics of the best validation, when all is written."""
+    self.manager.wait_until_finished()
+    best = checkpoint.best_step(self.manager)
+    result = {**self.manager.metrics(best), 'step': best}
+    self.manager.close()
+    say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {self.workdir}')
+    return result

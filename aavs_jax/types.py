@@ -8,13 +8,20 @@ Dimension letters, used in every annotation and docstring:
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import flax.struct
 import jax
-from jaxtyping import Array, Float, Int, UInt8
 
 Params = Mapping[str, Any]  # a pytree of arrays, as Flax makes it
+
+
+class Variables(NamedTuple):
+  """All numbers of a model."""
+
+  params: Params
+  statistics: Params  # {} without; measured in training, not trained: running means of BatchNorm
+
+
 Batch = Mapping[str, jax.Array]
 # Keys of a batch, all with the leading axis n:
 #   frames          uint8 [n h w 3]    RGB at the model's input size
@@ -28,21 +35,3 @@ Batch = Mapping[str, jax.Array]
 # Batches of evaluation have, instead of labels and target_classes,
 #   target          uint8 [n e e]      ground truth as the metric of the stage defines it
 #   clip, frame     int32 [n]          which clip of the index, which of its frames
-
-
-@flax.struct.dataclass
-class Outputs:
-  """All prediction sets: before the decoder's first layer and after each; the last is final."""
-
-  mask_logits: Float[Array, 's n q h w']  # at stride 4
-  class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
-
-
-@flax.struct.dataclass
-class Targets:
-  """Ground truth of a batch of frames: label maps and the label values present in each."""
-
-  labels: UInt8[Array, 'n h w']
-  classes: Int[Array, 'n k']  # -1 = padding
-  weight: Float[Array, ' n']
-  group: Int[Array, ' n']  # which clip of the batch: the loss is a mean over these; in 0..n-1

@@ -14,8 +14,8 @@ import av
 import cv2
 import numpy as np
 
+from aavs_jax.console import say
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
 from aavs_jax.overlay import overlay
 from aavs_jax.timeline import Timeline
 

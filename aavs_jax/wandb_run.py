@@ -9,9 +9,9 @@ import ml_collections
 from etils import epath
 
 from aavs_jax import distributed
+from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
 
 
 def require() -> None:

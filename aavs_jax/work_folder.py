@@ -5,19 +5,24 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 from etils import epath
 
-from aavs_jax import checkpoint, distributed, evaluate, stages
+from aavs_jax import checkpoint, distributed, methods
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared
+from aavs_jax import start as start_lib
+from aavs_jax.console import say
+from aavs_jax.input_pipeline import avsbench, files, masks, pipeline, prepared
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.logging import say
-from aavs_jax.state import TrainState
+from aavs_jax.methods.method import Method
+from aavs_jax.predictor import local_variables
+from aavs_jax.state import Flat, TrainState, count, digest, flat_shapes, in_groups, unflatten
+from aavs_jax.types import Variables
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
 # clips are compared one by one, and what train.init and data.masks hold by digests.
@@ -64,7 +69,7 @@ def _bad_clips(
     return checkpoint.read_json(listing, prepared.BAD_CLIPS)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
-  bad = pipeline.find_bad_clips(evaluate.share(clips), task, config.data.threads)
+  bad = pipeline.find_bad_clips(distributed.share(clips), task, config.data.threads)
   distributed.wait_for_all('bad clips found')
   place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
   return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
@@ -88,9 +93,9 @@ def claim(
   _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
   if latest is None:
     if distributed.is_first():
-      evaluate.write_json(path, config.to_dict())
-      evaluate.write_json(listing, found)
-      evaluate.write_json(workdir / _BAD_CLIPS, clips.bad)
+      files.write_json(path, config.to_dict())
+      files.write_json(listing, found)
+      files.write_json(workdir / _BAD_CLIPS, clips.bad)
     return
   if checkpoint.read_json(listing) != found:
     raise UserError(
@@ -124,18 +129,18 @@ def _require_same(facts: dict[str, Any]) -> None:
         )
 
 
-def load_start(config: ml_collections.ConfigDict, needed: bool) -> stages.Flat | None:
-  """The parameters of config.train.init; None if it names none, or none is there nor `needed`."""
+def load_start(config: ml_collections.ConfigDict, method: Method, needed: bool) -> Flat | None:
+  """The numbers of config.train.init; None if it names none, or none is there nor `needed`."""
   init = config.train.init
   there = init and (needed or epath.Path(init).exists())
-  return stages.load_start(config) if there else None
+  return start_lib.load_start(config, method) if there else None
 
 
 def claim_inputs(
   workdir: epath.Path,
   config: ml_collections.ConfigDict,
   val_clips: Sequence[Clip],
-  start: stages.Flat | None,
+  start: Flat | None,
   latest: int | None,
 ) -> None:
   """Saves digests of start and masks, or, once there is a checkpoint, compares with those saved.
@@ -147,20 +152,20 @@ def claim_inputs(
   """
   found = {}
   if start is not None or not config.train.init:
-    found['train.init'] = None if start is None else evaluate.digest(start)
+    found['train.init'] = None if start is None else digest(start)
   if config.use_prior and not config.oracle_prior:
     found['data.masks'] = _masks_digest(config, val_clips)
   _require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
   saved = checkpoint.read_json(path) if latest is not None and path.exists() else {}
-  for key, digest in found.items():
-    if digest != saved.get(key, digest):
+  for key, content in found.items():
+    if content != saved.get(key, content):
       raise UserError(
         f'{workdir} was begun with another content of config.{key} than it has now: give it the '
         'folder that it began with, wherever that is now, or use another --workdir'
       )
   if distributed.is_first():
-    evaluate.write_json(path, {**found, **saved})
+    files.write_json(path, {**found, **saved})
 
 
 def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:
@@ -174,7 +179,7 @@ def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> s
     return [clip.subset, clip.uid, digest.hexdigest()]
 
   with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-    digests = list(pool.map(read, evaluate.share(clips)))
+    digests = list(pool.map(read, distributed.share(clips)))
   distributed.wait_for_all('masks read')
   everyones = sorted(itertools.chain(*distributed.gather(digests)))
   return hashlib.sha256(json.dumps(everyones).encode()).hexdigest()[:16]
@@ -189,8 +194,8 @@ def announce(
   total: int,
   step: int,
 ) -> None:
-  """Says what is trained on what, and for how long; `lacking`: see stages.first_params."""
-  trained, frozen = stages.count(state.trained) / 1e6, stages.count(state.frozen) / 1e6
+  """Says what is trained on what, and for how long; `lacking`: see start.first."""
+  trained, frozen = count(state.trained) / 1e6, count(state.frozen) / 1e6
   say(
     f'  {config.task} task, {trained + frozen:.2f} M parameters, {trained:.2f} M of them trained, '
     f'{clips} clips, {total} steps, {jax.device_count()} {jax.devices()[0].platform} '
@@ -202,6 +207,33 @@ def announce(
       'config.train.init names no start'
     )
   if lacking:
-    say(f'  not in {config.train.init}, so initialised anew: {stages.in_groups(lacking)}')
+    say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking)}')
   if step:
     say(f'  going on from step {step}')
+
+
+def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variables, int]:
+  """Config, model (see local_variables) and step of a work folder's best checkpoint.
+
+  Raises:
+    UserError: the folder holds no model, but a start for training or a checkpoint that does not
+      fit its config.json.
+  """
+  note = checkpoint.converted(workdir)
+  if note and note['lacking']:
+    alone = note['kind'] == 'vggish'
+    raise UserError(
+      f'{workdir} holds no audio-visual model but what `aavs convert` made of {note["source"]}: '
+      f'{"give it to that as --vggish" if alone else "train from it, with --config.train.init"}'
+    )
+  config = config_lib.from_json(epath.Path(workdir) / 'config.json')
+  flat, step = checkpoint.load_flat(workdir)
+  abstract = flat_shapes(methods.of(config))
+  wrong = [p for p, leaf in abstract.items() if p not in flat or flat[p].shape != leaf.shape]
+  wrong += [p for p in flat if p not in abstract]
+  if wrong:
+    raise UserError(
+      f'the checkpoint of {workdir} does not fit its config.json ({len(wrong)} parameters, first '
+      f'{wrong[0]}): restore the config it was trained with'
+    )
+  return config, local_variables(unflatten(flat)), step

@@ -10,6 +10,7 @@ RECIPES = ('release', 'paper')  # what the released code does by default; what t
 def get_config() -> ml_collections.ConfigDict:
   """The published size and the released recipe."""
   config = ml_collections.ConfigDict()
+  config.method = 'aavs'  # a module of aavs_jax.methods, or a dotted name of one of your own
   config.task = 'binary'  # 'binary': what sounds; 'semantic': as what
   config.num_classes = 2  # background included, null class not
   config.use_prior = False  # stage 2: a mask of what sounds enters the decoder
@@ -63,8 +64,18 @@ def get_config() -> ml_collections.ConfigDict:
   config.vggish.embedding = 128
   config.vggish.final_relu = False  # the checkpoints were trained without it
 
-  config.loss = ml_collections.ConfigDict()
-  config.loss.points = 12544
+  config.loss = ml_collections.ConfigDict()  # method: 3.8
+  config.loss.class_weight = 2.0
+  config.loss.mask_weight = 5.0
+  config.loss.dice_weight = 5.0
+  config.loss.null_weight = 0.1  # of the null class in the class loss
+  # The release matches with class weight 1 where its loss has 2; mask and dice weigh the same.
+  config.loss.matching_class_weight = 1.0
+  config.loss.matching_mask_weight = 5.0
+  config.loss.matching_dice_weight = 5.0
+  config.loss.points = 12544  # of the matching, and of each pair's mask and dice loss
+  config.loss.oversample = 3  # candidates for each of these
+  config.loss.uncertain_share = 0.75  # of them, taken where the logit is nearest to zero
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.lr = 1e-3

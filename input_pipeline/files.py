@@ -110,3 +110,25 @@ def require_shape(path: os.PathLike, value: Any, shape: Any, advice: str, key: s
       if name not in shape and ... not in shape:
         raise UserError(f'{path} holds an unknown key, {ascii(inside + name)[:64]}: {advice}')
       require_shape(path, item, shape.get(name, shape.get(...)), advice, inside + name)
+
+
+def write_json(path: str, value) -> None:
+  """Writes JSON under its final name only when it is complete."""
+  write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: str, text: str) -> None:
+  """Writes a file under its final name only when it is complete."""
+  if '://' in str(path):  # a bucket's objects are written as a whole or not at all
+    __import__('etils.epath').epath.Path(path).write_text(text)
+    return
+  path = __import__('pathlib').Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  # Always the same name, so that what a killed writer leaves is there until the next one at most.
+  working = path.with_name(f'.writing-{path.name}')
+  try:
+    working.write_text(text)
+    working.replace(path)
+  except BaseException:
+    working.unlink(missing_ok=True)
+    raise

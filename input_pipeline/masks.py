@@ -2,15 +2,18 @@
 
 import io
 import os
+import pathlib
 import re
 import shutil
 
 import numpy as np
 from PIL import Image
 
+from . import files
 from .avsbench import Clip
 from .errors import UserError, of_disk
 
+SOURCE = 'source.json'  # in a folder of masks: which model wrote them
 _PNG_FRAME = 1 << 16  # bytes of a PNG beside its pixels, at most
 
 
@@ -87,6 +90,21 @@ def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
   if mask.ndim != 2 or mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
     raise UserError(f'{path} holds values other than 0 and 255: {advice}')
   return mask
+
+
+def read_source(root: str | os.PathLike) -> dict | None:
+  """Which model wrote a folder of masks: 'checkpoint', 'step', 'digest'; None if it is unknown."""
+  note = pathlib.Path(root, SOURCE)
+  if not note.exists():
+    return None
+  shape = {'checkpoint': str, 'step': int, 'digest': str}
+  return files.read_json(note, shape, 'restore it, or write the masks anew in another folder')
+
+
+def source_digest(root: str | os.PathLike) -> str | None:
+  """Digest of the model that wrote a folder of masks; None if it is unknown."""
+  source = read_source(root)
+  return source and source['digest']
 
 
 def is_complete(root: str, clip: Clip, size: int) -> bool:

@@ -66,7 +66,7 @@ def study(folder: Path, kills: int, draws: random.Random) -> dict:
   environment = runs.environment(folder / 'cache')
 
   def start(workdir):
-    return runs.start(workdir, folder / 'data', environment, *_SHORT, program=STAND_IN)
+    return runs.start(workdir, folder / 'data', environment, *_SHORT, STAND_IN)
 
   begun = time.monotonic()
   for name in ('uninterrupted', 'warm'):  # with all that is compiled in the cache, for its duration

@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from aavs_jax import methods
 from aavs_jax.convert import released_name, released_order, to_released_layout
-from aavs_jax.methods import aavs
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.state import flatten
+from aavs_jax.types import Variables
 
 
 def random_released(config: ml_collections.ConfigDict, seed: int) -> dict[str, np.ndarray]:
   """The state dict, in its order, of a released model of the config's sizes, buffers included."""
-  template = jax.eval_shape(aavs(config).init, jax.random.key(0))
+  template = jax.eval_shape(methods.of(config).init, jax.random.key(0)).params
   tensors = _random({'aavs': template['aavs']}, seed)
   index = relative_position_index(config.model.swin.window)
   for name in list(tensors):
@@ -40,7 +41,7 @@ def _random(template, seed):
   """Standard normals over the root of the fan in; norms about one, all else small."""
   rng = np.random.default_rng(seed)
   tensors = {}
-  for path, leaf in flatten(template).items():
+  for path, leaf in flatten(Variables(template, {})).items():
     value = rng.standard_normal(leaf.shape, np.float32)
     if path.endswith('kernel'):
       value *= np.float32(np.prod(leaf.shape[:-1]) ** -0.5)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from aavs_jax import checkpoint
-from aavs_jax.logging import metrics_files
+from aavs_jax.metric_log import metrics_files
 
 ROOT = Path(__file__).parents[1]
 _CLI = 'import sys; from aavs_jax import cli; sys.exit(cli.main())'
@@ -71,7 +71,7 @@ def require_same(found, expected) -> None:
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert history(found) == history(expected)
-  a, b = (checkpoint.load_params(workdir) for workdir in (found, expected))
+  a, b = (checkpoint.load_flat(workdir) for workdir in (found, expected))
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 

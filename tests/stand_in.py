@@ -1,4 +1,4 @@
-"""A stand-in for the model, traced in no time: for tests of what goes on around it.
+"""A method that is traced in no time: for tests of what goes on around a model.
 
 Each pixel's colour and the loudness of its frame give the scores of that pixel.
 """
@@ -7,18 +7,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aavs_jax import evaluate, flops, train
-from aavs_jax.methods import Method, normalise
+from aavs_jax.methods import aavs
+from aavs_jax.methods.method import Method
+from aavs_jax.types import Variables
 
-# The command line with it, for runs.start.
-STAND_IN = """
-import sys
-from aavs_jax import cli
-from tests import stand_in
+# Any config of AAVS becomes one of this by it.
+STAND_IN = '--config.method=tests.stand_in'
 
-stand_in.use()
-sys.exit(cli.main())
-"""
+MAY_BE_ZERO = aavs.MAY_BE_ZERO
+check = aavs.check
 
 
 def method(config) -> Method:
@@ -26,16 +23,17 @@ def method(config) -> Method:
 
   def init(key):
     features, wide = jax.random.normal(key, (4, 2)), jax.random.normal(key, (512, 512))
-    return {'aavs': {'queries': {'features': features, 'positions': wide}}}
+    return Variables({'aavs': {'queries': {'features': features, 'positions': wide}}}, {})
 
-  def apply(params, batch, drop_path_key=None):
-    frames = normalise(batch['frames'])
-    if drop_path_key is not None:
-      frames += 0.1 * jax.random.normal(drop_path_key, frames.shape[1:])
+  def apply(variables, batch, key=None):
+    params, statistics = variables
+    frames = aavs.normalise(batch['frames'])
+    if key is not None:
+      frames += 0.1 * jax.random.normal(key, frames.shape[1:])
     loudness = jnp.broadcast_to(batch['log_mel'].mean((1, 2))[:, None, None, None], frames.shape)
     queries = params['aavs']['queries']
     scores = jnp.concatenate([frames, loudness[..., :1]], -1) @ queries['features']
-    return scores, (queries['positions'] ** 2).mean()
+    return (scores, (queries['positions'] ** 2).mean()), statistics
 
   def totals(batch):
     return jnp.full(batch['weight'].shape, jnp.maximum(batch['weight'].sum(), 1))
@@ -45,15 +43,9 @@ def method(config) -> Method:
     sounding = (batch['labels'] == 1).astype(jnp.int32)
     wrong = optax.losses.softmax_cross_entropy_with_integer_labels(scores, sounding)
     wrong = (wrong.mean((1, 2)) * batch['weight'] / totals).sum()
-    return wrong + 1e-2 * decay, dict.fromkeys(('class', 'mask', 'dice'), wrong[None])
+    return wrong + 1e-2 * decay, {'entropy': wrong}
 
   def predict(outputs):
     return outputs[0].transpose(0, 3, 1, 2)
 
-  return Method(init, apply, totals, loss, predict)
-
-
-def use(patch=setattr) -> None:
-  """Whatever trains or runs a model from now on in this process, it is this one."""
-  for module in (train, evaluate, flops):
-    patch(module, 'aavs', method)
+  return Method(init, apply, totals, loss, predict, sees=('frames', 'log_mel'))

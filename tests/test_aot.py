@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aavs_jax import aot, cli, hlo, mesh, stages
+from aavs_jax import aot, cli, hlo, mesh
 from aavs_jax.configs import avss_stage2
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.state import count
 from tests import tiny
 
 needs_compiler = pytest.mark.skipif(
@@ -268,7 +270,7 @@ def test_data_parallel_training_sums_gradients_and_nothing_else(slice_name):
   text = compiled.as_text()
   _assert_all_on_the_device(text)
   done = hlo.work(text)
-  trained = stages.count(state.trained)
+  trained = count(state.trained)
   assert set(done.collectives) == {'all-reduce'}
   # Beside the gradients: three sums for each clip of the batch, of which there are at most as many
   # as frames; terms of the loss in two prediction sets, and the norms of the six query positions.
@@ -276,7 +278,7 @@ def test_data_parallel_training_sums_gradients_and_nothing_else(slice_name):
   assert 4 * 3 * frames <= scalars <= 4 * (3 * frames + 30)
 
   assert aot.held(state.trained) == 4 * trained
-  assert aot.held(state.frozen) == 4 * stages.count(state.frozen)
+  assert aot.held(state.frozen) == 4 * count(state.frozen)
   assert 0 <= aot.held(state.opt_state) - 2 * 4 * trained <= 4 * 4
   sizes = aot.memory(compiled)
   assert sizes['arguments'] >= aot.held((state.trained, state.frozen, state.opt_state))
@@ -310,7 +312,13 @@ def test_spread_parameters_are_gathered(devices, monkeypatch):
 @pytest.mark.parametrize('name', ['v6e:16x16', 'v4:2x2x2', 'v5p:2x4x4', 'tpu7x:2x2x2'])
 def test_every_slice_divides_into_groups(name):
   where = aot.parse_topology(name)
-  found = mesh.make_mesh(2, aot.slice_devices(where))
+  try:
+    devices = aot.slice_devices(where)
+  except UserError as error:
+    if 'Invalid TPU external name' not in str(error):
+      raise
+    pytest.skip(f'this release of libtpu knows no {name}')
+  found = mesh.make_mesh(2, devices)
   assert found.devices.shape == (where.devices // 2, 2)
   assert len({device.id for device in found.devices.flat}) == where.devices
 

@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aavs_jax import checkpoint, cli, evaluate, wandb_run
+from aavs_jax import checkpoint, cli, wandb_run
 from aavs_jax.input_pipeline import (
   audio,
   avsbench,
@@ -436,8 +436,8 @@ def test_damaged_files_are_read_or_refused(tmp_path):
 @pytest.mark.parametrize(
   'name, read, wrong, found',
   [
-    ('source.json', evaluate.masks_digest, '[]', 'the content is [], not an object'),
-    ('source.json', evaluate.masks_digest, '{"checkpoint": "a", "step": 1}', 'lacks digest'),
+    ('source.json', masks.source_digest, '[]', 'the content is [], not an object'),
+    ('source.json', masks.source_digest, '{"checkpoint": "a", "step": 1}', 'lacks digest'),
     ('converted.json', checkpoint.converted, '[' * 100_000, 'not valid JSON'),
     ('converted.json', checkpoint.converted, '\x80', 'not valid JSON'),
     (

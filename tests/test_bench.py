@@ -8,9 +8,8 @@ import sys
 import jax
 import pytest
 
-from aavs_jax import bench, cli, flops, peer
+from aavs_jax import bench, cli, flops, methods, peer
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.methods import aavs
 from tests import tiny
 
 TINY = ['--config', 'tests/tiny.py:stage1', '--config.model.decoder_layers=0', '--frames', '2']
@@ -31,7 +30,7 @@ def test_predict(tmp_path, capsys):
   _check(result, 4)
   config = tiny.get_config('stage1')
   config.model.decoder_layers = 0
-  params = jax.eval_shape(aavs(config).init, jax.random.key(0))
+  params = jax.eval_shape(methods.of(config).init, jax.random.key(0))
   done = flops.forward_flops(config, params, bench.random_batch(config, 2))
   assert result['gflop_per_frame'] * 2e9 == pytest.approx(done)
   speed = done / 2 * result['frames_per_second']

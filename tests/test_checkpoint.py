@@ -44,7 +44,7 @@ def test_scores_may_come_after_the_save(saved):
     checkpoint.save(later, state.replace(step=5), 1, None)
     later.wait_until_finished()
     assert list(later.all_steps()) == [3, 5]  # the best and the newest
-  assert checkpoint.load_params(folder.parent)[1] == 3
+  assert checkpoint.load_flat(folder.parent)[1] == 3
 
 
 def test_looking_for_the_latest_touches_nothing(saved):

@@ -8,11 +8,10 @@ import ml_collections
 import pytest
 from flax import traverse_util
 
-from aavs_jax import bench, steps
+from aavs_jax import bench, methods, steps
 from aavs_jax import config as config_lib
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.methods import aavs
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import create, flatten
 from tests import tiny
@@ -37,6 +36,13 @@ MAY_BE_ZERO = {
   'optimizer.clip_norm',  # no clipping
   'optimizer.warmup_steps',
   'train.phase2_epoch',  # one phase
+  'loss.class_weight',  # without this term
+  'loss.mask_weight',
+  'loss.dice_weight',
+  'loss.matching_class_weight',
+  'loss.matching_mask_weight',
+  'loss.matching_dice_weight',
+  'loss.uncertain_share',  # points anywhere
 }
 
 
@@ -73,7 +79,7 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
     config.update_from_flattened_dict({key: type(VALUES[key][0])(0)})
   config.model.swin.depths = (0, 0, 0, 0)
   config_lib.check(config)
-  method, key = aavs(config), jax.random.key(0)
+  method, key = methods.of(config), jax.random.key(0)
   optimizer, _ = make_optimizer(config.optimizer, config.optimizer.lr, 1)
 
   def step(batch):
@@ -94,6 +100,9 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
     ('model.swin.heads', (4, 8, 16, 30), '[128, 256, 512, 1024]'),
     ('model.swin.depths', (2, 2, 6), 'four'),
     ('vggish.conv_widths', (64, 128), 'six'),
+    ('loss.uncertain_share', 1.1, 'at most 1'),
+    ('method', 'nonsense', 'name a module of aavs_jax.methods'),
+    ('method', 'no_such.method', 'name a module of aavs_jax.methods'),
     ('train.trainable', (), 'at least one'),
     ('data.subsets', ('v1s,v1m',), "\"('v1s','v1m')\""),
     ('data.subsets', (), "\"('v1s','v1m')\""),

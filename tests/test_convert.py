@@ -8,19 +8,18 @@ import shutil
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aavs_jax import checkpoint, cli, recordings, stages
+from aavs_jax import checkpoint, cli, methods, recordings
 from aavs_jax import config as config_lib
 from aavs_jax.convert import convert, export
-from aavs_jax.evaluate import load_trained
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.methods import aavs
-from aavs_jax.state import flatten
+from aavs_jax.start import fill, load_start, start_lacks
+from aavs_jax.state import flat_shapes, flatten, in_groups
+from aavs_jax.work_folder import load_trained
 from tests import parity, tiny
 from tests.released import random_released, random_vggish
 
@@ -102,7 +101,7 @@ def test_to_our_layout_and_back_bit_by_bit(stage, files, tmp_path):
   assert all(name.endswith('relative_position_index') for name in note['unused'])
 
   # The parameters of which the parity tests show that they compute what the release computes.
-  found, step = checkpoint.load_params(tmp_path / 'run')
+  found, step = checkpoint.load_flat(tmp_path / 'run')
   same({path: value for path, value in found.items() if path.startswith('aavs')},
        {path: np.asarray(v) for path, v in parity.begin(stage).items()})  # fmt: skip
   assert step == 0
@@ -166,17 +165,19 @@ class TestStart:
     return config
 
   def first(self, config):
-    loaded = stages.load_start(config)
-    fresh = jax.eval_shape(aavs(config).init, jax.random.key(0))
-    fresh = jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), flatten(fresh))
-    params, lacking = stages.first_params(fresh, loaded, stages.start_lacks(config))
+    method = methods.of(config)
+    loaded = load_start(config, method)
+    fresh = {
+      path: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for path, leaf in flat_shapes(method).items()
+    }
+    params, lacking = fill(fresh, loaded, method.of_stage, start_lacks(config))
     assert lacking == [path for path, value in params.items() if np.isnan(value).all()]
     return params, lacking
 
   def test_fills_the_network_and_leaves_what_is_new(self, files, start):
     config = self.config('stage2', start)
     params, lacking = self.first(config)
-    assert stages.in_groups(lacking).split(', ') == [
+    assert in_groups(lacking).split(', ') == [
       'aavs/audio_projection',
       'aavs/backbone/stage*_block*/adapter',
       'aavs/backbone/stage*_block*/attention/adapter',
@@ -218,12 +219,12 @@ class TestStart:
 
   def test_another_variant_is_refused(self, run):
     with pytest.raises(UserError, match=r"'after', but .* trained with 'replace'"):
-      stages.load_start(self.config('stage2', run))
+      self.first(self.config('stage2', run))
 
   def test_vggish_alone_is_refused(self, files, tmp_path):
     convert(files / 'vggish.safetensors', tmp_path / 'run')
     with pytest.raises(UserError, match='holds VGGish alone'):
-      stages.load_start(self.config('stage1', tmp_path / 'run'))
+      self.first(self.config('stage1', tmp_path / 'run'))
 
 
 def test_shards_and_half_precision(files, tmp_path, capsys):
@@ -236,7 +237,7 @@ def test_shards_and_half_precision(files, tmp_path, capsys):
   index.write_text(json.dumps({'weight_map': {k: f for f, part in parts.items() for k in part}}))
   convert(tmp_path, tmp_path / 'run', files / 'vggish.safetensors')
   assert 'float16 and are kept as float32' in capsys.readouterr().out
-  params, _ = checkpoint.load_params(tmp_path / 'run')
+  params, _ = checkpoint.load_flat(tmp_path / 'run')
   found = params['aavs/backbone/patch_embed/bias']
   name = 'model.pixel_level_module.encoder.embeddings.patch_embeddings.projection.bias'
   assert found.dtype == np.float32
@@ -260,7 +261,7 @@ def test_as_training_scripts_save(wrap, files, tmp_path):
     tensors = {wrap: tensors, 'epoch': 3}
   torch.save(tensors, tmp_path / 'vggish.pth')
   assert convert(tmp_path / 'vggish.pth', tmp_path / 'run')['names'] == list(source)
-  params, _ = checkpoint.load_params(tmp_path / 'run')
+  params, _ = checkpoint.load_flat(tmp_path / 'run')
   np.testing.assert_array_equal(
     params['vggish/conv1/kernel'], source['features.3.weight'].transpose(2, 3, 1, 0)
   )

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from aavs_jax import evaluate, train
-from tests import stand_in, tiny
+from aavs_jax import evaluate, hand_over, train
+from tests import tiny
+from tests.stand_in import STAND_IN
 
 ROOT = Path(__file__).parents[1]
 PROMPTLY = 15  # seconds on a machine that does much else
@@ -50,22 +51,21 @@ def _finish(processes, *statuses, timeout=120):
 def everything(data, folder):
   """Trains for a few steps, scores with maps and hands over masks."""
   config = tiny.get_config('stage1')
+  config.method = 'tests.stand_in'
   config.data.root = data
   config.data.batch_items = 4
   config.train.epochs = 1.0  # 3 steps
   work = f'{folder}/work'
   train.train(config, work)
   evaluate.evaluate(work, data=data, out=f'{folder}/result.json', maps=f'{folder}/maps')
-  evaluate.write_masks(work, data=data, out=f'{folder}/masks')
+  hand_over.write_masks(work, data=data, out=f'{folder}/masks')
 
 
 @pytest.fixture(scope='module')
 def alone(data_root, tmp_path_factory):
   """The folder of `everything` in one process."""
   folder = tmp_path_factory.mktemp('alone')
-  with pytest.MonkeyPatch.context() as patch:
-    stand_in.use(patch.setattr)
-    everything(data_root, folder)
+  everything(data_root, folder)
   return folder
 
 
@@ -83,8 +83,7 @@ def test_two_processes_give_what_one_gives(alone, data_root, tmp_path):
 import sys
 from aavs_jax import distributed
 distributed.start(sys.argv[1])
-from tests import stand_in, test_distributed
-stand_in.use()
+from tests import test_distributed
 test_distributed.everything(*sys.argv[2:])
 """
   _finish(_start(program, data_root, str(tmp_path), devices=2), 0, 0)
@@ -101,17 +100,15 @@ def test_a_process_that_is_late_is_waited_for(alone, data_root, tmp_path):
   """A collective waits for as long as is set here, and for half a minute where nothing is."""
   program = """
 import sys, time
-from aavs_jax import distributed, evaluate
+from aavs_jax import distributed, evaluate, hand_over
 distributed.start(sys.argv[1])
-from tests import stand_in
-stand_in.use()
 place = int(sys.argv[1][-1])
 assert distributed.gather(place) == [0, 1]
 _, work, data, out = sys.argv[1:]
 time.sleep(4 * place)
 evaluate.evaluate(work, data=data, out=f'{out}/result.json')
 time.sleep(4 * (1 - place))
-assert evaluate.write_masks(work, data=data, out=f'{out}/masks') == 10
+assert hand_over.write_masks(work, data=data, out=f'{out}/masks') == 10
 """
   flag = '--xla_cpu_collective_timeout_seconds=2'
   known = subprocess.run(
@@ -125,16 +122,15 @@ assert evaluate.write_masks(work, data=data, out=f'{out}/masks') == 10
 
 COMMAND = """
 import sys, time
-from aavs_jax import cli, evaluate
-from tests import stand_in
-stand_in.use()
+from aavs_jax import cli, predictor
 
-class Slow(evaluate.Predictor):
-  def __call__(self, params, batch):
-    time.sleep(0.3)
-    return super().__call__(params, batch)
+predict = predictor.Predictor.__call__
 
-evaluate.Predictor = Slow
+def slowly(self, variables, batch):
+  time.sleep(0.3)
+  return predict(self, variables, batch)
+
+predictor.Predictor.__call__ = slowly
 sys.exit(cli.main([*sys.argv[2:], '--distributed', sys.argv[1]]))
 """
 
@@ -210,7 +206,7 @@ def test_a_signal_to_one_process_ends_the_others_too(victim, number, evaluation)
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_one_of_two_that_train_saves_and_ends_both(number, status, data_root, tmp_path):
   processes = _start(
-    COMMAND, 'train', '--config', 'tests/tiny.py:stage1', '--data', data_root,
+    COMMAND, 'train', '--config', 'tests/tiny.py:stage1', STAND_IN, '--data', data_root,
     '--workdir', str(tmp_path / 'work'), '--config.train.epochs=1e3',
     '--config.train.eval_every_epochs=1e3', '--config.train.checkpoint_every_steps=1000000',
   )  # fmt: skip

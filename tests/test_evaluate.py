@@ -16,13 +16,23 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from aavs_jax import checkpoint, evaluate, metrics, tables
+from aavs_jax import (
+  checkpoint,
+  evaluate,
+  hand_over,
+  methods,
+  metrics,
+  predictor,
+  score,
+  tables,
+)
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, labels, masks, sounds
+from aavs_jax.input_pipeline import avsbench, files, labels, masks, sounds
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.methods import aavs
-from aavs_jax.state import create, flatten, merge
-from tests import tiny
+from aavs_jax.predictor import Predictor
+from aavs_jax.state import create, digest, flat_shapes, unflatten
+from aavs_jax.work_folder import load_trained
+from tests import stand_in, tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,12 +55,12 @@ def save_random(folder, stage, seed):
   config.model.swin.depths = (1, 0, 0, 0)
   config.model.encoder_layers = 0
   rng = np.random.default_rng(seed)
-  abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
+  abstract = flat_shapes(methods.of(config))
   params = {
     path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
     for path, leaf in abstract.items()
   }
-  evaluate.write_json(folder / 'config.json', config.to_dict())
+  files.write_json(folder / 'config.json', config.to_dict())
   manager = checkpoint.make_manager(folder / 'checkpoints', 1)
   checkpoint.save(manager, create(params, list(params)[:3], optax.sgd(1.0)), 1, {'miou': 0.5})
   manager.wait_until_finished()
@@ -72,8 +82,8 @@ def stage2(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model1(stage1):
   """Config, parameters and the compiled model, shared by the tests of this module."""
-  config, params, _ = evaluate.load_trained(stage1)
-  return config, params, evaluate.Predictor(aavs(config))
+  config, variables, _ = load_trained(stage1)
+  return config, variables, Predictor(methods.of(config))
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +95,7 @@ def clips(data_root):
 def handed_over(stage1, data_root, tmp_path_factory):
   """Stage 1's masks of val and test, to be copied before they are changed."""
   out = tmp_path_factory.mktemp('masks') / 'masks'
-  return out, evaluate.write_masks(stage1, data=data_root, out=out)
+  return out, hand_over.write_masks(stage1, data=data_root, out=out)
 
 
 @pytest.fixture
@@ -119,8 +129,7 @@ def _directly(model, clip):
 def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_predictions(model1, clips):
   config, params, predictor = model1
   found = [
-    evaluate.score(_with(config, batch_items=n), predictor, params, clips)['per_clip']
-    for n in (1, 3)
+    score.score(_with(config, batch_items=n), predictor, params, clips)['per_clip'] for n in (1, 3)
   ]
   assert len(found[0]) == len(clips)
   for one, three in zip(*found):
@@ -140,6 +149,16 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_predictions(mode
   assert len(np.unique(shares)) > 1  # predictions say something
 
 
+class _Says(Predictor):
+  """A function in the place of a compiled model."""
+
+  def __init__(self, answer):
+    self.method, self._answer = stand_in.method(tiny.get_config()), answer
+
+  def __call__(self, variables, batch):
+    return self._answer(variables, batch)
+
+
 def _stand_in(stage):
   """Config, and what stands for a model: its numbers do not depend on the shape of the batch."""
   config = tiny.get_config(stage)
@@ -150,7 +169,7 @@ def _stand_in(stage):
     red, green = batch['frames'][..., 0], batch['frames'][..., 1] + 8 * loudness
     return np.stack([red, green], axis=1) / 64 if stage == 'stage1' else _some_class(red, green)
 
-  return config, see_and_hear
+  return config, _Says(see_and_hear)
 
 
 def _some_class(red, green):
@@ -160,16 +179,17 @@ def _some_class(red, green):
 @pytest.mark.parametrize('stage', ['stage1', 'stage2'])
 def test_the_size_of_the_batch_changes_no_bit_of_any_score(stage, clips):
   config, model = _stand_in(stage)
-  found = [evaluate.score(_with(config, batch_items=n), model, {}, clips) for n in (1, 2, 5, 16)]
+  found = [score.score(_with(config, batch_items=n), model, {}, clips) for n in (1, 2, 5, 16)]
   assert all(scores == found[0] for scores in found[1:])
   assert 0 < found[0]['dataset']['overall']['miou'] < 1
   assert 0 < found[0]['overall']['false_positive_rate'] < 1
 
 
-class _Device:
+class _Device(Predictor):
   """A stand-in's answers as of a device: they can be waited for; notes who is how far ahead."""
 
   def __init__(self, model):
+    self.method = model.method
     self.model, self.dispatched, self.read, self.ahead = model, 0, 0, []
 
   def __call__(self, params, batch):
@@ -210,7 +230,7 @@ def test_devices_go_on_while_clips_are_scored_in_threads(stage, clips, two_at_on
   seen = {False: [], True: []}
 
   def found(device, threads):
-    return evaluate.score(
+    return score.score(
       _with(config, threads=threads), device, {}, clips,
       on_clip=lambda clip, ids: seen[threads > 1].append((clip.uid, ids.tobytes())),
     )  # fmt: skip
@@ -232,14 +252,14 @@ def test_without_its_sound_all_that_a_model_marks_is_false(stage, clips):
   def look(clip, ids):
     marked.setdefault(clip.subset, []).append(ids > 0)
 
-  result = evaluate.score(config, model, {}, clips, audio='offscreen', on_clip=look)
+  result = score.score(config, model, {}, clips, audio='offscreen', on_clip=look)
   shares = {subset: np.mean(parts) for subset, parts in marked.items()}
   assert set(shares) == {'v1s', 'v1m', 'v2'} and 0 < min(shares.values()) < 1
   for subset, share in shares.items():
     assert result['subsets'][subset]['false_positive_rate'] == pytest.approx(share)
   everything = np.concatenate([part for parts in marked.values() for part in parts])
   assert result['overall']['false_positive_rate'] == pytest.approx(everything.mean())
-  heard = evaluate.score(config, model, {}, clips)['overall']
+  heard = score.score(config, model, {}, clips)['overall']
   assert heard['false_positive_rate'] != pytest.approx(heard['sounding_share'])
 
 
@@ -255,7 +275,7 @@ def test_the_model_hears_what_it_should(model1, clips, audio):
       heard[int(index), int(t)] = log_mel
     return predictor(params, batch)
 
-  evaluate.score(config, listen, params, clips, audio=audio)
+  score.score(config, _Says(listen), params, clips, audio=audio)
   assert len(heard) == 5 * len(clips)
   others = {'other': sounds.other_sounds(clips), 'offscreen': sounds.offscreen_sounds(clips)}
   for (index, t), log_mel in heard.items():
@@ -286,13 +306,13 @@ def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_ro
 
 
 def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root, tmp_path):
-  flat, step = checkpoint.load_params(stage2)
+  flat, step = checkpoint.load_flat(stage2)
   options = dict(data=data_root, out=tmp_path / 'r.json')
   result = evaluate.evaluate(stage2, mask_folder=str(written), **options)
   assert json.loads((tmp_path / 'r.json').read_text()) == result
   assert result['checkpoint_step'] == step
-  assert result['checkpoint_digest'] == evaluate.digest(merge(flat, {}))
-  model_of_masks = evaluate.digest(merge(checkpoint.load_params(stage1)[0], {}))
+  assert result['checkpoint_digest'] == digest(unflatten(flat))
+  model_of_masks = digest(unflatten(checkpoint.load_flat(stage1)[0]))
   assert result['masks_digest'] == model_of_masks != result['checkpoint_digest']
   oracle = evaluate.evaluate(stage2, oracle=True, **options)
   assert oracle['masks_digest'] is None and oracle['prior'] == 'oracle'
@@ -372,23 +392,23 @@ class TestWriteMasks:
 
   def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root, two_at_once):
     before = _contents(written)
-    assert evaluate.write_masks(stage1, data=data_root, out=written) == 0
+    assert hand_over.write_masks(stage1, data=data_root, out=written) == 0
     first, last = sorted(written.glob('v2/*/7.png'))
     first.write_bytes(first.read_bytes()[:30])
     # As a writer leaves it that was killed after it had removed what was there.
     shutil.move(last.parent, last.parent.with_name(f'.writing-{last.parent.name}'))
     two_at_once(masks, 'write_clip_masks')
-    assert evaluate.write_masks(stage1, data=data_root, out=written) == 2
+    assert hand_over.write_masks(stage1, data=data_root, out=written) == 2
     assert _contents(written) == before
 
   def test_masks_of_two_models_are_not_mixed(self, written, data_root, tmp_path):
     other = save_random(tmp_path / 'other', 'stage1', 3)
     before = _contents(written)
     with pytest.raises(UserError, match='holds masks of another model'):
-      evaluate.write_masks(other, data=data_root, out=written)
+      hand_over.write_masks(other, data=data_root, out=written)
     (written / 'source.json').unlink()
     with pytest.raises(UserError, match=r'holds v1s but no source\.json'):
-      evaluate.write_masks(other, data=data_root, out=written)
+      hand_over.write_masks(other, data=data_root, out=written)
     assert _contents(written) == {k: v for k, v in before.items() if k != 'source.json'}
 
   def test_what_is_no_mask_is_not_replaced(self, stage1, written, data_root, clips):
@@ -398,19 +418,19 @@ class TestWriteMasks:
     (folder / 'notes.txt').write_text('mine')
     before = _contents(written)
     with pytest.raises(UserError, match=r'holds notes\.txt, which is no map'):
-      evaluate.write_masks(stage1, data=data_root, out=written)
+      hand_over.write_masks(stage1, data=data_root, out=written)
     assert _contents(written) == before
 
   def test_a_data_set_is_not_overwritten(self, stage1, data_root, tmp_path):
     root = shutil.copytree(data_root, tmp_path / 'data')
     before = _contents(root)
     with pytest.raises(UserError, match=r'metadata\.csv says that'):
-      evaluate.write_masks(stage1, data=str(root), out=root)
+      hand_over.write_masks(stage1, data=str(root), out=root)
     with pytest.raises(UserError, match=r'metadata\.csv says that'):
       evaluate.evaluate(stage1, data=str(root), out=tmp_path / 'r.json', maps=root)
     (root / 'metadata.csv').rename(tmp_path / 'metadata.csv')
     with pytest.raises(UserError, match=r'but no source\.json'):
-      evaluate.write_masks(stage1, data=data_root, out=root)
+      hand_over.write_masks(stage1, data=data_root, out=root)
     (tmp_path / 'metadata.csv').rename(root / 'metadata.csv')
     assert _contents(root) == before
 
@@ -433,12 +453,12 @@ def test_evaluation_has_the_frames_of_training_on_a_device(
 ):
   config = tiny.get_config('stage1')
   config.data.batch_items, config.data.item_frames = items, length
-  assert evaluate.eval_batch_items(config, devices, processes) == expected
+  assert predictor.eval_batch_items(config, 1, devices, processes) == expected
 
 
 def test_maps_and_masks_in_a_bucket_are_refused(stage1, data_root, tmp_path):
   with pytest.raises(UserError, match='gs://b/masks is in a bucket'):
-    evaluate.write_masks(stage1, data=data_root, out='gs://b/masks')
+    hand_over.write_masks(stage1, data=data_root, out='gs://b/masks')
   with pytest.raises(UserError, match='gs://b/maps is in a bucket'):
     evaluate.evaluate(stage1, data=data_root, out=tmp_path / 'r.json', maps='gs://b/maps')
   assert not os.path.exists('gs:')
@@ -451,16 +471,20 @@ import jax
 if processes != '1':
   jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
 import numpy as np
-from aavs_jax import evaluate, mesh
+from aavs_jax import evaluate, hand_over, mesh
+from aavs_jax.input_pipeline import files
+from aavs_jax.predictor import local_variables
+from aavs_jax.state import digest
+from aavs_jax.work_folder import load_trained
 
-assert evaluate.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
+assert hand_over.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
 options = dict(data=data, out=f'{folder}/shared/r.json', maps=f'{folder}/maps')
 result = evaluate.evaluate(stage1, **options)
-evaluate.write_json(f'{folder}/{process}.json', result)
+files.write_json(f'{folder}/{process}.json', result)
 
 # Parameters spread over all devices, as in training, come back whole.
 mesh.FSDP_MIN_SIZE = 1
-_, params, _ = evaluate.load_trained(stage1)
+_, params, _ = load_trained(stage1)
 places = mesh.state_sharding(mesh.make_mesh(jax.device_count()), params)
 spread = jax.tree.map(
   lambda leaf, place: jax.make_array_from_callback(
@@ -468,7 +492,7 @@ spread = jax.tree.map(
   ), params, places,
 )
 assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(spread))
-assert evaluate.digest(evaluate.local_params(spread)) == evaluate.digest(params)
+assert digest(local_variables(spread)) == digest(params)
 """
 
 

@@ -5,15 +5,14 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from aavs_jax import aot, flops
+from aavs_jax import aot, flops, methods
 from aavs_jax import config as config_lib
 from aavs_jax.bench import random_batch
-from aavs_jax.methods import aavs
 from aavs_jax.models.swin import Swin
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.state import flatten, merge
 from tests import tiny
 
 
@@ -128,13 +127,13 @@ def test_swin(remat):
   model = Swin(dim, (2, 4), (2, 2), window, ratio, 0.0, 'none')
   frames = shape(n, image, image, 3)
   params = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, False), frames)
-  params = flatten(params)
+  params = flatten_dict(params, sep='/')
   adapters = {path: value for path, value in params.items() if 'adapter' in path}
   others = {path: value for path, value in params.items() if 'adapter' not in path}
 
   def total(adapters, others, frames):
     maps = Swin(dim, (2, 4), (2, 2), window, ratio, 0.0, remat).apply(
-      merge(adapters, others), frames, False
+      unflatten_dict({**adapters, **others}, sep='/'), frames, False
     )
     return sum(jnp.sum(m**2) for m in maps)
 
@@ -179,7 +178,7 @@ def test_vggish():
 
 
 def _forward(config, frames):
-  params = jax.eval_shape(aavs(config).init, jax.eval_shape(jax.random.key, 0))
+  params = jax.eval_shape(methods.of(config).init, jax.eval_shape(jax.random.key, 0))
   batch = {
     name: shape(frames, *value.shape[1:], dtype=value.dtype)
     for name, value in random_batch(config, 1).items()

@@ -1,5 +1,6 @@
 """Matching against brute force, and the padding of targets."""
 
+import functools
 import itertools
 
 import jax
@@ -7,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax import matching
-from aavs_jax.matching import sample_targets
-from aavs_jax.types import Targets
+from aavs_jax.configs import base
+from aavs_jax.methods import matching
+from aavs_jax.methods.matching import Targets, sample_targets
 
 match = jax.jit(matching.match)
-matching_cost = jax.jit(matching.matching_cost)
+LOSS = base.get_config().loss
+LOSS.update(matching_class_weight=1.5, matching_mask_weight=4.0, matching_dice_weight=3.0)
+matching_cost = jax.jit(functools.partial(matching.matching_cost, config=LOSS))
 
 
 def _cost(rng, queries, targets, classes):
@@ -58,7 +61,7 @@ def test_cost_follows_its_formula():
     p, t = 1 / (1 + np.exp(-masks[0, q])), truth[0, k]
     entropy = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
     dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
-    expected = -probability[[1, 0][k]] + 5 * entropy + 5 * dice
+    expected = -1.5 * probability[[1, 0][k]] + 4 * entropy + 3 * dice
     assert found[0, q, k] == pytest.approx(expected, rel=1e-5)
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from aavs_jax import recordings, selftest
-from aavs_jax.stages import trainable_paths
+from aavs_jax import selftest
 from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
@@ -41,5 +40,5 @@ def test_what_does_not_train_stays(stage):
     if phase == 1:
       assert not any(np.any(params[path]) for path in adapters)
     changed = {path for path in params if np.any(params[path] != begin[path])}
-    trained = set(trainable_paths(recordings.CONFIGS[stage], begin, phase))
+    trained = set(selftest.trained_in(parity.recording(stage), begin, phase))
     assert changed == trained | (set(adapters) if phase == 1 else set())

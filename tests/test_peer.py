@@ -11,7 +11,8 @@ from aavs_jax import config as config_lib
 from aavs_jax.convert import convert
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.state import flatten, matches, merge
+from aavs_jax.state import flatten, matches, unflatten
+from aavs_jax.types import Variables
 from tests import tiny
 from tests.released import random_vggish
 
@@ -67,7 +68,7 @@ def converted(model, folder):
   save_file(random_vggish(sound, 0), folder / 'vggish.safetensors')
   model.save_pretrained(folder / 'saved')
   convert(folder / 'saved', folder / 'run', folder / 'vggish.safetensors')
-  params, _ = checkpoint.load_params(folder / 'run')
+  params, _ = checkpoint.load_flat(folder / 'run')
   return config_lib.from_json(folder / 'run' / 'config.json'), params
 
 
@@ -82,13 +83,13 @@ def both(size, folder):
   ours = AAVS(num_classes=config.num_classes, use_prior=False, **config.model.to_dict())
   arguments = jnp.asarray(pixels.transpose(0, 2, 3, 1)), jnp.zeros((1, config.vggish.embedding))
   template = jax.eval_shape(ours.init, jax.random.key(0), *arguments)['params']
-  template = flatten({'aavs': template})
+  template = flatten(Variables({'aavs': template}, {}))
   lacking = [path for path in template if path not in params]
   lacks = checkpoint.converted(folder / 'run')['lacking']
   assert lacking == [path for path in template if matches(path, lacks)]
   # Without adapters and deaf: Swin's adapters add nothing, nor does the sound to the queries.
   params |= {path: np.zeros(template[path].shape, np.float32) for path in lacking}
-  tree = merge({path: params[path] for path in template}, {})['aavs']
+  tree = unflatten({path: params[path] for path in template}).params['aavs']
   outputs = jax.jit(ours.apply)({'params': tree}, *arguments)
   return (
     (theirs.class_queries_logits[0].numpy(), np.asarray(outputs.class_logits[-1, 0])),
@@ -121,10 +122,10 @@ def test_vggish(tmp_path):
   tensors = random_vggish(config, 0)
   save_file(tensors, tmp_path / 'vggish.safetensors')
   convert(tmp_path / 'vggish.safetensors', tmp_path / 'run')
-  params, _ = checkpoint.load_params(tmp_path / 'run')
+  params, _ = checkpoint.load_flat(tmp_path / 'run')
   sizes = config_lib.from_json(tmp_path / 'run' / 'config.json').vggish.to_dict()
   log_mel = np.random.default_rng(0).standard_normal((3, 96, 64), np.float32)
-  ours = VGGish(**sizes).apply({'params': merge(params, {})['vggish']}, log_mel)
+  ours = VGGish(**sizes).apply({'params': unflatten(params).params['vggish']}, log_mel)
 
   def layer(function, name, x):
     weight, bias = (torch.from_numpy(tensors[f'{name}.{part}']) for part in ('weight', 'bias'))

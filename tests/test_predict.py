@@ -14,18 +14,19 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from aavs_jax import checkpoint, cli
+from aavs_jax import checkpoint, cli, methods
 from aavs_jax.configs import quick_stage1, quick_stage2
-from aavs_jax.evaluate import Predictor, load_trained, write_json
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.mesh import make_mesh
-from aavs_jax.methods import aavs
 from aavs_jax.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.predict import load_models, predict
-from aavs_jax.state import create, flatten
+from aavs_jax.predictor import Predictor
+from aavs_jax.state import create, flat_shapes
 from aavs_jax.video import read_windows
+from aavs_jax.work_folder import load_trained
 from tests.test_video import COLOURS, decode, write_video
 
 RATE = audio.SAMPLE_RATE
@@ -56,7 +57,7 @@ def make_workdir(folder, config, seed, **changes):
   config.vggish.embedding = 8
   config.update_from_flattened_dict(changes)
   rng = np.random.default_rng(seed)
-  abstract = flatten(jax.eval_shape(aavs(config).init, jax.random.key(0)))
+  abstract = flat_shapes(methods.of(config))
   params = {
     path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
     for path, leaf in abstract.items()
@@ -107,7 +108,7 @@ def loaded(workdir):
   config, params, _ = load_trained(workdir)
   # Placed as `predict` does, so that the compiled model is found again.
   replicated = NamedSharding(make_mesh(), PartitionSpec())
-  return config, jax.device_put(params, replicated), Predictor(aavs(config))
+  return config, jax.device_put(params, replicated), Predictor(methods.of(config))
 
 
 def call_directly(workdir, frames, log_mel, prior=None):

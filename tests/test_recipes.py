@@ -3,17 +3,15 @@
 import importlib
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax import cli, recipe, stages
+from aavs_jax import cli, methods, phases, recipe
 from aavs_jax import config as config_lib
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.methods import aavs
-from aavs_jax.state import flatten
+from aavs_jax.state import flat_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -166,7 +164,7 @@ def parameters():
     small.model.encoder_layers = small.model.decoder_layers = 1
     key = repr((small.model, small.num_classes, small.use_prior))
     if key not in kept:
-      kept[key] = flatten(jax.eval_shape(aavs(small).init, jax.random.key(0)))
+      kept[key] = flat_shapes(methods.of(small))
     return kept[key]
 
   return shapes
@@ -176,7 +174,7 @@ def parameters():
 def test_every_pattern_of_what_trains_matches(name, parameters):
   config = _load(name)
   for phase in (1, 2):
-    assert stages.trainable_paths(config, parameters(config), phase)
+    assert phases.trainable_paths(config, methods.of(config), parameters(config), phase)
 
 
 @pytest.mark.parametrize(
@@ -203,9 +201,9 @@ def test_an_oracle_prior_needs_a_prior():
 @pytest.mark.parametrize('name', [name for name in TABLE if FROZEN.items() <= TABLE[name].items()])
 def test_a_frozen_backbone_never_changes(name):
   config = _load(name)
-  per_epoch = 7.5
-  steps = round(config.train.epochs * per_epoch)
-  assert {stages.phase_at(config, step, per_epoch) for step in range(steps)} == {1}
+  total = round(config.train.epochs * 7.5)
+  plan = phases.Plan(7.5, total, 1, round(config.train.phase2_epoch * 7.5))
+  assert {plan.phase_at(step) for step in range(total)} == {1}
   adapters = [f'aavs/backbone/stage0_block0/{part}adapter/up/kernel' for part in ('attention/', '')]
   others = [
     'aavs/pixel_decoder/layer0/attention/output/adapter/up/kernel',
@@ -214,8 +212,9 @@ def test_a_frozen_backbone_never_changes(name):
     'aavs/audio_projection/up/linear/kernel',
   ]
   params = {path: jnp.ones(2) for path in (*adapters, *others, 'aavs/backbone/patch_embed/kernel')}
-  assert stages.trainable_paths(config, params, 1) == others
-  begin = stages.params_of_phase(config, 1, params, None)
+  method = methods.of(config)
+  assert phases.trainable_paths(config, method, params, 1) == others
+  begin = phases.flat_of_phase(config, method, 1, params, None)
   assert {path for path, value in begin.items() if not np.any(value)} == set(adapters)
 
 

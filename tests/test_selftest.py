@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aavs_jax import cli, recordings, selftest, stages
+from aavs_jax import cli, recordings, selftest
 from aavs_jax.convert import released_name, to_released_layout
 from aavs_jax.state import flatten
 from tests import parity
@@ -209,7 +209,7 @@ def record(path):
     taken = selftest.take_steps(recording, begin, phase)
     for step in range(3):
       note(f'phase{phase}/{step}', taken.totals[step], taken.queries[step])
-    for parameter in stages.trainable_paths(recordings.CONFIGS[2], begin, phase):
+    for parameter in selftest.trained_in(recording, begin, phase):
       after = to_released_layout(parameter, np.asarray(taken.params[parameter]))
       arrays[f'phase{phase}/param_after/{released_name(parameter)}'] = after
   np.savez(path, **arrays)

@@ -201,19 +201,21 @@ def test_a_stop_among_validations_ends_all_and_nothing_is_lost(start, tmp_path):
   layout = LAYOUTS['2 processes of 4']
   often = '--config.train.epochs=20.0', '--config.train.eval_every_epochs=0.5'
   stopping = STOPPED.format(where='validation')
-  output = _finish(start(tmp_path / 'work', layout, *often, program=stopping), timeout=120)[0]
+  output = _finish(
+    start(tmp_path / 'work', layout, *often, STAND_IN, program=stopping), timeout=120
+  )[0]
   assert 'stopped by a signal at step' in output
-  _finish(start(tmp_path / 'work', layout, *often, program=STAND_IN))
-  _finish(start(tmp_path / 'whole', layout, *often, program=STAND_IN))
+  _finish(start(tmp_path / 'work', layout, *often, STAND_IN))
+  _finish(start(tmp_path / 'whole', layout, *often, STAND_IN))
   require_same(tmp_path / 'work', tmp_path / 'whole')
 
 
 def test_a_second_run_is_refused_by_all_its_processes(start, tmp_path):
   layout = LAYOUTS['2 processes of 4']
-  first = start(tmp_path / 'work', layout, *LONG, program=STAND_IN)
+  first = start(tmp_path / 'work', layout, *LONG, STAND_IN)
   _wait_for_step(tmp_path / 'work', 1, first)
   first[0].send_signal(signal.SIGSTOP)
-  for process in start(tmp_path / 'work', layout, *LONG, program=STAND_IN):
+  for process in start(tmp_path / 'work', layout, *LONG, STAND_IN):
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 1
     assert f'is in use by another run, process {first[0].pid} on ' in output

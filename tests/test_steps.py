@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from aavs_jax import bench
-from aavs_jax.methods import Method, aavs
+from aavs_jax import bench, methods
+from aavs_jax.methods.method import Method
 from aavs_jax.state import create, flatten
 from aavs_jax.steps import train_step
+from aavs_jax.types import Variables
 from tests import tiny
 
 FRAMES, RATE = 6, 0.5
@@ -20,22 +21,25 @@ FRAMES, RATE = 6, 0.5
 def linear_regression(noise=0.0) -> Method:
   """Least squares, each frame's square divided by its total; only the first parameter trains."""
 
-  def apply(params, batch, drop_path_key=None):
-    drawn = noise * jax.random.normal(drop_path_key) if noise else 0.0
-    return batch['x'] @ params['trained'] + params['frozen'] + drawn
+  def apply(variables, batch, key=None):
+    params, statistics = variables
+    drawn = noise * jax.random.normal(key) if noise else 0.0
+    statistics = {'frames': statistics['frames'] + len(batch['x'])}
+    return batch['x'] @ params['trained'] + params['frozen'] + drawn, statistics
 
   def loss(outputs, batch, totals, key):
-    of_set = jnp.sum((outputs - batch['y']) ** 2 / totals)
-    names = ('class', 'mask', 'dice')
-    terms = {name: jnp.stack([0 * of_set, share * of_set]) for name, share in zip(names, (1, 2, 3))}
-    return of_set, terms
+    squares = jnp.sum((outputs - batch['y']) ** 2 / totals)
+    return squares, {'half': squares / 2}
 
   return Method(
-    init=lambda key: {'trained': jnp.ones(3), 'frozen': jnp.array(2.0)},
+    init=lambda key: Variables(
+      {'trained': jnp.ones(3), 'frozen': jnp.array(2.0)}, {'frames': jnp.array(0.0)}
+    ),
     apply=apply,
     totals=lambda batch: jnp.sum(batch['weight']) * batch['weight'],
     loss=loss,
     predict=lambda outputs: outputs,
+    sees=('x',),
   )
 
 
@@ -52,7 +56,7 @@ def random_batch():
 def test_a_step_of_least_squares(accumulate):
   batch = random_batch()
   method, optimizer = linear_regression(), optax.sgd(RATE)
-  state = create(method.init(jax.random.key(0)), ['trained'], optimizer)
+  state = create(flatten(method.init(jax.random.key(0))), ['trained'], optimizer)
   state, metrics = train_step(
     state, batch, jax.random.key(1), method=method, optimizer=optimizer, accumulate=accumulate
   )
@@ -64,7 +68,8 @@ def test_a_step_of_least_squares(accumulate):
   np.testing.assert_allclose(state.trained['trained'], 1 - RATE * gradient, rtol=1e-5)
   assert state.frozen['frozen'] == 2.0
   assert state.step == 1
-  expected = {'loss': loss, 'loss_class': loss, 'loss_mask': 2 * loss, 'loss_dice': 3 * loss}
+  assert state.statistics == {'statistics/frames': FRAMES}
+  expected = {'loss': loss, 'loss_half': loss / 2}
   expected['gradient_norm'] = np.linalg.norm(gradient)
   assert metrics.keys() == expected.keys()
   for name, value in expected.items():
@@ -74,7 +79,7 @@ def test_a_step_of_least_squares(accumulate):
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_a_step_draws_from_the_key_of_the_run_and_its_number_alone(accumulate):
   method, optimizer = linear_regression(noise=1.0), optax.sgd(0.0)
-  state = create(method.init(jax.random.key(0)), ['trained'], optimizer)
+  state = create(flatten(method.init(jax.random.key(0))), ['trained'], optimizer)
 
   def loss(step, seed=1):
     at = state.replace(step=jnp.int32(step))
@@ -94,7 +99,7 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do():
   config = tiny.get_config('stage1')
   gradients = []
   for config.dtype in ('float32', 'bfloat16'):
-    method, optimizer = aavs(config), optax.sgd(1.0)
+    method, optimizer = methods.of(config), optax.sgd(1.0)
     params = flatten(jax.jit(method.init)(jax.random.key(0)))
     step = jax.jit(functools.partial(train_step, method=method, optimizer=optimizer))
     state = create(params, list(params), optimizer)

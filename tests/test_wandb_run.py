@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from aavs_jax import cli
-from aavs_jax.logging import Writer
+from aavs_jax.metric_log import Writer
 from aavs_jax.wandb_run import WandbRun
 
 

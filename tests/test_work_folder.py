@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from aavs_jax import checkpoint, work_folder
+from aavs_jax import checkpoint, methods, work_folder
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline import avsbench, masks
 from aavs_jax.input_pipeline.errors import UserError
@@ -27,6 +27,7 @@ FREE = {
   'train.keep_checkpoints': 5,
   'train.log_every_steps': 3,
 }
+METHOD = methods.of(tiny.get_config())
 NO_CLIPS = work_folder.Clips([], [], [])
 
 
@@ -102,10 +103,10 @@ def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
       work_folder.claim_inputs(folder, tiny_stage1, [], other, 4)
   # Gone, it is missed only by a run that has a second phase before it.
   tiny_stage1.train.init = str(tmp_path / 'gone')
-  assert work_folder.load_start(tiny_stage1, needed=False) is None
+  assert work_folder.load_start(tiny_stage1, METHOD, needed=False) is None
   work_folder.claim_inputs(folder, tiny_stage1, [], None, 4)
   with pytest.raises(UserError, match='gone holds no checkpoint'):
-    work_folder.load_start(tiny_stage1, needed=True)
+    work_folder.load_start(tiny_stage1, METHOD, needed=True)
 
 
 def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1, tmp_path):

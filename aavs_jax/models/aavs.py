@@ -6,11 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from aavs_jax.models.audio_queries import AudioProjection, AudioQueryGenerator, TorchDense
-from aavs_jax.models.mask_decoder import MaskDecoder
+from aavs_jax.models.audio_queries import AudioProjection, AudioQueryGenerator
+from aavs_jax.models.mask_decoder import MaskDecoder, Outputs
 from aavs_jax.models.pixel_decoder import PixelDecoder
 from aavs_jax.models.swin import Swin
-from aavs_jax.types import Outputs
 
 
 class AAVS(nn.Module):
@@ -32,40 +31,39 @@ class AAVS(nn.Module):
   decoder_layers: int
   decoder_ffn: int
   audio_hidden: int
-  adaptive_query: bool = True
-  mask_fusion: bool = True
-  robust_key: bool = True
-  prior_attention: bool = True
-  sampling: str = 'gather'
-  remat: str = 'dots'
+  adaptive_query: bool
+  mask_fusion: bool
+  robust_key: bool
+  prior_attention: bool
+  sampling: str
+  remat: str
   dtype: Any = jnp.float32
 
   def setup(self):
     self.backbone = Swin(**self.swin, remat=self.remat, dtype=self.dtype)
     self.pixel_decoder = PixelDecoder(
-      self.hidden,
-      self.encoder_layers,
-      self.heads,
-      self.encoder_points,
-      self.encoder_ffn,
-      self.adapter_variant,
-      self.sampling,
+      hidden=self.hidden,
+      layers=self.encoder_layers,
+      heads=self.heads,
+      points=self.encoder_points,
+      ffn=self.encoder_ffn,
+      adapter_variant=self.adapter_variant,
+      sampling=self.sampling,
       remat=self.remat,
       dtype=self.dtype,
     )
     self.audio_projection = AudioProjection(self.hidden, self.audio_hidden, self.dtype)
     self.queries = AudioQueryGenerator(self.num_queries, self.adaptive_query)
     self.decoder = MaskDecoder(
-      self.num_classes,
-      self.decoder_layers,
-      self.heads,
-      self.decoder_ffn,
-      self.adapter_variant,
-      self.use_prior,
-      self.mask_fusion,
-      self.robust_key,
-      self.prior_attention,
-      TorchDense,
+      num_classes=self.num_classes,
+      layers=self.decoder_layers,
+      heads=self.heads,
+      ffn=self.decoder_ffn,
+      adapter_variant=self.adapter_variant,
+      use_prior=self.use_prior,
+      mask_fusion=self.mask_fusion,
+      robust_key=self.robust_key,
+      prior_attention=self.prior_attention,
       remat=self.remat,
       dtype=self.dtype,
     )

@@ -5,17 +5,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from aavs_jax.models.adapters import AdaptedProjection
+from aavs_jax.models.audio_queries import TorchDense
 from aavs_jax.models.pixel_decoder import sine_positions
 from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
-from aavs_jax.types import Outputs
 
 SILENT_BELOW, SOUNDING_ABOVE = 0.4, 0.6  # thresholds of the robust audio-aware key
+
+
+@flax.struct.dataclass
+class Outputs:
+  """All prediction sets: before the decoder's first layer and after each; the last is final."""
+
+  mask_logits: Float[Array, 's n q h w']  # at stride 4
+  class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
 
 
 def _attend(query, key, value, heads: int, blocked=None):
@@ -116,7 +125,6 @@ class MaskDecoder(nn.Module):
   mask_fusion: bool
   robust_key: bool
   prior_attention: bool
-  class_predictor: type[nn.Module]
   remat: str = 'dots'
   dtype: Any = jnp.float32
 
@@ -154,7 +162,7 @@ class MaskDecoder(nn.Module):
       memory_positions.append(positions)
 
     norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')
-    classify = self.class_predictor(self.num_classes + 1, name='class_predictor')
+    classify = TorchDense(self.num_classes + 1, name='class_predictor')
     embed = [nn.Dense(hidden, dtype=self.dtype, name=f'mask_embedding{i}') for i in range(3)]
 
     def predict(x):

@@ -43,14 +43,14 @@ def corners(
 
 
 def sample(
-  maps: Float[Array, '*b m h w'], points: Float[Array, '*b p 2'], form: str
+  maps: Float[Array, '*b m h w'], points: Float[Array, '*b p 2'], sampling: str
 ) -> Float[Array, '*b m p']:
   """Values of m maps at p shared points (x, y in 0..1), zeros outside the maps.
 
-  form 'dense' multiplies with hat weights, 'gather' reads the four pixels; the same numbers.
+  sampling 'dense' multiplies with hat weights, 'gather' reads the four pixels; the same numbers.
   """
   height, width = maps.shape[-2:]
-  if form == 'dense':
+  if sampling == 'dense':
     across = jnp.einsum('...mhw,...pw->...mhp', maps, hat_weights(points[..., 0], width))
     return jnp.einsum('...mhp,...ph->...mp', across, hat_weights(points[..., 1], height))
   flat = maps.reshape(*maps.shape[:-2], height * width)

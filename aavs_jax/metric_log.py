@@ -1,66 +1,21 @@
-"""What a run says: one line a step on the terminal, JSON lines in a file, progress with an ETA."""
+"""Metrics of a training: how fast it is, a line a step on the terminal, JSON lines in a file."""
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
+
+from aavs_jax import distributed
+from aavs_jax.console import duration, say
 
 try:
   from tensorboardX import SummaryWriter
 except ImportError:
   SummaryWriter = None
-
-
-def duration(seconds: float) -> str:
-  """1:02:03 or 2:03."""
-  seconds = max(0, round(seconds))
-  hours, rest = divmod(seconds, 3600)
-  minutes, seconds = divmod(rest, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
-
-
-def say(line: str) -> None:
-  """One line on standard output, at once."""
-  print(line, flush=True)
-
-
-class Progress:
-  """Counts items; a changing line on a terminal, a line every ten seconds elsewhere."""
-
-  def __init__(self, what: str, total: int, unit: str):
-    self._what, self._total, self._unit = what, total, unit
-    self._done = 0
-
-  def __enter__(self):
-    self._started = self._shown = time.monotonic()
-    self._terminal = sys.stdout.isatty()
-    return self
-
-  def advance(self, count: int) -> None:
-    self.advance_to(self._done + count)
-
-  def advance_to(self, done: int) -> None:
-    self._done = done
-    now = time.monotonic()
-    if self._done < self._total and now - self._shown < (0.2 if self._terminal else 10):
-      return
-    self._shown = now
-    self._show(now - self._started, end='\r' if self._terminal else '\n')
-
-  def _show(self, elapsed: float, end: str) -> None:
-    left = elapsed / self._done * (self._total - self._done) if self._done else 0
-    line = f'  {self._what}: {self._done}/{self._total} {self._unit}, {duration(left)} left'
-    if self._done == self._total:
-      line, end = f'  {self._what}: {self._total} {self._unit} in {duration(elapsed)}', '\n'
-    print(f'{line:<78}', end=end, flush=True)
-
-  def __exit__(self, kind, *_):
-    if kind is not None and self._terminal:
-      print()
 
 
 class Clock:
@@ -118,13 +73,26 @@ class Clock:
     return result
 
 
+def slowest_input(wait: float) -> dict[str, float]:
+  """The largest share of waiting for input of all processes, and whose it is of several."""
+  waits = distributed.all_gather(np.float32(wait)).reshape(-1)
+  slowest = int(waits.argmax())
+  process = {'input_wait_process': slowest} if len(waits) > 1 else {}
+  return {'input_wait': float(waits[slowest]), **process}
+
+
 def step_line(row: dict[str, float], total: int) -> str:
   """What the terminal shows of a row of training."""
   mfu = f'  MFU {100 * row["mfu"]:.1f} %' if 'mfu' in row else ''
   whose = f', process {row["input_wait_process"]}' if 'input_wait_process' in row else ''
+  terms = ' '.join(
+    f'{name.removeprefix("loss_")} {value:.3f}'
+    for name, value in row.items()
+    if name.startswith('loss_')
+  )
   return (
-    f'  step {row["step"]}/{total}  loss {row["loss"]:.3f} (class {row["loss_class"]:.3f} '
-    f'mask {row["loss_mask"]:.3f} dice {row["loss_dice"]:.3f})  {row["step_seconds"]:.3g} s a step '
+    f'  step {row["step"]}/{total}  loss {row["loss"]:.3f} ({terms})  '
+    f'{row["step_seconds"]:.3g} s a step '
     f'({100 * row["input_wait"]:.0f} % waiting for input{whose})  '
     f'{row["frames_per_second"]:.1f} frames/s{mfu}  {duration(row["eta_seconds"])} left'
   )

@@ -1,26 +1,18 @@
-"""The training loss: matched, point-sampled, on every prediction set."""
+"""The set loss of Mask2Former: matched, point-sampled, on every prediction set."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from aavs_jax.matching import (
-  CLASS_WEIGHT,
-  DICE_WEIGHT,
-  MASK_WEIGHT,
-  match,
-  matching_cost,
-  sample_targets,
-)
+from aavs_jax.methods.matching import Targets, match, matching_cost, sample_targets
+from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.sampling import sample
-from aavs_jax.types import Outputs, Targets
 
-NULL_WEIGHT = 0.1  # weight of the null class in the class loss
-OVERSAMPLE = 3  # candidates for each loss point
-UNCERTAIN_SHARE = 0.75  # share of the loss points taken where the logit is nearest to zero
+# Each function's `config` is config.loss, see configs/base.py: attributes, whatever holds them.
 
 
 @flax.struct.dataclass
@@ -44,10 +36,15 @@ class Totals:
   class_weight: Float[Array, ' n']
 
 
+def extra_points(config: Any) -> int:
+  """How many points of a pair are taken whatever the logit is."""
+  return config.points - int(config.uncertain_share * config.points)
+
+
 def draw_points(
-  key: jax.Array, index: jax.Array, frames: Int[Array, ' n'], targets: int, points: int
+  key: jax.Array, index: jax.Array, frames: Int[Array, ' n'], targets: int, config: Any
 ) -> PointDraws:
-  """Fresh draws: `points` for the matcher, 3 points candidates and 0.25 points extra a pair.
+  """Fresh draws: points of the matcher, candidates and extra points of each pair.
 
   Each frame has its own stream, so that a part of a batch, or a device's share of it, draws what
   the whole would.
@@ -57,16 +54,16 @@ def draw_points(
     index: of the prediction set.
     frames: place of each frame in the whole batch.
     targets: pairs of a frame.
-    points: see config.loss.points.
+    config: config.loss.
   """
-  extra = points - int(UNCERTAIN_SHARE * points)
+  points = config.points
 
   def draw(frame):
     keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, index), frame), 3)
     return PointDraws(
       matcher=jax.random.uniform(keys[0], (points, 2)),
-      candidates=jax.random.uniform(keys[1], (targets, OVERSAMPLE * points, 2)),
-      extra=jax.random.uniform(keys[2], (targets, extra, 2)),
+      candidates=jax.random.uniform(keys[1], (targets, config.oversample * points, 2)),
+      extra=jax.random.uniform(keys[2], (targets, extra_points(config), 2)),
     )
 
   return jax.vmap(draw)(frames)
@@ -77,16 +74,16 @@ def _real(targets: Targets) -> Bool[Array, 'n k']:
   return (targets.classes >= 0) & (targets.weight > 0)[:, None]
 
 
-def totals(targets: Targets, queries: int) -> Totals:
+def totals(targets: Targets, queries: int, config: Any) -> Totals:
   """Of a whole batch, the global one under jit with a sharded batch.
 
   The loss of a batch is the mean, over its groups with any weight, of the published loss of each:
   one clip a step is the published recipe, more of them average its gradients, whatever their
   lengths and numbers of targets. Every target takes one query, which then weighs 1 in the class
-  loss and not NULL_WEIGHT, so that the weight is known without the matching.
+  loss and not null_weight, so that the weight is known without the matching.
   """
   taken = jnp.sum(targets.classes >= 0, -1)
-  weight = targets.weight * (taken + NULL_WEIGHT * (queries - taken))
+  weight = targets.weight * (taken + config.null_weight * (queries - taken))
   of_frame = jnp.stack([jnp.sum(_real(targets), -1), weight, targets.weight > 0], -1)
   # As products: the frames of a group may be on different devices, which add up n x 3 numbers.
   member = jax.nn.one_hot(targets.group, len(targets.group))
@@ -97,10 +94,10 @@ def totals(targets: Targets, queries: int) -> Totals:
   return Totals(divisors[:, 0], divisors[:, 1])
 
 
-def _loss_points(mask_logits, candidates, extra, form):
+def _loss_points(mask_logits, candidates, extra, config, sampling):
   """Points of a pair's loss: the most uncertain candidates and the extra ones. No gradient."""
-  logits = sample(mask_logits[..., None, :, :], candidates, form)[..., 0, :]
-  kept = int(UNCERTAIN_SHARE * (candidates.shape[-2] // OVERSAMPLE))
+  logits = sample(mask_logits[..., None, :, :], candidates, sampling)[..., 0, :]
+  kept = candidates.shape[-2] // config.oversample - extra.shape[-2]
   _, index = jax.lax.top_k(-jnp.abs(logits), kept)
   uncertain = jnp.take_along_axis(candidates, index[..., None], axis=-2)
   return jnp.concatenate([uncertain, extra], -2)
@@ -112,16 +109,18 @@ def set_loss(
   targets: Targets,
   draws: PointDraws,
   totals: Totals,
-  form: str,
+  config: Any,
+  sampling: str,
 ) -> dict[str, jax.Array]:
   """Weighted terms 'class', 'mask', 'dice' of one prediction set; 'query': matches int32 [n, k]."""
   null = class_logits.shape[-1] - 1
   still_class, still_masks = jax.lax.stop_gradient((class_logits, mask_logits))
   cost = matching_cost(
     still_class,
-    sample(still_masks, draws.matcher, form),
+    sample(still_masks, draws.matcher, sampling),
     targets.classes,
     sample_targets(targets, draws.matcher[:, None]),
+    config,
   )
   query = match(cost)
   real = _real(targets)
@@ -131,15 +130,17 @@ def set_loss(
   holds = query[:, None, :] == jnp.arange(class_logits.shape[1])[:, None]  # n q k, one k at most
   goal = jnp.max(jnp.where(holds, targets.classes[:, None, :], -1), -1)  # padding has -1 too
   goal = jnp.where(goal >= 0, goal, null)
-  weight = jnp.where(goal == null, NULL_WEIGHT, 1.0) * targets.weight[:, None]
+  weight = jnp.where(goal == null, config.null_weight, 1.0) * targets.weight[:, None]
   log_probability = jax.nn.log_softmax(class_logits, -1)
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
   class_loss = -jnp.sum(weight * picked / totals.class_weight[:, None])
 
   # Not mask_logits[frame, query], for which the masks of all devices' frames would be gathered.
   matched = jnp.take_along_axis(mask_logits, query[..., None, None], axis=1)  # n k h w
-  points = _loss_points(jax.lax.stop_gradient(matched), draws.candidates, draws.extra, form)
-  logits = sample(matched[:, :, None], points, form)[:, :, 0]
+  points = _loss_points(
+    jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
+  )
+  logits = sample(matched[:, :, None], points, sampling)[:, :, 0]
   truth = sample_targets(targets, points)
   cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)
   probability = jax.nn.sigmoid(logits)
@@ -147,9 +148,9 @@ def set_loss(
   dice = 1 - (2 * overlap + 1) / (jnp.sum(probability, -1) + jnp.sum(truth, -1) + 1)
   per_target = totals.targets[:, None]
   return {
-    'class': CLASS_WEIGHT * class_loss,
-    'mask': MASK_WEIGHT * jnp.sum(jnp.where(real, cross_entropy, 0.0) / per_target),
-    'dice': DICE_WEIGHT * jnp.sum(jnp.where(real, dice, 0.0) / per_target),
+    'class': config.class_weight * class_loss,
+    'mask': config.mask_weight * jnp.sum(jnp.where(real, cross_entropy, 0.0) / per_target),
+    'dice': config.dice_weight * jnp.sum(jnp.where(real, dice, 0.0) / per_target),
     'query': query,
   }
 
@@ -159,7 +160,8 @@ def loss(
   targets: Targets,
   draw: Callable[[jax.Array], PointDraws],
   totals: Totals,
-  form: str,
+  config: Any,
+  sampling: str,
 ) -> tuple[Float[Array, ''], dict[str, jax.Array]]:
   """Total loss and its weighted terms.
 
@@ -169,14 +171,15 @@ def loss(
     draw: the random points of a prediction set by its index.
     totals: of these frames, from the whole batch where they are a part of it: then the losses of
       the parts add up to that of the whole.
-    form: 'dense' or 'gather', see models.sampling.sample.
+    config: config.loss.
+    sampling: 'dense' or 'gather', see models.sampling.sample.
 
   Returns:
     The sum over sets and terms, and 'class', 'mask', 'dice' float32 [s], 'query' int32 [s, n, k].
   """
   # One set after the other: the points of all sets at once would be the peak of memory.
   terms = jax.lax.map(
-    lambda x: set_loss(x[0], x[1], targets, draw(x[2]), totals, form),
+    lambda x: set_loss(x[0], x[1], targets, draw(x[2]), totals, config, sampling),
     (outputs.class_logits, outputs.mask_logits, jnp.arange(outputs.mask_logits.shape[0])),
   )
   return sum(jnp.sum(terms[name]) for name in ('class', 'mask', 'dice')), terms

@@ -7,23 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax import losses
-from aavs_jax.losses import PointDraws, draw_points
-from aavs_jax.types import Outputs, Targets
+from aavs_jax.configs import base
+from aavs_jax.methods import set_loss
+from aavs_jax.methods.matching import Targets
+from aavs_jax.methods.set_loss import PointDraws, draw_points
+from aavs_jax.models.mask_decoder import Outputs
 
-SETS, FRAMES, QUERIES, CLASSES, POINTS = 2, 3, 5, 4, 8
+SETS, FRAMES, QUERIES, CLASSES = 2, 3, 5, 4
+LOSS = base.get_config().loss
+LOSS.points = 8
 
 
-@functools.partial(jax.jit, static_argnames='form')
-def run(outputs, targets, draws, totals=None, *, form):
+@functools.partial(jax.jit, static_argnames='sampling')
+def run(outputs, targets, draws, totals=None, *, sampling='gather'):
   """The loss with draws of all sets (a leading axis)."""
-  totals = losses.totals(targets, QUERIES) if totals is None else totals
+  totals = set_loss.totals(targets, QUERIES, LOSS) if totals is None else totals
   draw = lambda index: jax.tree.map(lambda leaf: leaf[index], draws)  # noqa: E731
-  return losses.loss(outputs, targets, draw, totals, form)
+  return set_loss.loss(outputs, targets, draw, totals, LOSS, sampling)
 
 
 def draw_all(key, targets):
-  of_sets = [draw_points(key, s, jnp.arange(FRAMES), targets, POINTS) for s in range(SETS)]
+  of_sets = [draw_points(key, s, jnp.arange(FRAMES), targets, LOSS) for s in range(SETS)]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_sets)
 
 
@@ -47,12 +51,11 @@ def _frames(tree, chosen, axis):
 def test_frames_of_weight_0_take_no_part(case):
   outputs, targets, draws = case
   masked = targets.replace(weight=jnp.asarray([1.0, 0.0, 1.0]))
-  total, _ = run(outputs, masked, draws, form='gather')
+  total, _ = run(outputs, masked, draws)
   alone, _ = run(
     _frames(outputs, [0, 2], 1), _frames(targets, [0, 2], 0), _frames(draws, [0, 2], 1),
-    form='gather',
   )  # fmt: skip
-  whole, _ = run(outputs, targets, draws, form='gather')
+  whole, _ = run(outputs, targets, draws)
   assert total == pytest.approx(float(alone), rel=1e-5)
   assert abs(float(total) - float(whole)) > 1e-3
 
@@ -61,11 +64,11 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole(case):
   outputs, targets, draws = case
   classes, group = jnp.asarray([[0, 2], [2, -1], [0, 2]]), jnp.asarray([0, 0, 2])
   targets = targets.replace(classes=classes, group=group)
-  totals = losses.totals(targets, QUERIES)
-  whole, _ = run(outputs, targets, draws, form='gather')
+  totals = set_loss.totals(targets, QUERIES, LOSS)
+  whole, _ = run(outputs, targets, draws)
   parts = [
     run(_frames(outputs, part, 1), _frames(targets, part, 0), _frames(draws, part, 1),
-        _frames(totals, part, 0), form='gather')[0]
+        _frames(totals, part, 0))[0]
     for part in ([0, 2], [1])
   ]  # fmt: skip
   assert sum(map(float, parts)) == pytest.approx(float(whole), rel=1e-5)
@@ -80,22 +83,22 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_clips_each_as_if_it_were_alone(c
     group=jnp.asarray([2, 1, 2]),
     weight=jnp.asarray([1.0, 0.0 if silent else 1.0, 1.0]),
   )
-  together, _ = run(outputs, targets, draws, form='gather')
+  together, _ = run(outputs, targets, draws)
   alone = []
   for frames in ([0, 2], [1])[: 1 if silent else 2]:
     clip = _frames(targets, frames, 0).replace(group=jnp.zeros(len(frames), int))
     parts = _frames(outputs, frames, 1), clip, _frames(draws, frames, 1)
-    alone.append(float(run(*parts, form='gather')[0]))
+    alone.append(float(run(*parts)[0]))
   assert float(together) == pytest.approx(np.mean(alone), rel=1e-5)
 
 
 def test_a_frame_draws_the_same_in_any_part_of_the_batch():
   key = jax.random.key(0)
-  whole = draw_points(key, 1, jnp.arange(FRAMES), 2, POINTS)
-  part = draw_points(key, 1, jnp.asarray([2]), 2, POINTS)
+  whole = draw_points(key, 1, jnp.arange(FRAMES), 2, LOSS)
+  part = draw_points(key, 1, jnp.asarray([2]), 2, LOSS)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[2], b[0]), whole, part)
   assert (whole.matcher[0] != whole.matcher[1]).any()
-  assert (whole.matcher != draw_points(key, 0, jnp.arange(FRAMES), 2, POINTS).matcher).any()
+  assert (whole.matcher != draw_points(key, 0, jnp.arange(FRAMES), 2, LOSS).matcher).any()
 
 
 def test_padded_targets_take_no_part(case):
@@ -107,8 +110,8 @@ def test_padded_targets_take_no_part(case):
     candidates=more.candidates.at[:, :, :2].set(draws.candidates),
     extra=more.extra.at[:, :, :2].set(draws.extra),
   )
-  total, terms = run(outputs, targets, draws, form='gather')
-  with_padding, padded_terms = run(outputs, padded, more, form='gather')
+  total, terms = run(outputs, targets, draws)
+  with_padding, padded_terms = run(outputs, padded, more)
   assert float(with_padding) == pytest.approx(float(total), rel=1e-5)
   np.testing.assert_array_equal(padded_terms['query'][:, :, :2], terms['query'])
 
@@ -116,7 +119,7 @@ def test_padded_targets_take_no_part(case):
 def test_a_batch_without_any_weight_has_no_loss(case):
   outputs, targets, draws = case
   empty = targets.replace(weight=jnp.zeros(FRAMES))
-  assert float(run(outputs, empty, draws, form='gather')[0]) == 0
+  assert float(run(outputs, empty, draws)[0]) == 0
 
 
 def test_perfect_predictions_have_almost_no_loss(case):
@@ -131,6 +134,46 @@ def test_perfect_predictions_have_almost_no_loss(case):
   # Truth at the resolution of the logits, so that both are sampled alike.
   labels = jnp.where(jnp.asarray(truth[:, 1]), 2, 0).astype(jnp.uint8)
   exact = targets.replace(labels=labels)
-  _, terms = run(Outputs(jnp.asarray(masks), jnp.asarray(classes)), exact, draws, form='gather')
+  _, terms = run(Outputs(jnp.asarray(masks), jnp.asarray(classes)), exact, draws)
   assert float(terms['class'].max()) < 1e-6
   np.testing.assert_array_equal(terms['query'], np.tile([0, 1], (SETS, FRAMES, 1)))
+
+
+def test_each_weight_weighs_its_term(case):
+  outputs, targets, draws = case
+  before = run(outputs, targets, draws)[1]
+  other = LOSS.copy_and_resolve_references()
+  other.update(
+    class_weight=2 * LOSS.class_weight, mask_weight=0.0, dice_weight=LOSS.dice_weight / 5
+  )
+  totals = set_loss.totals(targets, QUERIES, other)
+  draw = lambda index: jax.tree.map(lambda leaf: leaf[index], draws)  # noqa: E731
+  total, after = set_loss.loss(outputs, targets, draw, totals, other, 'gather')
+  for name, factor in (('class', 2), ('mask', 0), ('dice', 1 / 5)):
+    np.testing.assert_allclose(after[name], factor * before[name], rtol=1e-5)
+  np.testing.assert_array_equal(after['query'], before['query'])
+  assert total == pytest.approx(sum(float(after[n].sum()) for n in ('class', 'dice')), rel=1e-5)
+
+
+def test_the_null_class_weighs_as_the_config_says():
+  """Of one frame with one target, whose query is right: the class loss is a weighted mean."""
+  logits = jnp.zeros((1, QUERIES, CLASSES + 1))
+  targets = Targets(
+    jnp.ones((1, 4, 4), jnp.uint8), jnp.asarray([[1]]), jnp.ones(1), jnp.zeros(1, int)
+  )
+  config = LOSS.copy_and_resolve_references()
+  for config.null_weight in (0.1, 0.5):
+    found = set_loss.totals(targets, QUERIES, config).class_weight
+    assert found[0] == pytest.approx(1 + config.null_weight * (QUERIES - 1))
+    draws = draw_points(jax.random.key(0), 0, jnp.arange(1), 1, config)
+    masks = jnp.zeros((1, QUERIES, 4, 4))
+    # Every class is as likely as any other, so that each query's loss is the same: so is the mean.
+    terms = set_loss.set_loss(
+      logits, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
+    )
+    assert terms['class'] == pytest.approx(config.class_weight * np.log(CLASSES + 1), rel=1e-5)
+    sure = logits.at[:, :, CLASSES].set(50.0)  # only the target's query is wrong
+    terms = set_loss.set_loss(
+      sure, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
+    )
+    assert terms['class'] == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)

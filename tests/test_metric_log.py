@@ -5,8 +5,8 @@ import json
 import pytest
 from etils import epath
 
-from aavs_jax import logging
-from aavs_jax.logging import Writer, metrics_files
+from aavs_jax import metric_log
+from aavs_jax.metric_log import Writer, metrics_files
 
 
 @pytest.fixture(params=['disk', 'bucket'])
@@ -31,7 +31,7 @@ def _write(folder, resume_step, steps, **options):
 
 
 def test_steps_that_are_taken_again_are_there_once(folder, monkeypatch):
-  monkeypatch.setattr(logging, '_PART_ROWS', 3)
+  monkeypatch.setattr(metric_log, '_PART_ROWS', 3)
   folder.mkdir(parents=True, exist_ok=True)
   Writer(folder, 0).write('data', step=0, bad_clips=1)
   Writer(folder, 0).write('data', step=0, bad_clips=1)  # killed before its first checkpoint
@@ -91,7 +91,7 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(
 ):
   asked = []
   monkeypatch.setattr(
-    logging, 'SummaryWriter', lambda folder, purge_step: asked.append((folder, purge_step))
+    metric_log, 'SummaryWriter', lambda folder, purge_step: asked.append((folder, purge_step))
   )
   Writer(epath.Path(tmp_path), resume_step)
   assert asked == [(str(tmp_path), purged)]

@@ -1,18 +1,25 @@
 """Exact one-to-one matching of queries and targets, on the device."""
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from aavs_jax.mesh import on_each_device
 from aavs_jax.models.sampling import corners
-from aavs_jax.types import Targets
 
-CLASS_WEIGHT, MASK_WEIGHT, DICE_WEIGHT = 2.0, 5.0, 5.0  # of the loss
-# The release matches with class weight 1 where its loss has 2; mask and dice weigh the same. The
-# recorded assignments in tests/goldens are optimal with 1 and not with 2.
-MATCHING_CLASS_WEIGHT = 1.0
+
+@flax.struct.dataclass
+class Targets:
+  """Ground truth of a batch of frames: label maps and the label values present in each."""
+
+  labels: UInt8[Array, 'n h w']
+  classes: Int[Array, 'n k']  # -1 = padding
+  weight: Float[Array, ' n']
+  group: Int[Array, ' n']  # which clip of the batch: the loss is a mean over these; in 0..n-1
 
 
 def matching_cost(
@@ -20,11 +27,12 @@ def matching_cost(
   mask_logits: Float[Array, 'n q p'],
   target_classes: Int[Array, 'n k'],
   target_masks: Float[Array, 'n k p'],
+  config: Any,
 ) -> Float[Array, 'n q k']:
   """Cost of giving target k to query q, from the mask logits and targets at p shared points.
 
-  -class probability + 5 mean sigmoid cross-entropy + 5 dice. Padded targets (class -1) cost nothing
-  anywhere, so they take the queries that the real ones leave over.
+  Weighted as config.loss says: -class probability, mean sigmoid cross-entropy, dice. Padded targets
+  (class -1) cost nothing anywhere, so they take the queries that the real ones leave over.
   """
   probability = jax.nn.softmax(class_logits, -1)
   index = jnp.maximum(target_classes, 0)[:, None, :]
@@ -39,7 +47,9 @@ def matching_cost(
   total = jnp.sum(sigmoid, -1)[..., None] + jnp.sum(target_masks, -1)[:, None, :]
   dice_cost = 1 - (2 * overlap + 1) / (total + 1)
   cost = (
-    MATCHING_CLASS_WEIGHT * class_cost + MASK_WEIGHT * mask_cost / points + DICE_WEIGHT * dice_cost
+    config.matching_class_weight * class_cost
+    + config.matching_mask_weight * mask_cost / points
+    + config.matching_dice_weight * dice_cost
   )
   return jnp.where(target_classes[:, None, :] >= 0, cost, 0.0)
 

@@ -1,0 +1,90 @@
+"""The hand-over: stage 1's masks, the prior of stage 2 in validation and test."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from aavs_jax import config as config_lib
+from aavs_jax import distributed, methods
+from aavs_jax.console import Progress
+from aavs_jax.distributed import share
+from aavs_jax.input_pipeline import avsbench, files, masks, pipeline
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.predictor import Predictor, ahead, predict_clips
+from aavs_jax.state import digest
+from aavs_jax.work_folder import load_trained
+
+
+def write_masks(
+  workdir: str | Path, *, data: str, out: str | Path, splits: Sequence[str] = ('val', 'test')
+) -> int:
+  """The hand-over: stage 1's masks of every clip of the splits, OUT/{v1s,v1m,v2}/UID/{0..}.png.
+
+  Clips whose masks are there and sound already are left alone, so a killed run goes on where it
+  was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it. Of
+  several processes, all of which must call this, each writes its share of the clips.
+
+  Returns:
+    Number of clips written now, by all processes.
+
+  Raises:
+    UserError: the model is not of stage 1; `out` is a data set, holds masks of another model or
+      something else in their place; faults of model or data.
+  """
+  masks.refuse_data_set(out)
+  config, variables, step = load_trained(workdir)
+  if config.task != 'binary':
+    raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
+  clips = [
+    clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
+  ]
+  config_lib.require_fit(clips, config)
+  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(variables)})
+  size = config.data.eval_size
+  todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]
+  task, predictor = config_lib.task_of(config), Predictor(methods.of(config))
+  batches = predictor.batches(
+    config, todo, lambda item: pipeline.load_unlabelled_item(todo[item.clip], item, task)
+  )
+
+  def write(clip, scores):
+    masks.write_clip_masks(str(out), clip, (np.argmax(scores, 1) * 255).astype(np.uint8))
+
+  threads = config.data.threads
+  with (
+    Progress('masks of stage 1', len(todo), 'clips') as progress,
+    ThreadPoolExecutor(threads) as pool,
+  ):
+    writes = (
+      pool.submit(write, todo[index], scores)
+      for index, scores, _ in predict_clips(predictor, variables, batches)
+    )
+    for future in ahead(writes, threads):
+      future.result()
+      progress.advance(1)
+  # Not before all masks are there: what comes next may read those of any process.
+  return sum(distributed.gather(len(todo)))
+
+
+def _claim_masks(folder: Path, source: dict) -> None:
+  """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
+  found = masks.read_source(folder)
+  if found is not None:
+    if found['digest'] != source['digest']:
+      raise UserError(
+        f'{folder} holds masks of another model ({found["checkpoint"]}, step {found["step"]}): '
+        'remove it or name another folder'
+      )
+    return
+  for subset in avsbench.FRAMES:
+    if (folder / subset).exists():
+      raise UserError(
+        f'{folder} holds {subset} but no {masks.SOURCE}, so it is unknown which model wrote it: '
+        'remove it or name another folder'
+      )
+  # Every process has looked before the first mask is written.
+  distributed.wait_for_all('masks')
+  if distributed.is_first():
+    files.write_json(folder / masks.SOURCE, source)

@@ -1,0 +1,44 @@
+"""Methods of audio-visual segmentation, each a module with these functions and names:
+
+method(config) -> Method       what all else uses
+check(config, need)            refuses values of its sections of the config that cannot work by
+                               need(key, ok, what to use)
+MAY_BE_ZERO                    keys of them whose numbers may be 0; all others are positive
+"""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.methods.method import Method
+
+
+def module_of(config: ml_collections.ConfigDict) -> ModuleType:
+  """The module that config.method names. Raises UserError if there is none."""
+  name = config.method if '.' in config.method else f'{__name__}.{config.method}'
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+      raise  # it is there, and lacks another
+    raise UserError(
+      f'config.method is {config.method!r}: name a module of aavs_jax.methods, as aavs, or one of '
+      'your own with dots, as my_project.my_method, where Python finds it'
+    ) from None
+
+
+def of(config: ml_collections.ConfigDict) -> Method:
+  """The method of a config, in the sizes of the config."""
+  return module_of(config).method(config)
+
+
+def forms(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """How the method computes, see Method.forms, by the last part of each key."""
+  return {
+    key.rpartition('.')[2]: functools.reduce(getattr, key.split('.'), config)
+    for key in of(config).forms
+  }

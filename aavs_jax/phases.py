@@ -1,0 +1,190 @@
+"""The phases of a training: how long each is, what it begins with, and its step, built here alone.
+
+The release trains in two (method: 4): at first what is new but Swin's adapters, which are zero;
+then, from the best weights of the first, those too.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jax.sharding import Mesh
+
+from aavs_jax import steps
+from aavs_jax.input_pipeline import pipeline
+from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.mesh import state_sharding
+from aavs_jax.methods.method import Method
+from aavs_jax.optimizer import make_optimizer
+from aavs_jax.state import Flat, TrainState, create, flat_shapes, is_parameter, matches
+
+
+class Plan(NamedTuple):
+  """Of a training, in steps."""
+
+  steps_per_epoch: float
+  total: int
+  eval_every: int
+  boundary: int  # steps of phase 1, 0 if it is the only one
+
+  def validates(self, step: int) -> bool:
+    """Whether a validation follows a step, counted from 1."""
+    return step % self.eval_every == 0 or step in (self.total, self.boundary)
+
+  def validations(self, step: int) -> int:
+    """How many are left after a step, its own included."""
+    return -(-(self.total - step) // self.eval_every) + (step % self.eval_every == 0)
+
+  def phase_at(self, step: int) -> int:
+    """1 or 2: the phase in which step number `step` (from 0) is taken."""
+    return 2 if self.boundary and step >= self.boundary else 1
+
+  def steps_of(self, phase: int) -> int:
+    """How many steps a phase has."""
+    if not self.boundary:
+      return self.total
+    return self.boundary if phase == 1 else self.total - self.boundary
+
+  def step_of_phase(self, step: int) -> int:
+    """The place of a step, both from 0, in its phase."""
+    return step - self.boundary if self.phase_at(step) == 2 else step
+
+
+def plan(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) -> Plan:
+  """Of the training on clips, by a method of this unit; UserError if phases or batch do not fit."""
+  train = config.train
+  steps_per_epoch, frames = pipeline.epoch_size(
+    clips, config.data.item_frames, config.data.batch_items
+  )
+  total = max(1, round(train.epochs * steps_per_epoch))
+  boundary = round(train.phase2_epoch * steps_per_epoch)
+  if train.phase2_epoch and not 0 < boundary <= total:
+    raise UserError(
+      f'config.train.phase2_epoch is {train.phase2_epoch}, step {boundary} of {total}: let '
+      'phase 2 begin after the first step, at the very end if never, or use 0 for a single phase'
+    )
+  if frames % (jax.device_count() * train.accumulate * unit):
+    raise UserError(
+      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
+      f'{jax.device_count()} devices cannot share evenly in {train.accumulate} parts'
+      + (f' of whole clips, {unit} frames each' if unit > 1 else '')
+      + ': use a multiple of devices times config.train.accumulate'
+    )
+  eval_every = max(1, round(train.eval_every_epochs * steps_per_epoch))
+  return Plan(steps_per_epoch, total, eval_every, boundary)
+
+
+class Phase(NamedTuple):
+  """What training in a phase needs; all of it follows from the config."""
+
+  step: Callable  # jitted: (state, batch, key) -> next state, metrics; takes over the state
+  schedule: optax.Schedule  # learning rate by step of the phase
+  abstract: TrainState  # shapes and shardings of its state
+  begin: Callable  # jitted: (first numbers, best ones of phase 1 or None, step=0) -> state
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  method: Method,
+  mesh: Mesh,
+  phase: int,
+  steps_of_phase: int,
+  shapes: Flat | None = None,
+) -> Phase:
+  """The step of a phase and what belongs to it, as training, benchmarks and `aavs aot` run it.
+
+  Args:
+    config: the recipe.
+    method: of the config.
+    mesh: devices, which need not be there.
+    phase: 1 or 2.
+    steps_of_phase: for its schedule.
+    shapes: of all numbers of the model; by default those that the method begins with.
+
+  Raises:
+    UserError: nothing trains in this phase, see trainable_paths.
+  """
+  if shapes is None:
+    shapes = flat_shapes(method)
+  lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
+  optimizer, schedule = make_optimizer(config.optimizer, lr, steps_of_phase)
+  paths = trainable_paths(config, method, shapes, phase)
+
+  def begin(first, best=None, step=0):
+    flat = flat_of_phase(config, method, phase, first, best)
+    return create(flat, paths, optimizer, step, config.train.frozen_dtype)
+
+  abstract = jax.eval_shape(begin, shapes, shapes)
+  places = state_sharding(mesh, abstract)
+  step = functools.partial(
+    steps.train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
+  )
+  return Phase(
+    step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+    schedule=schedule,
+    abstract=jax.tree.map(placed, abstract, places),
+    begin=jax.jit(begin, static_argnames='step', out_shardings=places),
+  )
+
+
+def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  """A shape with a place."""
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def trainable_paths(
+  config: ml_collections.ConfigDict, method: Method, shapes: Mapping, phase: int
+) -> list[str]:
+  """Paths that train in a phase: all of train.trainable, but what waits in a first of two.
+
+  Raises:
+    UserError: a pattern matches no parameter of the model, or nothing trains in this phase.
+  """
+  patterns, params = config.train.trainable, list(filter(is_parameter, shapes))
+  idle = [pattern for pattern in patterns if not any(matches(path, [pattern]) for path in params)]
+  if idle:
+    raise UserError(
+      f'no parameter matches {idle[0]!r} of config.train.trainable: use regular expressions over '
+      f'paths such as {params[0]}'
+    )
+  first_of_two = phase == 1 and config.train.phase2_epoch
+  waiting = method.late if first_of_two else ()
+  paths = [path for path in params if matches(path, patterns) and not matches(path, waiting)]
+  if not paths:
+    raise UserError(
+      f'config.train.trainable is {tuple(patterns)}, all of which waits for phase 2: use '
+      'config.train.phase2_epoch=0 for a single phase'
+    )
+  return paths
+
+
+def flat_of_phase(
+  config: ml_collections.ConfigDict, method: Method, phase: int, first: Flat, best: Flat | None
+) -> Flat:
+  """The numbers with which a phase begins.
+
+  Phase 1 of two: the first ones, what waits for phase 2 zero. Phase 2: the best of phase 1 on
+  validation, what has waited as it was first initialised. With one phase: the first as they are.
+  """
+  if not config.train.phase2_epoch:
+    return first
+  if phase == 1:
+    return {
+      path: jnp.zeros_like(value) if matches(path, method.late) else value
+      for path, value in first.items()
+    }
+  return {
+    path: first[path] if matches(path, method.late) else value for path, value in best.items()
+  }
+
+
+def needed_later(config: ml_collections.ConfigDict, method: Method, first: Flat) -> Flat:
+  """The part of the first numbers that a later phase begins with."""
+  if not config.train.phase2_epoch:
+    return {}
+  return {path: value for path, value in first.items() if matches(path, method.late)}

@@ -1,0 +1,130 @@
+"""What a stage starts from: the numbers of another run, or of a converted checkpoint."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from aavs_jax import checkpoint
+from aavs_jax import config as config_lib
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.mesh import state_sharding
+from aavs_jax.methods.method import Method
+from aavs_jax.state import Flat, flatten, matches
+
+
+def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
+  """All numbers of the checkpoint that config.train.init names, by path.
+
+  Raises:
+    UserError: it cannot be read, it is the audio network alone, or it was trained with values that
+      no shape shows and that give its parameters another meaning.
+  """
+  work_folder = _work_folder_of_start(config)
+  note = checkpoint.converted(work_folder)
+  if note and note['kind'] == 'vggish':
+    raise UserError(
+      f'{config.train.init} holds VGGish alone: hand it to `aavs convert` with --vggish and start '
+      'from what that writes'
+    )
+  start, _ = checkpoint.load_flat(config.train.init)
+  other = config_lib.from_json(work_folder / 'config.json')
+  for key in ('method', *method.same):
+    ours, theirs = (functools.reduce(getattr, key.split('.'), c) for c in (config, other))
+    if theirs not in (ours, 'none'):
+      raise UserError(
+        f'config.{key} is {ours!r}, but {config.train.init} was trained with {theirs!r}: '
+        'start from a checkpoint of the same config.model'
+      )
+  return start
+
+
+def _work_folder_of_start(config: ml_collections.ConfigDict) -> epath.Path:
+  """The work folder that config.train.init is, or that the checkpoints it names belong to."""
+  start = epath.Path(config.train.init)
+  folders = (start, start.parent, start.parent.parent)
+  return next((folder for folder in folders if (folder / 'config.json').exists()), start)
+
+
+def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
+  """Patterns of the parameters that the start of config.train.init is known to lack.
+
+  None but for what `aavs convert` made of a network without sound (method: initialisation).
+  """
+  note = checkpoint.converted(_work_folder_of_start(config)) if config.train.init else None
+  return note['lacking'] if note else ()
+
+
+def first(
+  config: ml_collections.ConfigDict, method: Method, mesh: Mesh, key: jax.Array, given: Flat | None
+) -> tuple[Flat, list[str]]:
+  """The numbers of step 0, where they will be, and the paths that `given` does not fill.
+
+  Args:
+    config: names the start.
+    method: of the config.
+    mesh: of the training.
+    key: of what is initialised.
+    given: what the start holds, see load_start, or None.
+
+  Raises:
+    UserError: it does not fit, see fill.
+  """
+
+  def init(key):
+    return flatten(method.init(key))
+
+  # Created in their places: no device holds more than its part of the model.
+  places = state_sharding(mesh, jax.eval_shape(init, key))
+  fresh = jax.jit(init, out_shardings=places)(key)
+  return fill(fresh, given, method.of_stage, start_lacks(config))
+
+
+def fill(
+  fresh: Flat, start: Flat | None, of_stage: Sequence[str], lacks: Sequence[str] = ()
+) -> tuple[Flat, list[str]]:
+  """The numbers of step 0: fresh ones, overwritten by those of a start, in the same places.
+
+  Args:
+    fresh: as initialised from the seed.
+    start: of a checkpoint, or None.
+    of_stage: Method.of_stage.
+    lacks: patterns of what the start may lack besides.
+
+  Returns:
+    The numbers, and the paths that the start did not fill.
+
+  Raises:
+    UserError: the start lacks, has too much of, or disagrees in shape about anything else.
+  """
+  if start is None:
+    return dict(fresh), []
+  filled, lacking, problems = {}, [], []
+  for path, value in fresh.items():
+    found = start.get(path)
+    if found is not None and found.shape == value.shape:
+      filled[path] = _put_like(found, value)
+    elif matches(path, of_stage) or (found is None and matches(path, lacks)):
+      lacking.append(path)
+    else:
+      shape = 'missing' if found is None else f'of shape {found.shape}'
+      problems.append(f'{path} is {shape}, the model has {value.shape}')
+  extra = [path for path in start if path not in fresh and not matches(path, of_stage)]
+  problems += [f'{path} is unknown to the model' for path in extra]
+  if problems:
+    raise UserError(
+      f'train.init does not fit the model: {"; ".join(problems[:3])}'
+      f'{f" and {len(problems) - 3} more" if len(problems) > 3 else ""}; '
+      'start from a checkpoint of the same config.model'
+    )
+  return {**fresh, **filled}, lacking
+
+
+def _put_like(value: np.ndarray, like: jax.Array) -> jax.Array:
+  """The value where `like` is; every process has the whole of it and keeps its part."""
+  value = np.asarray(value, like.dtype)
+  return jax.make_array_from_callback(value.shape, like.sharding, lambda index: value[index])

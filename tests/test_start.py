@@ -1,0 +1,77 @@
+"""What a stage starts from."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from aavs_jax import checkpoint, methods
+from aavs_jax import config as config_lib
+from aavs_jax.configs import quick_stage1
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.start import fill, load_start, start_lacks
+from aavs_jax.state import create
+
+
+@pytest.fixture(scope='module')
+def work_folder(tmp_path_factory):
+  """Of three checkpoints, in which a weight is the number of the step; step 2 is the best."""
+  folder = tmp_path_factory.mktemp('run')
+  (folder / 'config.json').write_text(config_lib.to_json(quick_stage1.get_config()))
+  note = {
+    'kind': 'mask2former', 'source': 'start', 'vggish': '', 'lacking': ['aavs/audio_projection/'],
+    'names': [], 'unused': [],
+  }  # fmt: skip
+  (folder / checkpoint.CONVERTED).write_text(json.dumps(note))
+  with checkpoint.make_manager(folder / 'checkpoints', 3) as manager:
+    for step, score in ((1, 0.2), (2, 0.9), (3, 0.5)):
+      state = create({'aavs/w': jnp.full(2, float(step))}, ['aavs/w'], optax.sgd(1.0), step)
+      checkpoint.save(manager, state, 1, {'miou': score})
+  return folder
+
+
+@pytest.mark.parametrize(
+  ('start', 'step'), [('.', 2), ('checkpoints', 2), ('checkpoints/3', 3), ('checkpoints/1', 1)]
+)
+def test_a_start_is_a_work_folder_or_checkpoints_of_it(start, step, work_folder):
+  config = quick_stage1.get_config()
+  config.train.init = str(work_folder / start)
+  np.testing.assert_array_equal(load_start(config, methods.of(config))['aavs/w'], step)
+  assert start_lacks(config) == ['aavs/audio_projection/']
+  config.model.heads = 2
+  with pytest.raises(UserError, match=r'config\.model\.heads is 2, but .* was trained with 4'):
+    load_start(config, methods.of(config))
+
+
+def test_a_start_that_is_no_checkpoint_is_named(work_folder):
+  config = quick_stage1.get_config()
+  for start in ('checkpoints/4', 'checkpoint'):
+    config.train.init = str(work_folder / start)
+    with pytest.raises(UserError, match=f'{start} holds no checkpoint'):
+      load_start(config, methods.of(config))
+
+
+class TestStart:
+  def fresh(self):
+    return {'aavs/queries/features': jnp.zeros((4, 2)), 'aavs/fc/kernel': jnp.zeros((2, 3))}
+
+  def test_fills_all_but_what_is_specific_to_a_stage(self):
+    start = {'aavs/queries/features': np.ones((6, 2)), 'aavs/fc/kernel': np.ones((2, 3))}
+    params, lacking = fill(self.fresh(), start, ['aavs/queries/'])
+    assert lacking == ['aavs/queries/features']
+    np.testing.assert_array_equal(params['aavs/fc/kernel'], 1)
+    np.testing.assert_array_equal(params['aavs/queries/features'], 0)
+
+  @pytest.mark.parametrize(
+    ('start', 'words'),
+    [
+      ({}, 'aavs/fc/kernel is missing'),
+      ({'aavs/fc/kernel': np.ones((2, 4))}, r'of shape \(2, 4\), the model has \(2, 3\)'),
+      ({'aavs/fc/kernel': np.ones((2, 3)), 'aavs/x': np.ones(1)}, 'aavs/x is unknown'),
+    ],
+  )
+  def test_anything_else_is_refused_by_name(self, start, words):
+    with pytest.raises(UserError, match=words):
+      fill(self.fresh(), start, ['aavs/queries/'])
