@@ -3,7 +3,6 @@
 import collections
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -307,8 +306,8 @@ def evaluate(
     **summary,
   }
   if distributed.is_first():
-    write_json(out, result)
-    write_text(tables_file, tables.format_evaluation(result, markdown=True))
+    files.write_json(out, result)
+    files.write_text(tables_file, tables.format_evaluation(result, markdown=True))
   return result
 
 
@@ -406,7 +405,7 @@ def _claim_masks(folder: Path, source: dict) -> None:
   # Every process has looked before the first mask is written.
   distributed.wait_for_all('masks')
   if distributed.is_first():
-    write_json(note, source)
+    files.write_json(note, source)
 
 
 def reusable(path: Path, origin: Mapping) -> dict | None:
@@ -417,25 +416,3 @@ def reusable(path: Path, origin: Mapping) -> dict | None:
   except UserError:
     return None
   return result if all(result.get(key) == origin[key] for key in origin) else None
-
-
-def write_json(path: str | Path, value) -> None:
-  """Writes JSON under its final name only when it is complete."""
-  write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: str | Path, text: str) -> None:
-  """Writes a file under its final name only when it is complete."""
-  if '://' in str(path):  # a bucket's objects are written as a whole or not at all
-    epath.Path(path).write_text(text)
-    return
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Always the same name, so that what a killed writer leaves is there until the next one at most.
-  working = path.with_name(f'.writing-{path.name}')
-  try:
-    working.write_text(text)
-    working.replace(path)
-  except BaseException:
-    working.unlink(missing_ok=True)
-    raise
