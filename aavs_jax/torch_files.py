@@ -141,7 +141,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
   library = _library('safetensors.numpy' if path.suffix == _SAFETENSORS else 'torch', path)
   with files.writing(path) as working:
     if path.suffix == _SAFETENSORS:
-      library.save_file(tensors, working, metadata={'format': 'pt'})
+      # Not by save_file, whose file its owner alone may read.
+      working.write_bytes(library.save(tensors, metadata={'format': 'pt'}))
     else:
       with open(working, 'wb') as file:
         library.save({name: library.from_numpy(value) for name, value in tensors.items()}, file)

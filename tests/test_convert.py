@@ -135,8 +135,10 @@ def test_the_order_of_the_source_is_kept(files, tmp_path):
 
 
 def test_safetensors_and_back(files, run, tmp_path):
-  found = load_file(export(run, tmp_path / 'back.safetensors'))
-  same(found, load_file(files / 'stage1.safetensors'))
+  path = export(run, tmp_path / 'back.safetensors')
+  same(load_file(path), load_file(files / 'stage1.safetensors'))
+  (tmp_path / 'new').touch()
+  assert path.stat().st_mode == (tmp_path / 'new').stat().st_mode
 
 
 def test_vggish_by_itself_serves_as_the_audio_network(files, run, tmp_path):

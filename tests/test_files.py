@@ -46,7 +46,11 @@ def kind(request):
 
 def test_it_has_its_name_when_it_is_complete(kind, tmp_path):
   path = tmp_path / 'a' / 'b' / 'new.mp4'
-  write(path, kind, 'xyz', lambda: path.exists() and fail())
+
+  def meanwhile():
+    assert not path.exists()
+
+  write(path, kind, 'xyz', meanwhile)
   assert read(path, kind) == ('xyz' if kind == 'file' else ['x', 'xyz'])
   assert names(path.parent) == ['new.mp4']
 
