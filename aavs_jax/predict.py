@@ -4,9 +4,6 @@ Sources are read and answered window by window, so memory does not grow with the
 """
 
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +16,7 @@ from PIL import Image
 from aavs_jax import methods
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import audio, avsbench, files
-from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.overlay import overlay, overlay_binary
 from aavs_jax.predictor import Predictor
@@ -68,25 +65,14 @@ def predict(
 
   Raises:
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
-      this ends, but after SIGKILL.
+      this ends; after SIGKILL, until it is called again with the same `out`.
   """
   source, target = Path(source), _checked_target(Path(out))
   is_video = source.is_file()
   windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)
   answer = load_models(stage1, stage2)
 
-  # On the file system of the target, and before its missing parents are made.
-  parent = next(folder for folder in target.parents if folder.exists())
-  try:
-    working = Path(tempfile.mkdtemp(dir=parent, prefix='.writing-'))
-  except OSError as error:
-    if may_pass(error):
-      raise
-    raise UserError(
-      f'{target}: cannot be written ({error.strerror}), name another output folder.'
-    ) from error
-  try:
-    os.chmod(working, 0o755)
+  with files.writing_folder(target) as working:
     summary = []
     for images, log_mel in _hear(windows, source):
       masks, classes = answer(images, log_mel)
@@ -111,11 +97,6 @@ def predict(
         'frames': summary,
       },
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(working, target)
-  except BaseException:
-    shutil.rmtree(working, ignore_errors=True)
-    raise
   return Path(out)
 
 

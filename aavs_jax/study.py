@@ -2,8 +2,6 @@
 
 import functools
 import json
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
@@ -46,12 +44,12 @@ def run_study(
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
   _refuse_foreign(workdir)
-  if fresh and workdir.exists():
+  if fresh:
     if data and Path(data).is_relative_to(workdir):
       raise UserError(
         f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
       )
-    _remove(workdir)
+    files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
 
   say('[1] clips')
@@ -175,18 +173,11 @@ def _refuse_foreign(workdir: Path) -> None:
     )
 
 
-def _remove(workdir: Path) -> None:
-  """Deletes a study's folder; killed half-way, it leaves no half study under the old name."""
-  hidden = Path(tempfile.mkdtemp(dir=workdir.parent, prefix='.removing-'))
-  workdir.rename(hidden / workdir.name)
-  shutil.rmtree(hidden)
-
-
 def _claim(workdir: Path, settings: dict) -> None:
   mark = workdir / _MARK
   settings = json.loads(json.dumps(settings))
   if mark.exists():
-    if checkpoint.read_json(mark) != settings:
+    if files.read_json(mark, dict, 'restore it, or start anew with --fresh') != settings:
       raise UserError(
         f'{workdir} holds a study with other settings (see {mark}): name another --workdir, or '
         'start anew with --fresh'

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -14,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from aavs_jax.console import say
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 
 _TORCH = ('.pth', '.pt', '.bin')
@@ -140,20 +139,13 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
   """
   tensors = {name: np.array(value, order='C') for name, value in tensors.items()}
   library = _library('safetensors.numpy' if path.suffix == _SAFETENSORS else 'torch', path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, working = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
-  os.close(handle)
-  try:
+  with files.writing(path) as working:
     if path.suffix == _SAFETENSORS:
-      library.save_file(tensors, working, metadata={'format': 'pt'})
+      # Not by save_file, whose file its owner alone may read.
+      working.write_bytes(library.save(tensors, metadata={'format': 'pt'}))
     else:
       with open(working, 'wb') as file:
         library.save({name: library.from_numpy(value) for name, value in tensors.items()}, file)
-    os.chmod(working, 0o644)
-    os.replace(working, path)
-  except BaseException:
-    Path(working).unlink(missing_ok=True)
-    raise
 
 
 def _library(name: str, path: Path) -> ModuleType:

@@ -33,6 +33,7 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 _BAD_CLIPS = 'bad_clips.json'
+_RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
 
@@ -66,7 +67,7 @@ def _bad_clips(
   listing = workdir / _BAD_CLIPS
   begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
-    return checkpoint.read_json(listing, prepared.BAD_CLIPS)
+    return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
   bad = pipeline.find_bad_clips(distributed.share(clips), task, config.data.threads)
@@ -97,7 +98,7 @@ def claim(
       files.write_json(listing, found)
       files.write_json(workdir / _BAD_CLIPS, clips.bad)
     return
-  if checkpoint.read_json(listing) != found:
+  if files.read_json(listing, [str], _RESTORE) != found:
     raise UserError(
       f'{workdir} was begun with other clips than those of {config.data.root} (see {listing}): '
       'use the same data set or another --workdir'
@@ -157,7 +158,8 @@ def claim_inputs(
     found['data.masks'] = _masks_digest(config, val_clips)
   _require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
-  saved = checkpoint.read_json(path) if latest is not None and path.exists() else {}
+  begun = latest is not None and path.exists()
+  saved = files.read_json(path, dict, _RESTORE) if begun else {}
   for key, content in found.items():
     if content != saved.get(key, content):
       raise UserError(

@@ -134,8 +134,10 @@ def test_the_order_of_the_source_is_kept(files, tmp_path):
 
 
 def test_safetensors_and_back(files, run, tmp_path):
-  found = load_file(export(run, tmp_path / 'back.safetensors'))
-  same(found, load_file(files / 'stage1.safetensors'))
+  path = export(run, tmp_path / 'back.safetensors')
+  same(load_file(path), load_file(files / 'stage1.safetensors'))
+  (tmp_path / 'new').touch()
+  assert path.stat().st_mode == (tmp_path / 'new').stat().st_mode
 
 
 def test_vggish_by_itself_serves_as_the_audio_network(files, run, tmp_path):
@@ -367,15 +369,15 @@ def test_the_audio_network_is_asked_for(files, tmp_path, capsys):
 def test_nothing_is_overwritten_nor_left_behind(files, run, tmp_path, capsys, monkeypatch):
   source, vggish = files / 'stage1.safetensors', files / 'vggish.safetensors'
   out = tmp_path / 'out'
-  rename = os.rename
+  replace = os.replace
 
   def full_disk(old, new):
     if Path(new).parent == tmp_path:  # not within the folder that is being written
       raise OSError('disk full')
-    rename(old, new)
+    replace(old, new)
 
   with monkeypatch.context() as patch:
-    patch.setattr(os, 'rename', full_disk)
+    patch.setattr(os, 'replace', full_disk)
     with pytest.raises(OSError, match='disk full'):
       convert(source, out, vggish)
   assert not list(tmp_path.iterdir())

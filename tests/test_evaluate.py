@@ -396,7 +396,7 @@ class TestWriteMasks:
     first, last = sorted(written.glob('v2/*/7.png'))
     first.write_bytes(first.read_bytes()[:30])
     # As a writer leaves it that was killed after it had removed what was there.
-    shutil.move(last.parent, last.parent.with_name(f'.writing-{last.parent.name}'))
+    shutil.move(last.parent, last.parent.with_name(f'.{last.parent.name}.writing'))
     two_at_once(masks, 'write_clip_masks')
     assert hand_over.write_masks(stage1, data=data_root, out=written) == 2
     assert _contents(written) == before
@@ -476,6 +476,7 @@ from aavs_jax.input_pipeline import files
 from aavs_jax.predictor import local_variables
 from aavs_jax.state import digest
 from aavs_jax.work_folder import load_trained
+from aavs_jax import evaluate, mesh
 
 assert hand_over.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
 options = dict(data=data, out=f'{folder}/shared/r.json', maps=f'{folder}/maps')

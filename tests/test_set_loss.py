@@ -163,7 +163,7 @@ def test_the_null_class_weighs_as_the_config_says():
   )
   config = LOSS.copy_and_resolve_references()
   for config.null_weight in (0.1, 0.5):
-    found = set_loss.totals(targets, QUERIES, config).class_weight
+    found = np.asarray(set_loss.totals(targets, QUERIES, config).class_weight)
     assert found[0] == pytest.approx(1 + config.null_weight * (QUERIES - 1))
     draws = draw_points(jax.random.key(0), 0, jnp.arange(1), 1, config)
     masks = jnp.zeros((1, QUERIES, 4, 4))
@@ -171,9 +171,11 @@ def test_the_null_class_weighs_as_the_config_says():
     terms = set_loss.set_loss(
       logits, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
     )
-    assert terms['class'] == pytest.approx(config.class_weight * np.log(CLASSES + 1), rel=1e-5)
+    assert float(terms['class']) == pytest.approx(
+      config.class_weight * np.log(CLASSES + 1), rel=1e-5
+    )
     sure = logits.at[:, :, CLASSES].set(50.0)  # only the target's query is wrong
     terms = set_loss.set_loss(
       sure, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
     )
-    assert terms['class'] == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)
+    assert float(terms['class']) == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)
