@@ -35,10 +35,12 @@ def environment(cache: Path) -> dict[str, str]:
   }
 
 
-def start(workdir, data, environment, *overrides, program=_CLI) -> subprocess.Popen:
+def start(
+  workdir, data, environment, *overrides, program=_CLI, config='tests/tiny.py:stage1'
+) -> subprocess.Popen:
   """Starts the command line's training into a folder."""
   command = [
-    sys.executable, '-c', program, 'train', '--config', 'tests/tiny.py:stage1',
+    sys.executable, '-c', program, 'train', '--config', config,
     '--data', str(data), '--workdir', str(workdir), *overrides,
   ]  # fmt: skip
   return subprocess.Popen(
