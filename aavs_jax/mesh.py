@@ -1,6 +1,5 @@
 """Devices, and where each array lives on them."""
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aavs_jax.input_pipeline.errors import UserError
 
-# First match wins; an array no rule matches follows the FSDP rule below.
-PARTITION_RULES = ((r'relative_position_bias_table|norm|bias|_key$', PartitionSpec()),)
 FSDP_MIN_SIZE = 2**16  # smaller arrays are cheaper to copy than to gather
 
 
@@ -64,10 +61,7 @@ def on_each_device(f: Callable[..., Any]) -> Callable[..., Any]:
   return jax.shard_map(f, in_specs=frames, out_specs=frames, check_vma=False)
 
 
-def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-  for pattern, spec in PARTITION_RULES:
-    if re.search(pattern, path):
-      return spec
+def _spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
   if fsdp == 1 or np.prod(shape) < FSDP_MIN_SIZE:
     return PartitionSpec()
   divisible = [i for i, length in enumerate(shape) if length % fsdp == 0]
@@ -79,12 +73,8 @@ def _spec(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 def state_sharding(mesh: Mesh, abstract_state):
   """NamedSharding of every array of a state (parameters and the optimiser's copies of them)."""
-
-  def place(path, leaf):
-    name = '/'.join(str(getattr(k, 'key', getattr(k, 'name', k))) for k in path)
-    return NamedSharding(mesh, _spec(name, leaf.shape, mesh.shape['fsdp']))
-
-  return jax.tree_util.tree_map_with_path(place, abstract_state)
+  fsdp = mesh.shape['fsdp']
+  return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, fsdp)), abstract_state)
 
 
 def global_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:

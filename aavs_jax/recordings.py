@@ -145,19 +145,9 @@ def model(recording: Recording, sampling: str, dtype=jnp.float32) -> AAVS:
     return len(recording.arrays[f'param/{released_name(path)}'])
 
   points = rows('aavs/pixel_decoder/layer0/attention/weights/bias') // (c['dh'] * 3)  # of 3 levels
-  return AAVS(
-    num_classes=c['num_labels'],
+  config = CONFIGS[recording.stage].copy_and_resolve_references().model
+  config.update(
     num_queries=c[f'q{recording.stage}'],
-    use_prior=recording.stage == 2,
-    adapter_variant=CONFIGS[recording.stage].model.adapter_variant,
-    swin=FrozenDict(  # so that what is compiled for a model can be kept
-      embed_dim=c['ed'],
-      depths=tuple(c['depths']),
-      heads=tuple(c['heads']),
-      window=c['win'],
-      mlp_ratio=rows('aavs/backbone/stage0_block0/fc1/bias') // c['ed'],
-      drop_path=0.0,
-    ),
     hidden=c['hid'],
     heads=c['dh'],
     encoder_layers=c['encl'],
@@ -167,7 +157,20 @@ def model(recording: Recording, sampling: str, dtype=jnp.float32) -> AAVS:
     decoder_ffn=c['ff'],
     audio_hidden=rows('aavs/audio_projection/down/linear/bias'),
     sampling=sampling,
+  )
+  swin = FrozenDict(  # so that what is compiled for a model can be kept
+    embed_dim=c['ed'],
+    depths=tuple(c['depths']),
+    heads=tuple(c['heads']),
+    window=c['win'],
+    mlp_ratio=rows('aavs/backbone/stage0_block0/fc1/bias') // c['ed'],
+    drop_path=0.0,
+  )
+  return AAVS(
+    num_classes=c['num_labels'],
+    use_prior=recording.stage == 2,
     dtype=dtype,
+    **config.to_dict() | {'swin': swin},
   )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aavs_jax import methods, metrics, protocols
+from aavs_jax import methods, metrics, protocols, recordings
 from aavs_jax.console import say
 from aavs_jax.convert import from_released_layout, released_name, released_to_params
 from aavs_jax.input_pipeline import audio
@@ -23,31 +23,16 @@ from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.phases import flat_of_phase, trainable_paths
-from aavs_jax.recordings import (
-  CONFIGS,
-  Arrays,
-  Flat,
-  Recording,
-  draws,
-  inputs,
-  legible,
-  model,
-  read,
-  recording_of,
-  set_names,
-  start,
-  steps,
-  targets,
-)
+from aavs_jax.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
 from aavs_jax.state import flatten, unflatten
 from aavs_jax.types import Variables
 
 LOSS = CONFIGS[1].loss  # of both stages
 GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
 DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
-FORMS = ('gather', 'dense')
-# One compiled gradient a stage: each form's is compared in one of them, the rest in both forms.
-GRADIENT_FORM = {1: 'gather', 2: 'dense'}
+SAMPLINGS = ('gather', 'dense')
+# One compiled gradient a stage: each sampling's is compared in one of them, the rest in both.
+GRADIENT_SAMPLING = {1: 'gather', 2: 'dense'}
 # The release always takes masks to 384x384 and scores to 224x224, whatever the size of the images.
 IMAGE_SIZE, EVAL_SIZE = 384, 224
 INTERMEDIATE_MODULES = ('backbone', 'pixel_decoder', 'audio_projection')
@@ -153,7 +138,7 @@ def selftest(files: Sequence[str | Path] = ()) -> bool:
         '`aavs selftest stage1.npz`, or install a checkout of the project with pip install -e'
       )
     files = [GOLDENS / name for name in DEFAULT_FILES]
-  comparisons = [recognise(read(path)) for path in files]
+  comparisons = [recognise(recordings.read(path)) for path in files]
   device = jax.devices()[0]
   say(
     f'jax {jax.__version__} on {device.device_kind} ({device.platform}), 1 of {jax.device_count()}'
@@ -173,7 +158,7 @@ def selftest(files: Sequence[str | Path] = ()) -> bool:
 def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
   """The comparison that the arrays of a file are for. UserError if they are for none."""
   if 'config' in arrays:
-    return functools.partial(compare_model, recording_of(arrays))
+    return functools.partial(compare_model, recordings.recording_of(arrays))
   if 'vggish/parameter_order' in arrays:
     return functools.partial(compare_audio, arrays)
   if arrays.under('binary/') or arrays.under('semantic/'):
@@ -187,13 +172,13 @@ def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
 def compare_model(recording: Recording) -> Iterator[Table]:
   """A table for float32, and one for bfloat16, of a recorded model."""
   name = f'{recording.arrays.path.name}, stage {recording.stage}'
-  begin = start(recording)
+  begin = recordings.start(recording)
   errors: Errors = {}
-  for form in FORMS:
-    result = at_start(recording, begin, form)
+  for sampling in SAMPLINGS:
+    result = at_start(recording, begin, sampling)
     both = prediction_errors(recording, result.predictions) | loss_errors(recording, result)
     for quantity, found in both.items():
-      named = {f'{name}, {form}': error for name, error in found.items()}
+      named = {f'{name}, {sampling}': error for name, error in found.items()}
       errors[quantity] = errors.get(quantity, {}) | named
     if result.gradient is not None:
       errors['gradients'] = gradient_errors(recording, result.gradient)
@@ -202,8 +187,8 @@ def compare_model(recording: Recording) -> Iterator[Table]:
   for phase in (1, 2):
     errors = step_errors(recording, begin, phase, take_steps(recording, begin, phase))
     rows += [worst(quantity, found, f'phase {phase}: ') for quantity, found in errors.items()]
-  form = GRADIENT_FORM[recording.stage]
-  yield Table(f'{name}, float32; gradients and steps with sampling {form}', rows)
+  sampling = GRADIENT_SAMPLING[recording.stage]
+  yield Table(f'{name}, float32; gradients and steps with sampling {sampling}', rows)
 
   predictions = in_bfloat16(recording, begin)
   rows = [
@@ -266,14 +251,16 @@ def _compiled_evaluate(model: AAVS, trained: tuple[str, ...]):
   return jax.jit(run)
 
 
-def evaluate(recording: Recording, params: Flat, points: PointDraws, form: str) -> Evaluation:
-  """Predictions and loss in float32, with the stage's GRADIENT_FORM also the gradient."""
+def evaluate(recording: Recording, params: Flat, points: PointDraws, sampling: str) -> Evaluation:
+  """Predictions and loss in float32, with the stage's GRADIENT_SAMPLING also the gradient."""
   trained = ()
-  if form == GRADIENT_FORM[recording.stage]:
+  if sampling == GRADIENT_SAMPLING[recording.stage]:
     trained = tuple(trained_in(recording, params, 2))
-  run = _compiled_evaluate(model(recording, form), trained)
+  run = _compiled_evaluate(recordings.model(recording, sampling), trained)
   with jax.default_matmul_precision('highest'):
-    return jax.device_get(run(params, inputs(recording), targets(recording), points))
+    return jax.device_get(
+      run(params, recordings.inputs(recording), recordings.targets(recording), points)
+    )
 
 
 def trained_in(recording: Recording, params: Flat, phase: int) -> list[str]:
@@ -282,15 +269,15 @@ def trained_in(recording: Recording, params: Flat, phase: int) -> list[str]:
   return trainable_paths(config, methods.of(config), params, phase)
 
 
-def at_start(recording: Recording, begin: Flat, form: str) -> Evaluation:
+def at_start(recording: Recording, begin: Flat, sampling: str) -> Evaluation:
   """The evaluation that 'out', 'loss', 'grad' and 'post' of the recording describe."""
-  return evaluate(recording, begin, draws(recording, 'loss')[0], form)
+  return evaluate(recording, begin, draws(recording, 'loss')[0], sampling)
 
 
 def in_bfloat16(recording: Recording, begin: Flat) -> Predictions:
   """What the bfloat16 model predicts; its loss, float32 throughout, would tell nothing more."""
-  run = _compiled_predict(model(recording, 'dense', jnp.bfloat16))
-  return jax.device_get(run(begin, inputs(recording)))
+  run = _compiled_predict(recordings.model(recording, 'dense', jnp.bfloat16))
+  return jax.device_get(run(begin, recordings.inputs(recording)))
 
 
 @functools.cache
@@ -315,9 +302,9 @@ def take_steps(recording: Recording, begin: Flat, phase: int) -> Steps:
   trained = {path: params[path] for path in names}
   state = init(trained)
   totals, norms, queries = [], [], []
-  for step in range(steps(recording, phase)):
+  for step in range(recordings.steps(recording, phase)):
     points, _ = draws(recording, f'phase{phase}/{step}')
-    result = evaluate(recording, params, points, GRADIENT_FORM[recording.stage])
+    result = evaluate(recording, params, points, GRADIENT_SAMPLING[recording.stage])
     gradient = {path: result.gradient[path] for path in names}
     trained, state, norm = update(gradient, state, trained)
     params = {**params, **trained}
@@ -355,7 +342,7 @@ def loss_errors(recording: Recording, result: Evaluation) -> Errors:
     terms = {
       kind if name == 'final' else f'{kind}_{name}': result.terms[ours][i]
       for ours, kind in TERMS.items()
-      for i, name in enumerate(set_names(recording))
+      for i, name in enumerate(recordings.set_names(recording))
     }
     recorded = {name: np.squeeze(value) for name, value in weighted.items()}
     errors['loss terms'] = compare(terms, recorded, of_largest)

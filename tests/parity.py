@@ -17,14 +17,14 @@ def begin(stage: int) -> recordings.Flat:
 
 
 @functools.cache
-def at_start(stage: int, form: str) -> selftest.Evaluation:
+def at_start(stage: int, sampling: str) -> selftest.Evaluation:
   """The evaluation that 'out', 'loss', 'grad' and 'post' of the recording describe."""
-  return selftest.at_start(recording(stage), begin(stage), form)
+  return selftest.at_start(recording(stage), begin(stage), sampling)
 
 
 @functools.cache
-def forward_errors(stage: int, form: str) -> selftest.Errors:
-  result = at_start(stage, form)
+def forward_errors(stage: int, sampling: str) -> selftest.Errors:
+  result = at_start(stage, sampling)
   errors = selftest.prediction_errors(recording(stage), result.predictions)
   return errors | selftest.loss_errors(recording(stage), result)
 

@@ -6,21 +6,21 @@ from aavs_jax import selftest
 from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
-FORMS = pytest.mark.parametrize('form', ('gather', 'dense'))
+SAMPLINGS = pytest.mark.parametrize('sampling', ('gather', 'dense'))
 
 
-@FORMS
+@SAMPLINGS
 @STAGES
-def test_intermediates(stage, form):
-  errors = parity.forward_errors(stage, form)['intermediates']
+def test_intermediates(stage, sampling):
+  errors = parity.forward_errors(stage, sampling)['intermediates']
   assert len(errors) == 9
   assert max(errors.values()) < 1e-4, errors
 
 
-@FORMS
+@SAMPLINGS
 @STAGES
-def test_predictions(stage, form):
-  errors = parity.forward_errors(stage, form)['prediction sets']
+def test_predictions(stage, sampling):
+  errors = parity.forward_errors(stage, sampling)['prediction sets']
   assert len(errors) == 2 * 5
   assert max(errors.values()) < 1e-4, errors
 

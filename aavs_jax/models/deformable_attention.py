@@ -21,10 +21,9 @@ def attend_dense(
   locations: Float[Array, 'n q a l p 2'],
   weights: Float[Array, 'n q a l p'],
 ) -> Float[Array, 'n q a c']:
-  """Weighted sum of samples as one product a level: hat weights make an attention map, the map
+  """Weighted sum of samples as one product a level of an attention map and the values.
 
-  meets the values. Costs queries x pixels a head, without a gather or scatter: the form for TPUs.
-
+  Hat weights make the map, queries x pixels a head: no gather and no scatter, as TPUs want it.
   One frame's head after the other, each computed again in the backward pass, so that its map (14 MB
   in bfloat16 at the published size) stays on the chip; queries, the longest axis, are the last.
   """

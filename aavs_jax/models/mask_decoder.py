@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from aavs_jax.models.adapters import AdaptedProjection
 from aavs_jax.models.audio_queries import TorchDense
+from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.pixel_decoder import sine_positions
 from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
@@ -96,7 +97,7 @@ class DecoderLayer(nn.Module):
   @nn.compact
   def __call__(self, x, positions, memory, memory_positions, blocked):
     def norm(name, h):
-      return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)(h)
+      return layer_norm(self.dtype, name)(h)
 
     key = memory + memory_positions.astype(memory.dtype)
     cross = MaskedCrossAttention(self.heads, self.dtype, name='cross')
@@ -161,7 +162,7 @@ class MaskDecoder(nn.Module):
         )
       memory_positions.append(positions)
 
-    norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')
+    norm = layer_norm(self.dtype, 'norm')
     classify = TorchDense(self.num_classes + 1, name='class_predictor')
     embed = [nn.Dense(hidden, dtype=self.dtype, name=f'mask_embedding{i}') for i in range(3)]
 

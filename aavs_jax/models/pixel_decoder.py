@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from aavs_jax.models.deformable_attention import DeformableAttention
+from aavs_jax.models.norms import group_norm, layer_norm
 from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
 
@@ -85,10 +86,10 @@ class EncoderLayer(nn.Module):
       self.heads, self.points, self.adapter_variant, self.sampling, self.dtype, name='attention'
     )
     h = attention(x, positions, reference, shapes)
-    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm1')(x + h)
+    x = layer_norm(self.dtype, 'norm1')(x + h)
     h = nn.relu(nn.Dense(self.ffn, dtype=self.dtype, name='fc1')(x))
     h = nn.Dense(x.shape[-1], dtype=self.dtype, name='fc2')(h)
-    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm2')(x + h)
+    return layer_norm(self.dtype, 'norm2')(x + h)
 
 
 class PixelDecoder(nn.Module):
@@ -112,15 +113,15 @@ class PixelDecoder(nn.Module):
   def __call__(
     self, maps: Sequence[Float[Array, 'n y x c']]
   ) -> tuple[list[Float[Array, 'n y x d']], Float[Array, 'n h w d']]:
-    def group_norm(name):
-      return nn.GroupNorm(min(32, self.hidden), epsilon=1e-5, dtype=self.dtype, name=name)
+    def norm(name):
+      return group_norm(min(32, self.hidden), self.dtype, name)
 
     level_embedding = self.param('level_embedding', nn.initializers.normal(1.0), (3, self.hidden))
     tokens, positions, reference, shapes = [], [], [], []
     for level, features in enumerate(reversed(maps[1:])):
       n, height, width, _ = features.shape
       projection = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name=f'input{level}_projection')
-      h = group_norm(f'input{level}_norm')(projection(features))
+      h = norm(f'input{level}_norm')(projection(features))
       tokens.append(h.reshape(n, height * width, self.hidden))
       sines = sine_positions(height, width, self.hidden).reshape(-1, self.hidden)
       positions.append(sines + level_embedding[level])
@@ -156,10 +157,10 @@ class PixelDecoder(nn.Module):
       start += height * width
 
     lateral = nn.Conv(self.hidden, (1, 1), use_bias=False, dtype=self.dtype, name='lateral')
-    h = group_norm('lateral_norm')(lateral(maps[0]))
+    h = norm('lateral_norm')(lateral(maps[0]))
     finest = outputs[-1].transpose(0, 3, 1, 2)
     h = h + resize(finest, maps[0].shape[1:3]).transpose(0, 2, 3, 1)
     smooth = Convolution(self.hidden, self.dtype, name='smooth')
-    h = nn.relu(group_norm('smooth_norm')(smooth(h)))
+    h = nn.relu(norm('smooth_norm')(smooth(h)))
     mask_features = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name='mask_features')(h)
     return outputs, mask_features

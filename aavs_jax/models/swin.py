@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from aavs_jax.models.adapters import Adapter
+from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.repeat import run_layers
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
@@ -84,7 +85,7 @@ class SwinBlock(nn.Module):
     window = self.window
     shift = window // 2 if self.shifted else 0
 
-    h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm1')(x)
+    h = layer_norm(self.dtype, 'norm1')(x)
     pad_y, pad_x = -height % window, -width % window
     h = jnp.pad(h, ((0, 0), (0, pad_y), (0, pad_x), (0, 0)))
     rows, columns = (height + pad_y) // window, (width + pad_x) // window
@@ -106,7 +107,7 @@ class SwinBlock(nn.Module):
       h = jnp.where(kept, h / keep, 0).astype(h.dtype)
     x = x + h
 
-    h = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm2')(x)
+    h = layer_norm(self.dtype, 'norm2')(x)
     h = nn.Dense(dim * self.mlp_ratio, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
     h = nn.gelu(h, approximate=False)
     h = nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h)
@@ -125,7 +126,7 @@ class PatchMerging(nn.Module):
     x = x.reshape(n, (height + 1) // 2, 2, (width + 1) // 2, 2, dim)
     # Column-major inside the 2x2 patch, the order of the published weights.
     x = x.transpose(0, 1, 3, 4, 2, 5).reshape(n, (height + 1) // 2, (width + 1) // 2, 4 * dim)
-    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='norm')(x)
+    x = layer_norm(self.dtype, 'norm')(x)
     return nn.Dense(
       2 * dim, use_bias=False, kernel_init=_trunc_normal, dtype=self.dtype, name='reduction'
     )(x)
@@ -154,7 +155,7 @@ class Swin(nn.Module):
     x = nn.Conv(
       self.embed_dim, (4, 4), (4, 4), padding='VALID', dtype=self.dtype, name='patch_embed'
     )(x)
-    x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name='patch_norm')(x)
+    x = layer_norm(self.dtype, 'patch_norm')(x)
     maps = []
     for stage, (depth, heads) in enumerate(zip(self.depths, self.heads)):
       blocks = [
@@ -179,7 +180,7 @@ class Swin(nn.Module):
         remat=self.remat,
         rng='drop_path' if train and self.drop_path > 0 else None,
       )
-      norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f'stage{stage}_norm')
+      norm = layer_norm(self.dtype, f'stage{stage}_norm')
       maps.append(norm(x))
       if stage < len(self.depths) - 1:
         x = PatchMerging(self.dtype, name=f'stage{stage}_merge')(x)
