@@ -65,7 +65,7 @@ def predict(
 
   Raises:
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
-      this ends; after SIGKILL, until it is called again with the same `out`.
+      this ends; what SIGKILL leaves goes with the next call for `out`.
   """
   source, target = Path(source), _checked_target(Path(out))
   is_video = source.is_file()
