@@ -1,10 +1,9 @@
 """The paper's main table from released checkpoints: conversion, masks, evaluations, comparison."""
 
-import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.logging import say
-from aavs_jax.state import merge
+from aavs_jax.stepping_stones import Evaluation, scores
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
 _SCORES = ('miou', 'fscore')
@@ -33,18 +32,16 @@ class Row(NamedTuple):
   """A row of the table: what is evaluated, and what the paper reports (Table 1)."""
 
   name: str
-  model: str  # a key of _MODELS
-  subsets: tuple[str, ...]
-  oracle: bool  # ground truth as the prior
+  evaluation: Evaluation  # of a key of _MODELS
   paper: tuple[float, float]  # mIoU and F in percent
 
 
-_ALL = tuple(avsbench.FRAMES)
+_OF_STAGE2 = Evaluation('stage2', prior='masks', subsets=tuple(avsbench.FRAMES))
 ROWS = {
-  's4': Row('S4', 's4', ('v1s',), False, (83.2, 91.3)),
-  'ms3': Row('MS3', 'ms3', ('v1m',), False, (67.3, 77.6)),
-  'avss': Row('AVSS', 'stage2', _ALL, False, (48.5, 53.2)),
-  'avss_oracle': Row('AVSS, ground-truth masks', 'stage2', _ALL, True, (64.9, 67.0)),
+  's4': Row('S4', Evaluation('s4', subsets=('v1s',)), (83.2, 91.3)),
+  'ms3': Row('MS3', Evaluation('ms3', subsets=('v1m',)), (67.3, 77.6)),
+  'avss': Row('AVSS', _OF_STAGE2, (48.5, 53.2)),
+  'avss_oracle': Row('AVSS, ground-truth masks', _OF_STAGE2._replace(prior='oracle'), (64.9, 67.0)),
 }
 
 
@@ -96,54 +93,38 @@ def reproduce(
     )
   given = {'s4': s4, 'ms3': ms3, 'stage1': stage1, 'stage2': stage2}
   sources = {model: Path(path) for model, path in given.items() if path}
-  for row in ROWS.values():  # now, not after hours
-    if row.model in sources:
-      clips = avsbench.read_index(data, 'test', row.subsets)
-      if row.model == 'stage2':
-        avsbench.require_classes(clips)
-
+  evaluations = _evaluations(sources, data)
   say('[1] conversion of the released checkpoints')
-  audio = _identity(vggish)
-  for model, source in sources.items():
-    made_of = {'checkpoint': _identity(source), 'vggish': audio, 'data': data}
-    _convert(model, source, vggish, workdir / model, made_of)
-    _set_batch(workdir / model / 'config.json', batch_items)
+  _convert_all(workdir, sources, vggish, data, batch_items)
   say("[2] stage 1's masks of the test split, the prior of stage 2")
-  if masks:
-    _claim_masks(workdir, str(masks), avsbench.read_index(data, 'test'))
-  else:
-    masks = workdir / 'masks'
-    if not evaluate.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
-      say('  all there')
-
+  masks = _masks(workdir, masks, data)
   say('[3] evaluation on the test split')
-
-  @functools.cache
-  def origin(model):
-    flat, step = checkpoint.load_params(workdir / model)
-    return {'checkpoint_step': step, 'checkpoint_digest': evaluate.digest(merge(flat, {}))}
-
-  result = {}
-  for key, row in ROWS.items():
-    ours = None
-    if row.model in sources:
-      prior = row.model == 'stage2' and not row.oracle
-      out = workdir / 'eval' / f'{key}.json'
-      wanted = origin(row.model) | {'masks_digest': evaluate.masks_digest(masks) if prior else None}
-      scores = evaluate.reusable(out, wanted) or evaluate.evaluate(
-        workdir / row.model,
-        data=data,
-        out=out,
-        subsets=row.subsets,
-        oracle=row.oracle,
-        mask_folder=str(masks) if prior else '',
-      )
-      ours = {name: 100 * scores['overall'][name] for name in _SCORES}
-    paper = dict(zip(_SCORES, row.paper))
-    difference = ours and {name: ours[name] - paper[name] for name in _SCORES}
-    result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
+  result = _beside_paper(scores(evaluations, workdir, data=data, masks=masks))
   evaluate.write_json(workdir / 'table.json', result)
   evaluate.write_text(workdir / 'table.md', format_table(result) + '\n')
+  return result
+
+
+def _evaluations(models: Collection[str], data: str) -> dict[str, Evaluation]:
+  """Those of the rows whose model is there; what is wrong with the data shows now, not in hours."""
+  result = {key: row.evaluation for key, row in ROWS.items() if row.evaluation.stage in models}
+  for evaluation in result.values():
+    clips = avsbench.read_index(data, 'test', evaluation.subsets)
+    if evaluation.stage == 'stage2':
+      avsbench.require_classes(clips)
+  return result
+
+
+def _beside_paper(evaluations: Mapping[str, Mapping]) -> dict[str, dict]:
+  """The rows of the table, of those evaluations that there are."""
+  result = {}
+  for key, row in ROWS.items():
+    paper = dict(zip(_SCORES, row.paper))
+    ours = difference = None
+    if key in evaluations:
+      ours = {name: 100 * evaluations[key]['overall'][name] for name in _SCORES}
+      difference = {name: ours[name] - paper[name] for name in _SCORES}
+    result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
   return result
 
 
@@ -180,6 +161,15 @@ def _identity(path: str | Path) -> str:
     raise UserError(f'{path} cannot be read ({error.strerror}): name a checkpoint file') from error
 
 
+def _convert_all(
+  workdir: Path, sources: Mapping[str, Path], vggish: str | Path, data: str, batch_items: int
+) -> None:
+  made_of = {'vggish': _identity(vggish), 'data': data}
+  for model, source in sources.items():
+    _convert(model, source, vggish, workdir / model, {'checkpoint': _identity(source), **made_of})
+    _set_batch(workdir / model / 'config.json', batch_items)
+
+
 def _convert(
   model: str, source: Path, vggish: str | Path, folder: Path, made_of: Mapping[str, str]
 ) -> None:
@@ -209,6 +199,17 @@ def _convert(
     raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}{hint}')
   evaluate.write_json(working / _SOURCE, made_of)
   os.replace(working, folder)
+
+
+def _masks(workdir: Path, given: str | Path, data: str) -> Path:
+  """The folder of stage 1's masks: the given one, once they are read, or one of its model's."""
+  if given:
+    _claim_masks(workdir, str(given), avsbench.read_index(data, 'test'))
+    return Path(given)
+  folder = workdir / 'masks'
+  if not evaluate.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',)):
+    say('  all there')
+  return folder
 
 
 def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:

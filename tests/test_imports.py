@@ -49,15 +49,16 @@ RANK = {
   'predict': 8,
   'work_folder': 8,
   'train': 9,
-  'report': 8,
+  'report': 11,
   'bench': 8,
   'aot': 9,
   'convert': 8,
-  'study': 10,
-  'reproduce': 9,
+  'stepping_stones': 10,
+  'study': 12,
+  'reproduce': 11,
   'recordings': 9,
   'selftest': 10,
-  'cli': 12,
+  'cli': 13,
 }
 
 
