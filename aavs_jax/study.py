@@ -13,11 +13,9 @@ from aavs_jax.input_pipeline import avsbench, prepared
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import Progress, duration, say
-from aavs_jax.report import write_report
+from aavs_jax.report import STUDY, write_report
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.train import train
-
-_MARK = 'study.json'
 
 
 def run_study(
@@ -135,9 +133,9 @@ def _format_comparison(table: dict) -> str:
 
 def _refuse_foreign(workdir: Path) -> None:
   """UserError for a folder that holds something, but no study."""
-  if workdir.exists() and any(workdir.iterdir()) and not (workdir / _MARK).exists():
+  if workdir.exists() and any(workdir.iterdir()) and not (workdir / STUDY).exists():
     raise UserError(
-      f'{workdir} holds files but no {_MARK}, so it was not made by a study: name a new or empty '
+      f'{workdir} holds files but no {STUDY}, so it was not made by a study: name a new or empty '
       'folder with --workdir'
     )
 
@@ -150,7 +148,7 @@ def _remove(workdir: Path) -> None:
 
 
 def _claim(workdir: Path, settings: dict) -> None:
-  mark = workdir / _MARK
+  mark = workdir / STUDY
   settings = json.loads(json.dumps(settings))
   if mark.exists():
     if checkpoint.read_json(mark) != settings:
