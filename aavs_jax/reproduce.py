@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aavs_jax import checkpoint, evaluate
+from aavs_jax import checkpoint, evaluate, tables
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
 from aavs_jax.input_pipeline import avsbench
@@ -24,6 +24,12 @@ _HINTS = {  # what else to say where another checkpoint is given
   'ms3': _ONE_LINK,
   'stage1': ', or with --masks the folder of its masks, all that its authors have released of it',
   'stage2': _ONE_LINK,
+}
+_FOUND = {  # what a file may be: a kind of `aavs convert`, or what its model's config says
+  **KINDS,
+  'stage 1': 'a checkpoint of stage 1, S4 or MS3',
+  'stage 2': 'a checkpoint of stage 2',
+  'end to end': 'a model of classes without a prior',
 }
 _MODELS = {'s4': 'S4', 'ms3': 'MS3', 'stage1': 'stage 1 of AVSS', 'stage2': 'stage 2 of AVSS'}
 
@@ -136,15 +142,12 @@ def format_table(result: Mapping[str, Mapping]) -> str:
     values = [f'{round(scores[name], 1) + 0.0:{form}}' for name in _SCORES] if scores else ['-']
     return ' / '.join(values)
 
-  lines = [
-    f'| {"test split, mIoU / F":24} | {"paper":>11} | {"ours":>11} | {"difference":>13} |',
-    f'| {"-" * 24} | {"-" * 10}: | {"-" * 10}: | {"-" * 12}: |',
-  ]
+  # As wide as most numbers, so that tables of two runs differ in numbers alone.
+  rows = [['test split, mIoU / F', 'paper', f'{"ours":>11}', f'{"difference":>13}']]
   for row in result.values():
-    paper, ours = cell(row['paper'], '.1f'), cell(row['ours'], '.1f')
-    difference = cell(row['difference'], '+.1f')
-    lines.append(f'| {row["name"]:24} | {paper:>11} | {ours:>11} | {difference:>13} |')
-  return '\n'.join(lines)
+    scores = cell(row['paper'], '.1f'), cell(row['ours'], '.1f'), cell(row['difference'], '+.1f')
+    rows.append([row['name'], *scores])
+  return tables.aligned(rows, 1, markdown=True)
 
 
 def _identity(path: str | Path) -> str:
@@ -186,17 +189,13 @@ def _convert(
   shutil.rmtree(working, ignore_errors=True)
   kind = convert(source, working, vggish)['kind']
   config = config_lib.from_json(working / 'config.json')
-  stage1, stage2 = 'a checkpoint of stage 1, S4 or MS3', 'a checkpoint of stage 2'
-  if kind != 'aavs':
-    found = KINDS[kind]
-  elif config.use_prior:
-    found = stage2
-  else:
-    found = stage1 if config.task == 'binary' else 'a model of classes without a prior'
-  if found != (stage2 if model == 'stage2' else stage1):
+  found = config_lib.stage_of(config) if kind == 'aavs' else kind
+  if found != ('stage 2' if model == 'stage2' else 'stage 1'):
     shutil.rmtree(working)
     hint = _HINTS.get(model, '')
-    raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}{hint}')
+    raise UserError(
+      f'--{model} {source} is {_FOUND[found]}: give the checkpoint of {_MODELS[model]}{hint}'
+    )
   evaluate.write_json(working / _SOURCE, made_of)
   os.replace(working, folder)
 
