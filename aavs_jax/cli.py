@@ -18,6 +18,24 @@ from aavs_jax import configs
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 _CONFIGS = Path(configs.__path__[0])
+_CONFIG_FILE = 'config file; override with --config.KEY=VALUE'
+
+
+def _compose_arguments(sub) -> None:
+  sub.add_argument('root', help='folder to write')
+  sub.add_argument('--train', default='240,240,120', help='clips of v1s,v1m,v2 (%(default)s)')
+  sub.add_argument('--val', default='12,20,8', help='(%(default)s)')
+  sub.add_argument('--test', default='30,60,30', help='(%(default)s)')
+  sub.add_argument('--classes', type=int, default=8, help='2 to 70 (%(default)s)')
+  sub.add_argument('--size', default='160x120', help='of the frames (%(default)s)')
+  sub.add_argument('--seed', type=int, default=0)
+  sub.add_argument('--sprites', help='DIR/CLASS/*.png with alpha, *.wav|*.ogg|*.flac, to show')
+  sub.add_argument(
+    '--layout',
+    default='semantic',
+    choices=('semantic', 'object'),
+    help='object: as AVSBench-object, v1s and v1m alone, 224x224, binary labels (%(default)s)',
+  )
 
 
 def _compose(args) -> None:
@@ -61,6 +79,11 @@ def _size(text: str) -> tuple[int, int]:
   return width, height
 
 
+def _check_data_arguments(sub) -> None:
+  sub.add_argument('root')
+  sub.add_argument('--json', help='also write the report here')
+
+
 def _check_data(args) -> int:
   from aavs_jax.console import Progress, say
   from aavs_jax.input_pipeline.avsbench import read_index
@@ -73,6 +96,27 @@ def _check_data(args) -> int:
   if args.json:
     write_json(args.json, report)
   return 0 if report['ok'] else 1
+
+
+def _prepare_arguments(sub) -> None:
+  sub.add_argument('root', help='the data set, in either layout')
+  sub.add_argument('out', help='new folder, or one to go on with; then --data of the others')
+  sub.add_argument(
+    '--image-size', type=int, default=384, help='config.data.image_size (%(default)s)'
+  )
+  sub.add_argument('--eval-size', type=int, default=224, help='config.data.eval_size (%(default)s)')
+  sub.add_argument(
+    '--jpeg',
+    type=int,
+    default=0,
+    metavar='QUALITY',
+    help='store frames with loss, as 95 for a third of the size; 0 without (%(default)s)',
+  )
+  sub.add_argument('--workers', type=int, help='processes (one a core)')
+  sub.add_argument(
+    '--on-bad-clip', default='error', choices=('error', 'skip'), help='skip: leave it out'
+  )
+  sub.add_argument('--max-bad-clips', type=int, default=0, help='with skip; more are an error')
 
 
 def _prepare(args) -> None:
@@ -106,6 +150,31 @@ def _prepare(args) -> None:
     )
 
 
+def _distributed_argument(sub) -> None:
+  sub.add_argument(
+    '--distributed',
+    nargs='?',
+    const='auto',
+    metavar='HOST:PORT,PROCESSES,INDEX',
+    help='one of several processes; without a value on Cloud TPU, Slurm and GKE',
+  )
+
+
+def _train_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help=_CONFIG_FILE)
+  sub.add_argument('--workdir', required=True, help='where config, metrics and checkpoints go')
+  sub.add_argument('--data', help='the data set (or --config.data.root)')
+  sub.add_argument(
+    '--profile',
+    metavar='START:STOP',
+    help='trace the steps after number START up to STOP into WORKDIR/profile',
+  )
+  sub.add_argument(
+    '--wandb', default='', metavar='PROJECT', help='also send metrics to Weights & Biases'
+  )
+  _distributed_argument(sub)
+
+
 def _train(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax import wandb_run
@@ -130,6 +199,14 @@ def _range(text: str) -> tuple[int, int]:
   return start, stop
 
 
+def _masks_arguments(sub) -> None:
+  sub.add_argument('--workdir', required=True, help='of stage 1')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', required=True)
+  sub.add_argument('--splits', default='val,test', help='(%(default)s)')
+  _distributed_argument(sub)
+
+
 def _masks(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.hand_over import write_masks
@@ -138,6 +215,24 @@ def _masks(args) -> None:
     args.workdir, data=args.data, out=args.out, splits=tuple(args.splits.split(','))
   )
   say(f'masks of {written} clips written, the others were there; all in {args.out}')
+
+
+def _eval_arguments(sub) -> None:
+  sub.add_argument('--workdir', required=True)
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', required=True, help='JSON file; the tables go beside it, as Markdown')
+  sub.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+  sub.add_argument('--subsets', help='of v1s,v1m,v2, if not those it was trained on')
+  sub.add_argument(
+    '--audio',
+    default='true',
+    choices=('true', 'other', 'silence', 'noise', 'offscreen'),
+    help="what the model hears: its clip, another clip, nothing, noise, a clip of what isn't seen",
+  )
+  sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
+  sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
+  sub.add_argument('--maps', help='folder for the predicted maps')
+  _distributed_argument(sub)
 
 
 def _eval(args) -> None:
@@ -160,6 +255,13 @@ def _eval(args) -> None:
   say(f'written to {args.out} and {Path(args.out).with_suffix(".md")}')
 
 
+def _predict_arguments(sub) -> None:
+  sub.add_argument('source')
+  sub.add_argument('--stage1', help='work folder of stage 1')
+  sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
+  sub.add_argument('--out', required=True)
+
+
 def _predict(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.predict import predict
@@ -174,12 +276,23 @@ def _predict(args) -> None:
   say(f'masks and overlays in {out}')
 
 
+def _convert_arguments(sub) -> None:
+  sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
+  sub.add_argument('out', help='new work folder')
+  sub.add_argument('--vggish', default='', help="torchvggish's file, or a folder made of it")
+
+
 def _convert(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.convert import convert
 
   convert(args.source, args.out, args.vggish)
   say(f'written to {args.out}')
+
+
+def _export_arguments(sub) -> None:
+  sub.add_argument('workdir')
+  sub.add_argument('out', help='new file, .pth or .safetensors')
 
 
 def _export(args) -> None:
@@ -189,11 +302,21 @@ def _export(args) -> None:
   say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
 
 
+def _report_arguments(sub) -> None:
+  sub.add_argument('workdir')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--out', help='HTML file (WORKDIR/report.html)')
+
+
 def _report(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.report import write_report
 
   say(f'open {write_report(args.workdir, args.data, args.out)}')
+
+
+def _recipe_arguments(sub) -> None:
+  sub.add_argument('config', nargs='?', help='config file; without it, all published recipes')
 
 
 def _recipe(args) -> None:
@@ -207,6 +330,23 @@ def _recipe(args) -> None:
   else:
     say(recipe.format_recipes(recipe.published()))
     say('NAME is configs/NAME.py, NAME:VARIANT configs/NAME.py:VARIANT; base is configs/base.py')
+
+
+def _reproduce_arguments(sub) -> None:
+  sub.add_argument('--data', required=True, help='AVSBench-semantic')
+  prior = sub.add_mutually_exclusive_group(required=True)
+  prior.add_argument(
+    '--masks', default='', help='released masks of stage 1 of AVSS, {v1s,v1m,v2}/UID/{0..}.png'
+  )
+  prior.add_argument('--stage1', default='', help='or the checkpoint of stage 1 that makes them')
+  sub.add_argument('--stage2', required=True, help='released checkpoint of stage 2 of AVSS')
+  sub.add_argument('--vggish', required=True, help="torchvggish's file, or a folder made of it")
+  sub.add_argument('--s4', default='', help='released checkpoint of S4; its row is empty without')
+  sub.add_argument('--ms3', default='', help='released checkpoint of MS3; likewise')
+  sub.add_argument('--workdir', required=True, help='an interrupted run goes on from what is there')
+  sub.add_argument(
+    '--batch', type=int, default=1, help='pieces of five frames at once (%(default)s)'
+  )
 
 
 def _reproduce(args) -> None:
@@ -228,11 +368,29 @@ def _reproduce(args) -> None:
   say(f'written to {args.workdir}: table.json, table.md and eval/')
 
 
+def _bench_arguments(sub) -> None:
+  _add_commands(sub.add_subparsers(dest='what', required=True, metavar='WHAT'), _BENCHES)
+
+
+def _bench_compile_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help='override with --config.KEY=VALUE')
+  sub.add_argument('--frames', type=int, default=5, help='of a batch (%(default)s)')
+  sub.add_argument('--phase', type=int, default=2, choices=(1, 2), help='of training (%(default)s)')
+  sub.add_argument('--json', help='also write the figures here')
+
+
+def _bench_step_arguments(sub) -> None:
+  _bench_compile_arguments(sub)
+  sub.add_argument('--repeats', type=int, default=3, help='timed ones (%(default)s)')
+  sub.add_argument(
+    '--peer', action='store_true', help="also time the transformers library's Mask2Former"
+  )
+
+
 def _bench(args) -> None:
   from aavs_jax import bench
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
-  from aavs_jax.input_pipeline.files import write_json
 
   config = config_lib.load(args.config, args.overrides)
   if args.what == 'compile':
@@ -246,17 +404,39 @@ def _bench(args) -> None:
   else:
     result = bench.bench(args.what, config, args.frames, args.phase, args.repeats)
     text = bench.format_bench(result)
+  _show(args, result, text)
+
+
+def _show(args, result: dict, text: str) -> None:
+  """The figures of a benchmark: as a file, if that is wanted, and as text."""
+  from aavs_jax.console import say
+  from aavs_jax.input_pipeline.files import write_json
+
   if args.json:
     write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
   say(f'{args.config} {" ".join(args.overrides)}'.rstrip())
   say(text)
 
 
+def _bench_input_arguments(sub) -> None:
+  sub.add_argument(
+    '--config',
+    default=str(_CONFIGS / 'avss_stage2.py'),
+    help='override with --config.KEY=VALUE (%(default)s)',
+  )
+  sub.add_argument('--data', default='', help='a data set, raw or prepared, instead of made clips')
+  sub.add_argument('--clips', type=int, default=3, help='to read (%(default)s)')
+  sub.add_argument('--seconds', type=float, default=10, help='of each timing (%(default)s)')
+  sub.add_argument(
+    '--memory', type=int, metavar='CLIPS', help='watch memory over an epoch of so many, instead'
+  )
+  sub.add_argument('--json', help='also write the figures here')
+
+
 def _bench_input(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
   from aavs_jax.input_pipeline import bench
-  from aavs_jax.input_pipeline.files import write_json
 
   config = config_lib.load(args.config, args.overrides)
   task, data = config_lib.task_of(config), config.data
@@ -271,10 +451,15 @@ def _bench_input(args) -> None:
       task, loading, data=args.data, clips=args.clips, seconds=args.seconds
     )
     text = bench.format_input(result, loading)
-  if args.json:
-    write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
-  say(f'{args.config} {" ".join(args.overrides)}'.rstrip())
-  say(text)
+  _show(args, result, text)
+
+
+def _aot_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help=_CONFIG_FILE)
+  sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
+  sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
+  sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
+  sub.add_argument('--json', help='also write the figures here')
 
 
 def _aot(args) -> None:
@@ -294,10 +479,25 @@ def _aot(args) -> None:
   say(format_report(result))
 
 
+def _selftest_arguments(sub) -> None:
+  sub.add_argument(
+    'files', nargs='*', metavar='FILE.npz', help='recordings (those of tests/goldens)'
+  )
+
+
 def _selftest(args) -> int:
   from aavs_jax.selftest import selftest
 
   return 0 if selftest(args.files) else 1
+
+
+def _quickstart_arguments(sub) -> None:
+  sub.add_argument(
+    '--config', default=str(_CONFIGS / 'quickstart.py'), help='a study (%(default)s)'
+  )
+  sub.add_argument('--workdir', default='runs/quickstart', help='(%(default)s)')
+  sub.add_argument('--data', default='', help='a data set instead of made clips')
+  sub.add_argument('--fresh', action='store_true', help='remove what is there and start anew')
 
 
 def _quickstart(args) -> None:
@@ -308,291 +508,87 @@ def _quickstart(args) -> None:
   run_study(config, args.workdir, data=args.data, fresh=args.fresh)
 
 
+# Rows of name, arguments, what runs it, help, example.
+_BENCHES = (
+  ('step', _bench_step_arguments, _bench, 'time the training step',
+   'aavs bench step --config configs/avss_stage1.py'),
+  ('predict', _bench_step_arguments, _bench, 'time forward pass and post-processing',
+   'aavs bench predict --config configs/avss_stage1.py'),
+  ('compile', _bench_compile_arguments, _bench,
+   'time how long both take to compile, anew and from the persistent cache',
+   'aavs bench compile --config configs/avss_stage1.py'),
+  ('input', _bench_input_arguments, _bench_input,
+   'time what reads the data: CPU time a frame by part, and how many cores feed an accelerator',
+   'aavs bench input --config.data.batch_items=8 --config.data.workers=2'),
+)  # fmt: skip
+_COMMANDS = (
+  ('compose', _compose_arguments, _compose, 'write a small made data set in a layout of AVSBench',
+   'aavs compose data --train 240,240,120 --val 12,20,8 --test 30,60,30'),
+  ('check-data', _check_data_arguments, _check_data, 'read a whole data set and report its faults',
+   'aavs check-data data'),
+  ('prepare', _prepare_arguments, _prepare,
+   'write a data set as shards, from which training reads much faster',
+   'aavs prepare data data_shards'),
+  ('train', _train_arguments, _train, 'train one stage, or go on with it',
+   'aavs train --config configs/avss_stage2.py --workdir runs/stage2 --data data '
+   '--config.optimizer.lr=2e-4'),
+  ('masks', _masks_arguments, _masks, "write stage 1's masks, the prior of stage 2",
+   'aavs masks --workdir runs/stage1 --data data --out runs/masks'),
+  ('eval', _eval_arguments, _eval, 'score a trained stage on a split by every protocol',
+   'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json'),
+  ('predict', _predict_arguments, _predict,
+   'segment a video file, or a folder with frames/ and audio.wav',
+   'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction'),
+  ('convert', _convert_arguments, _convert, 'make a work folder of weights that PyTorch trained',
+   'aavs convert stage2.pth runs/stage2 --vggish vggish.pth'),
+  ('export', _export_arguments, _export,
+   "write a work folder's weights as a state dict of the release",
+   'aavs export runs/stage2 stage2.pth'),
+  ('report', _report_arguments, _report, 'write the report of a finished quickstart',
+   'aavs report runs/quickstart --data runs/quickstart/data'),
+  ('recipe', _recipe_arguments, _recipe, 'show what the published recipes change, or one config',
+   'aavs recipe configs/s4.py:paper'),
+  ('reproduce', _reproduce_arguments, _reproduce,
+   "score released checkpoints beside the paper's figures",
+   'aavs reproduce --data ROOT --masks MASKS --stage2 stage2.pth --vggish vggish.pth '
+   '--workdir runs/reproduce'),
+  ('bench', _bench_arguments, None,
+   'time the real steps on a batch of noise, compiling them, or reading the data',
+   'aavs bench step --config configs/avss_stage1.py --phase 2'),
+  ('aot', _aot_arguments, _aot,
+   'compile the real steps for a TPU slice, without one, and say what they need',
+   'aavs aot --config configs/avss_stage2.py --topology v5e:16x16 --config.dtype=bfloat16'),
+  ('selftest', _selftest_arguments, _selftest,
+   "compare the model on this device with recorded runs of the authors' code",
+   'aavs selftest'),
+  ('quickstart', _quickstart_arguments, _quickstart,
+   'both stages end to end, with evaluation and report',
+   'aavs quickstart --workdir runs/quickstart'),
+)  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='aavs', description='Audio-visual segmentation in JAX: Stepping Stones with AAVS.'
   )
   parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
-  commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+  _add_commands(parser.add_subparsers(dest='command', required=True, metavar='COMMAND'), _COMMANDS)
+  return parser
 
-  def command(name, run, text, example, into=commands):
-    sub = into.add_parser(
+
+def _add_commands(parsers, rows: Sequence[tuple]) -> None:
+  for name, add_arguments, run, text, example in rows:
+    parser = parsers.add_parser(
       name,
       help=text,
       description=text[0].upper() + text[1:] + '.',
       epilog=f'example:\n  {example}',
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sub.set_defaults(run=run)
+    parser.set_defaults(run=run)
     # Also after the sub-command, where one adds it to a line that failed.
-    sub.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='traceback')
-    return sub
-
-  def several_processes(sub):
-    sub.add_argument(
-      '--distributed',
-      nargs='?',
-      const='auto',
-      metavar='HOST:PORT,PROCESSES,INDEX',
-      help='one of several processes; without a value on Cloud TPU, Slurm and GKE',
-    )
-
-  sub = command(
-    'compose',
-    _compose,
-    'write a small made data set in a layout of AVSBench',
-    'aavs compose data --train 240,240,120 --val 12,20,8 --test 30,60,30',
-  )
-  sub.add_argument('root', help='folder to write')
-  sub.add_argument('--train', default='240,240,120', help='clips of v1s,v1m,v2 (%(default)s)')
-  sub.add_argument('--val', default='12,20,8', help='(%(default)s)')
-  sub.add_argument('--test', default='30,60,30', help='(%(default)s)')
-  sub.add_argument('--classes', type=int, default=8, help='2 to 70 (%(default)s)')
-  sub.add_argument('--size', default='160x120', help='of the frames (%(default)s)')
-  sub.add_argument('--seed', type=int, default=0)
-  sub.add_argument('--sprites', help='DIR/CLASS/*.png with alpha, *.wav|*.ogg|*.flac, to show')
-  sub.add_argument(
-    '--layout',
-    default='semantic',
-    choices=('semantic', 'object'),
-    help='object: as AVSBench-object, v1s and v1m alone, 224x224, binary labels (%(default)s)',
-  )
-
-  sub = command(
-    'check-data', _check_data, 'read a whole data set and report its faults', 'aavs check-data data'
-  )
-  sub.add_argument('root')
-  sub.add_argument('--json', help='also write the report here')
-
-  sub = command(
-    'prepare',
-    _prepare,
-    'write a data set as shards, from which training reads much faster',
-    'aavs prepare data data_shards',
-  )
-  sub.add_argument('root', help='the data set, in either layout')
-  sub.add_argument('out', help='new folder, or one to go on with; then --data of the others')
-  sub.add_argument(
-    '--image-size', type=int, default=384, help='config.data.image_size (%(default)s)'
-  )
-  sub.add_argument('--eval-size', type=int, default=224, help='config.data.eval_size (%(default)s)')
-  sub.add_argument(
-    '--jpeg',
-    type=int,
-    default=0,
-    metavar='QUALITY',
-    help='store frames with loss, as 95 for a third of the size; 0 without (%(default)s)',
-  )
-  sub.add_argument('--workers', type=int, help='processes (one a core)')
-  sub.add_argument(
-    '--on-bad-clip', default='error', choices=('error', 'skip'), help='skip: leave it out'
-  )
-  sub.add_argument('--max-bad-clips', type=int, default=0, help='with skip; more are an error')
-
-  sub = command(
-    'train',
-    _train,
-    'train one stage, or go on with it',
-    'aavs train --config configs/avss_stage2.py --workdir runs/stage2 --data data '
-    '--config.optimizer.lr=2e-4',
-  )
-  sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
-  sub.add_argument('--workdir', required=True, help='where config, metrics and checkpoints go')
-  sub.add_argument('--data', help='the data set (or --config.data.root)')
-  sub.add_argument(
-    '--profile',
-    metavar='START:STOP',
-    help='trace the steps after number START up to STOP into WORKDIR/profile',
-  )
-  sub.add_argument(
-    '--wandb', default='', metavar='PROJECT', help='also send metrics to Weights & Biases'
-  )
-  several_processes(sub)
-
-  sub = command(
-    'masks',
-    _masks,
-    "write stage 1's masks, the prior of stage 2",
-    'aavs masks --workdir runs/stage1 --data data --out runs/masks',
-  )
-  sub.add_argument('--workdir', required=True, help='of stage 1')
-  sub.add_argument('--data', required=True)
-  sub.add_argument('--out', required=True)
-  sub.add_argument('--splits', default='val,test', help='(%(default)s)')
-  several_processes(sub)
-
-  sub = command(
-    'eval',
-    _eval,
-    'score a trained stage on a split by every protocol',
-    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json',
-  )
-  sub.add_argument('--workdir', required=True)
-  sub.add_argument('--data', required=True)
-  sub.add_argument('--out', required=True, help='JSON file; the tables go beside it, as Markdown')
-  sub.add_argument('--split', default='test', choices=('train', 'val', 'test'))
-  sub.add_argument('--subsets', help='of v1s,v1m,v2, if not those it was trained on')
-  sub.add_argument(
-    '--audio',
-    default='true',
-    choices=('true', 'other', 'silence', 'noise', 'offscreen'),
-    help="what the model hears: its clip, another clip, nothing, noise, a clip of what isn't seen",
-  )
-  sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
-  sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
-  sub.add_argument('--maps', help='folder for the predicted maps')
-  several_processes(sub)
-
-  sub = command(
-    'predict',
-    _predict,
-    'segment a video file, or a folder with frames/ and audio.wav',
-    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction',
-  )
-  sub.add_argument('source')
-  sub.add_argument('--stage1', help='work folder of stage 1')
-  sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
-  sub.add_argument('--out', required=True)
-
-  sub = command(
-    'convert',
-    _convert,
-    'make a work folder of weights that PyTorch trained',
-    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth',
-  )
-  sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
-  sub.add_argument('out', help='new work folder')
-  sub.add_argument('--vggish', default='', help="torchvggish's file, or a folder made of it")
-
-  sub = command(
-    'export',
-    _export,
-    "write a work folder's weights as a state dict of the release",
-    'aavs export runs/stage2 stage2.pth',
-  )
-  sub.add_argument('workdir')
-  sub.add_argument('out', help='new file, .pth or .safetensors')
-
-  sub = command(
-    'report',
-    _report,
-    'write the report of a finished quickstart',
-    'aavs report runs/quickstart --data runs/quickstart/data',
-  )
-  sub.add_argument('workdir')
-  sub.add_argument('--data', required=True)
-  sub.add_argument('--out', help='HTML file (WORKDIR/report.html)')
-
-  sub = command(
-    'recipe',
-    _recipe,
-    'show what the published recipes change, or one config',
-    'aavs recipe configs/s4.py:paper',
-  )
-  sub.add_argument('config', nargs='?', help='config file; without it, all published recipes')
-
-  sub = command(
-    'reproduce',
-    _reproduce,
-    "score released checkpoints beside the paper's figures",
-    'aavs reproduce --data ROOT --masks MASKS --stage2 stage2.pth --vggish vggish.pth '
-    '--workdir runs/reproduce',
-  )
-  sub.add_argument('--data', required=True, help='AVSBench-semantic')
-  prior = sub.add_mutually_exclusive_group(required=True)
-  prior.add_argument(
-    '--masks', default='', help='released masks of stage 1 of AVSS, {v1s,v1m,v2}/UID/{0..}.png'
-  )
-  prior.add_argument('--stage1', default='', help='or the checkpoint of stage 1 that makes them')
-  sub.add_argument('--stage2', required=True, help='released checkpoint of stage 2 of AVSS')
-  sub.add_argument('--vggish', required=True, help="torchvggish's file, or a folder made of it")
-  sub.add_argument('--s4', default='', help='released checkpoint of S4; its row is empty without')
-  sub.add_argument('--ms3', default='', help='released checkpoint of MS3; likewise')
-  sub.add_argument('--workdir', required=True, help='an interrupted run goes on from what is there')
-  sub.add_argument(
-    '--batch', type=int, default=1, help='pieces of five frames at once (%(default)s)'
-  )
-
-  sub = command(
-    'bench',
-    None,
-    'time the real steps on a batch of noise, compiling them, or reading the data',
-    'aavs bench step --config configs/avss_stage1.py --phase 2',
-  )
-  benches = sub.add_subparsers(dest='what', required=True, metavar='WHAT')
-  for what, text in (
-    ('step', 'time the training step'),
-    ('predict', 'time forward pass and post-processing'),
-    ('compile', 'time how long both take to compile, anew and from the persistent cache'),
-  ):
-    sub = command(what, _bench, text, f'aavs bench {what} --config configs/avss_stage1.py', benches)
-    sub.add_argument('--config', required=True, help='override with --config.KEY=VALUE')
-    sub.add_argument('--frames', type=int, default=5, help='of a batch (%(default)s)')
-    sub.add_argument(
-      '--phase', type=int, default=2, choices=(1, 2), help='of training (%(default)s)'
-    )
-    sub.add_argument('--json', help='also write the figures here')
-    if what != 'compile':
-      sub.add_argument('--repeats', type=int, default=3, help='timed ones (%(default)s)')
-      sub.add_argument(
-        '--peer', action='store_true', help="also time the transformers library's Mask2Former"
-      )
-
-  sub = command(
-    'input',
-    _bench_input,
-    'time what reads the data: CPU time a frame by part, and how many cores feed an accelerator',
-    'aavs bench input --config.data.batch_items=8 --config.data.workers=2',
-    benches,
-  )
-  sub.add_argument(
-    '--config',
-    default=str(_CONFIGS / 'avss_stage2.py'),
-    help='override with --config.KEY=VALUE (%(default)s)',
-  )
-  sub.add_argument('--data', default='', help='a data set, raw or prepared, instead of made clips')
-  sub.add_argument('--clips', type=int, default=3, help='to read (%(default)s)')
-  sub.add_argument('--seconds', type=float, default=10, help='of each timing (%(default)s)')
-  sub.add_argument(
-    '--memory', type=int, metavar='CLIPS', help='watch memory over an epoch of so many, instead'
-  )
-  sub.add_argument('--json', help='also write the figures here')
-
-  sub = command(
-    'aot',
-    _aot,
-    'compile the real steps for a TPU slice, without one, and say what they need',
-    'aavs aot --config configs/avss_stage2.py --topology v5e:16x16 --config.dtype=bfloat16',
-  )
-  sub.add_argument('--config', required=True, help='config file; override with --config.KEY=VALUE')
-  sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
-  sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
-  sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
-  sub.add_argument('--json', help='also write the figures here')
-
-  sub = command(
-    'selftest',
-    _selftest,
-    "compare the model on this device with recorded runs of the authors' code",
-    'aavs selftest',
-  )
-  sub.add_argument(
-    'files', nargs='*', metavar='FILE.npz', help='recordings (those of tests/goldens)'
-  )
-
-  sub = command(
-    'quickstart',
-    _quickstart,
-    'both stages end to end, with evaluation and report',
-    'aavs quickstart --workdir runs/quickstart',
-  )
-  sub.add_argument(
-    '--config', default=str(_CONFIGS / 'quickstart.py'), help='a study (%(default)s)'
-  )
-  sub.add_argument('--workdir', default='runs/quickstart', help='(%(default)s)')
-  sub.add_argument('--data', default='', help='a data set instead of made clips')
-  sub.add_argument('--fresh', action='store_true', help='remove what is there and start anew')
-  return parser
+    parser.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='traceback')
+    add_arguments(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -605,12 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is none
     # Names of files need not be text in the encoding of the terminal, nor in any.
     sys.stdout.reconfigure(errors='backslashreplace')
-  parser = _parser()
-  args, rest = parser.parse_known_args(argv)
-  args.overrides = [text for text in rest if text.startswith('--config.')]
-  unknown = [text for text in rest if text not in args.overrides]
-  if unknown or (args.overrides and args.command not in ('train', 'bench', 'aot', 'quickstart')):
-    parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
+  args = _parse(argv)
   several = getattr(args, 'distributed', None)
   _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
@@ -642,12 +633,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 128 + signal.SIGINT
   except Exception as error:
     status, text = _fault(error, args)
-    failed = isinstance(error, RuntimeError) or 'Gloo' in str(error)  # as of a collective
-    if several and text is None and failed:
-      text = (
-        f'another process or the network between them has failed ({_one_line(error)}): start all '
-        'processes again, they go on from the last checkpoint'
-      )
     explained = text is not None and not args.debug
     if not explained and not several:
       raise
@@ -660,6 +645,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """The arguments, those of the form --config.KEY=VALUE as `overrides`."""
+  parser = _parser()
+  args, rest = parser.parse_known_args(argv)
+  args.overrides = [text for text in rest if text.startswith('--config.')]
+  unknown = [text for text in rest if text not in args.overrides]
+  if unknown or (args.overrides and args.command not in ('train', 'bench', 'aot', 'quickstart')):
+    parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
+  return args
 
 
 def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]:
@@ -680,7 +676,14 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
       '(config.data.batch_items), config.train.accumulate, config.dtype=bfloat16 or '
       'config.model.remat=full'
     )
-  return 1, _absent_device()
+  text = _absent_device()
+  failed = isinstance(error, RuntimeError) or 'Gloo' in str(error)  # as of a collective
+  if text is None and failed and getattr(args, 'distributed', None):
+    text = (
+      f'another process or the network between them has failed ({_one_line(error)}): start all '
+      'processes again, they go on from the last checkpoint'
+    )
+  return 1, text
 
 
 def _output_is_closed() -> bool:

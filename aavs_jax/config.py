@@ -135,6 +135,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def stage_of(config: ml_collections.ConfigDict) -> str:
+  """'stage 1', 'stage 2' (which takes a prior) or 'end to end'."""
+  if config.task == 'binary':
+    return 'stage 1'
+  return 'stage 2' if config.use_prior else 'end to end'
+
+
 def task_of(config: ml_collections.ConfigDict) -> Task:
   """What the input pipeline needs to know of a config."""
   return Task(

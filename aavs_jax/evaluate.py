@@ -72,7 +72,7 @@ def evaluate(
     def on_clip(clip, ids):
       masks.write_clip_masks(str(maps), clip, ids)
 
-  name = 'stage 2' if config.use_prior else 'stage 1' if config.task == 'binary' else 'end to end'
+  name = config_lib.stage_of(config)
   prior = None if not config.use_prior else 'oracle' if config.oracle_prior else 'stage1'
   title = f'{name} on {split}, {audio} audio' + (f', {prior} prior' if prior else '')
   predictor = Predictor(methods.of(config))

@@ -1,20 +1,19 @@
 """The paper's main table from released checkpoints: conversion, masks, evaluations, comparison."""
 
-import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from aavs_jax import checkpoint, evaluate, hand_over
 from aavs_jax import config as config_lib
+from aavs_jax import hand_over, tables
 from aavs_jax.console import say
 from aavs_jax.convert import KINDS, convert
 from aavs_jax.input_pipeline import avsbench, files
 from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.avsbench import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-from aavs_jax.state import digest, unflatten
+from aavs_jax.stepping_stones import Evaluation, scores
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
 _RESTORE = 'restore it, or name another --workdir'
@@ -25,6 +24,12 @@ _HINTS = {  # what else to say where another checkpoint is given
   'stage1': ', or with --masks the folder of its masks, all that its authors have released of it',
   'stage2': _ONE_LINK,
 }
+_FOUND = {  # what a file may be: a kind of `aavs convert`, or what its model's config says
+  **KINDS,
+  'stage 1': 'a checkpoint of stage 1, S4 or MS3',
+  'stage 2': 'a checkpoint of stage 2',
+  'end to end': 'a model of classes without a prior',
+}
 _MODELS = {'s4': 'S4', 'ms3': 'MS3', 'stage1': 'stage 1 of AVSS', 'stage2': 'stage 2 of AVSS'}
 
 
@@ -32,18 +37,16 @@ class Row(NamedTuple):
   """A row of the table: what is evaluated, and what the paper reports (Table 1)."""
 
   name: str
-  model: str  # a key of _MODELS
-  subsets: tuple[str, ...]
-  oracle: bool  # ground truth as the prior
+  evaluation: Evaluation  # of a key of _MODELS
   paper: tuple[float, float]  # mIoU and F in percent
 
 
-_ALL = tuple(avsbench.FRAMES)
+_OF_STAGE2 = Evaluation('stage2', prior='masks', subsets=tuple(avsbench.FRAMES))
 ROWS = {
-  's4': Row('S4', 's4', ('v1s',), False, (83.2, 91.3)),
-  'ms3': Row('MS3', 'ms3', ('v1m',), False, (67.3, 77.6)),
-  'avss': Row('AVSS', 'stage2', _ALL, False, (48.5, 53.2)),
-  'avss_oracle': Row('AVSS, ground-truth masks', 'stage2', _ALL, True, (64.9, 67.0)),
+  's4': Row('S4', Evaluation('s4', subsets=('v1s',)), (83.2, 91.3)),
+  'ms3': Row('MS3', Evaluation('ms3', subsets=('v1m',)), (67.3, 77.6)),
+  'avss': Row('AVSS', _OF_STAGE2, (48.5, 53.2)),
+  'avss_oracle': Row('AVSS, ground-truth masks', _OF_STAGE2._replace(prior='oracle'), (64.9, 67.0)),
 }
 
 
@@ -95,56 +98,38 @@ def reproduce(
     )
   given = {'s4': s4, 'ms3': ms3, 'stage1': stage1, 'stage2': stage2}
   sources = {model: Path(path) for model, path in given.items() if path}
-  for row in ROWS.values():  # now, not after hours
-    if row.model in sources:
-      clips = avsbench.read_index(data, 'test', row.subsets)
-      if row.model == 'stage2':
-        avsbench.require_classes(clips)
-
+  evaluations = _evaluations(sources, data)
   say('[1] conversion of the released checkpoints')
-  audio = _identity(vggish)
-  for model, source in sources.items():
-    made_of = {'checkpoint': _identity(source), 'vggish': audio, 'data': data}
-    _convert(model, source, vggish, workdir / model, made_of)
-    _set_batch(workdir / model / 'config.json', batch_items)
+  _convert_all(workdir, sources, vggish, data, batch_items)
   say("[2] stage 1's masks of the test split, the prior of stage 2")
-  if masks:
-    _claim_masks(workdir, str(masks), avsbench.read_index(data, 'test'))
-  else:
-    masks = workdir / 'masks'
-    if not hand_over.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):
-      say('  all there')
-
+  masks = _masks(workdir, masks, data)
   say('[3] evaluation on the test split')
-
-  @functools.cache
-  def origin(model):
-    flat, step = checkpoint.load_flat(workdir / model)
-    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
-
-  result = {}
-  for key, row in ROWS.items():
-    ours = None
-    if row.model in sources:
-      prior = row.model == 'stage2' and not row.oracle
-      out = workdir / 'eval' / f'{key}.json'
-      wanted = origin(row.model) | {
-        'masks_digest': mask_files.source_digest(masks) if prior else None
-      }
-      scores = evaluate.reusable(out, wanted) or evaluate.evaluate(
-        workdir / row.model,
-        data=data,
-        out=out,
-        subsets=row.subsets,
-        oracle=row.oracle,
-        mask_folder=str(masks) if prior else '',
-      )
-      ours = {name: 100 * scores['overall'][name] for name in _SCORES}
-    paper = dict(zip(_SCORES, row.paper))
-    difference = ours and {name: ours[name] - paper[name] for name in _SCORES}
-    result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
+  result = _beside_paper(scores(evaluations, workdir, data=data, masks=masks))
   files.write_json(workdir / 'table.json', result)
   files.write_text(workdir / 'table.md', format_table(result) + '\n')
+  return result
+
+
+def _evaluations(models: Collection[str], data: str) -> dict[str, Evaluation]:
+  """Those of the rows whose model is there; what is wrong with the data shows now, not in hours."""
+  result = {key: row.evaluation for key, row in ROWS.items() if row.evaluation.stage in models}
+  for evaluation in result.values():
+    clips = avsbench.read_index(data, 'test', evaluation.subsets)
+    if evaluation.stage == 'stage2':
+      avsbench.require_classes(clips)
+  return result
+
+
+def _beside_paper(evaluations: Mapping[str, Mapping]) -> dict[str, dict]:
+  """The rows of the table, of those evaluations that there are."""
+  result = {}
+  for key, row in ROWS.items():
+    paper = dict(zip(_SCORES, row.paper))
+    ours = difference = None
+    if key in evaluations:
+      ours = {name: 100 * evaluations[key]['overall'][name] for name in _SCORES}
+      difference = {name: ours[name] - paper[name] for name in _SCORES}
+    result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
   return result
 
 
@@ -156,15 +141,12 @@ def format_table(result: Mapping[str, Mapping]) -> str:
     values = [f'{round(scores[name], 1) + 0.0:{form}}' for name in _SCORES] if scores else ['-']
     return ' / '.join(values)
 
-  lines = [
-    f'| {"test split, mIoU / F":24} | {"paper":>11} | {"ours":>11} | {"difference":>13} |',
-    f'| {"-" * 24} | {"-" * 10}: | {"-" * 10}: | {"-" * 12}: |',
-  ]
+  # As wide as most numbers, so that tables of two runs differ in numbers alone.
+  rows = [['test split, mIoU / F', 'paper', f'{"ours":>11}', f'{"difference":>13}']]
   for row in result.values():
-    paper, ours = cell(row['paper'], '.1f'), cell(row['ours'], '.1f')
-    difference = cell(row['difference'], '+.1f')
-    lines.append(f'| {row["name"]:24} | {paper:>11} | {ours:>11} | {difference:>13} |')
-  return '\n'.join(lines)
+    scores = cell(row['paper'], '.1f'), cell(row['ours'], '.1f'), cell(row['difference'], '+.1f')
+    rows.append([row['name'], *scores])
+  return tables.aligned(rows, 1, markdown=True)
 
 
 def _identity(path: str | Path) -> str:
@@ -179,6 +161,15 @@ def _identity(path: str | Path) -> str:
     if may_pass(error):
       raise
     raise UserError(f'{path} cannot be read ({error.strerror}): name a checkpoint file') from error
+
+
+def _convert_all(
+  workdir: Path, sources: Mapping[str, Path], vggish: str | Path, data: str, batch_items: int
+) -> None:
+  made_of = {'vggish': _identity(vggish), 'data': data}
+  for model, source in sources.items():
+    _convert(model, source, vggish, workdir / model, {'checkpoint': _identity(source), **made_of})
+    _set_batch(workdir / model / 'config.json', batch_items)
 
 
 def _convert(
@@ -196,17 +187,22 @@ def _convert(
   with files.writing(folder) as working:  # until it is known to be of the right stage
     kind = convert(source, working, vggish)['kind']
     config = config_lib.from_json(working / 'config.json')
-    stage1, stage2 = 'a checkpoint of stage 1, S4 or MS3', 'a checkpoint of stage 2'
-    if kind != 'aavs':
-      found = KINDS[kind]
-    elif config.use_prior:
-      found = stage2
-    else:
-      found = stage1 if config.task == 'binary' else 'a model of classes without a prior'
-    if found != (stage2 if model == 'stage2' else stage1):
+    found = config_lib.stage_of(config) if kind == 'aavs' else kind
+    if found != ('stage 2' if model == 'stage2' else 'stage 1'):
       wanted = f'{_MODELS[model]}{_HINTS.get(model, "")}'
-      raise UserError(f'--{model} {source} is {found}: give the checkpoint of {wanted}')
+      raise UserError(f'--{model} {source} is {_FOUND[found]}: give the checkpoint of {wanted}')
     files.write_json(working / _SOURCE, made_of)
+
+
+def _masks(workdir: Path, given: str | Path, data: str) -> Path:
+  """The folder of stage 1's masks: the given one, once they are read, or one of its model's."""
+  if given:
+    _claim_masks(workdir, str(given), avsbench.read_index(data, 'test'))
+    return Path(given)
+  folder = workdir / 'masks'
+  if not hand_over.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',)):
+    say('  all there')
+  return folder
 
 
 def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:

@@ -25,6 +25,7 @@ from aavs_jax.optimizer import make_optimizer
 from aavs_jax.phases import flat_of_phase, trainable_paths
 from aavs_jax.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
 from aavs_jax.state import flatten, unflatten
+from aavs_jax.tables import padded
 from aavs_jax.types import Variables
 
 LOSS = CONFIGS[1].loss  # of both stages
@@ -573,14 +574,5 @@ def format_table(table: Table) -> str:
     tolerance = f'{row.tolerance:.0e}' if row.tolerance else '0' if judged else '-'
     verdict = ('ok' if row.passes else 'MISS') if judged else '-'
     lines.append((row.quantity, f'{row.error:.1e}', tolerance, verdict, row.unit, row.where))
-  widths = [max(len(line[i]) for line in lines) for i in range(5)]
-  cells = [
-    '  '.join(
-      text.rjust(width) if i in (1, 2) else text.ljust(width)
-      for i, (text, width) in enumerate(zip(line, widths))
-    )
-    for line in lines
-  ]
-  return '\n'.join(
-    [table.title, *(f'  {cell}  {line[5]}'.rstrip() for cell, line in zip(cells, lines))]
-  )
+  lines = ['  '.join(('', *cells)).rstrip() for cells in padded(lines, (1, 2))]
+  return '\n'.join([table.title, *lines])

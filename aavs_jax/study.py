@@ -1,24 +1,19 @@
 """Stepping Stones end to end: clips, stage 1, its masks, stage 2, evaluations, report."""
 
-import functools
 import json
 import time
 from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import checkpoint, evaluate, hand_over, tables
+from aavs_jax import tables
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.input_pipeline import avsbench, files, prepared
-from aavs_jax.input_pipeline import masks as masks_lib
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.report import write_report
-from aavs_jax.state import digest, unflatten
+from aavs_jax.report import STUDY, write_report
+from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.train import train
-
-_MARK = 'study.json'
-_AUDIO = ('true', 'other', 'silence')  # that stage 1 is evaluated with
 
 
 def run_study(
@@ -44,7 +39,7 @@ def run_study(
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
   _refuse_foreign(workdir)
-  if fresh:
+  if fresh and workdir.exists():
     if data and Path(data).is_relative_to(workdir):
       raise UserError(
         f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
@@ -55,16 +50,7 @@ def run_study(
   say('[1] clips')
   if not data:
     data = str(workdir / 'data')
-    clips = config.clips.to_dict()
-    total = sum(sum(subsets.values()) for subsets in clips.values())
-    with Progress('making clips', total, 'clips') as progress:
-      compose(
-        data,
-        clips=clips,
-        num_classes=config.num_classes,
-        size=tuple(config.image),
-        progress=lambda done, _: progress.advance_to(done),
-      )
+    _make_clips(config, data)
   index = avsbench.read_index(data)  # checked now, not after stage 1
   avsbench.require_classes(index)
   prepared.require_files(index)  # the report shows them
@@ -81,49 +67,28 @@ def run_study(
   return reports[0]
 
 
+def _make_clips(config: ml_collections.ConfigDict, root: str) -> None:
+  clips = config.clips.to_dict()
+  total = sum(sum(subsets.values()) for subsets in clips.values())
+  with Progress('making clips', total, 'clips') as progress:
+    compose(
+      root,
+      clips=clips,
+      num_classes=config.num_classes,
+      size=tuple(config.image),
+      progress=lambda done, _: progress.advance_to(done),
+    )
+
+
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   """Both stages and all evaluations of one seed; returns the evaluations by name."""
-  stage1, stage2 = (
-    config.stage1.copy_and_resolve_references(),
-    config.stage2.copy_and_resolve_references(),
-  )
-  for stage in (stage1, stage2):
-    stage.seed = seed
-    stage.data.root = data
-  say(f'[2] stage 1: where the sound comes from (seed {seed})')
-  train(stage1, folder / 'stage1')
-  say("[3] stage 1's masks of val and test, the stepping stones of stage 2")
-  written = hand_over.write_masks(folder / 'stage1', data=data, out=folder / 'masks')
-  if not written:
-    say('  all there')
-  say('[4] stage 2: what it is')
-  stage2.data.masks = str(folder / 'masks')
-  stage2.train.init = str(folder / 'stage1')
-  train(stage2, folder / 'stage2')
-
-  say('[5] evaluation on the test split')
-  plan = {f'stage1_{audio}': ('stage1', {'audio': audio}) for audio in _AUDIO}
-  plan['stage2_masks'] = ('stage2', {'maps': folder / 'eval' / 'stage2_masks'})
-  plan['stage2_oracle'] = ('stage2', {'oracle': True})
+  results = stepping_stones(config.stage1, config.stage2, folder, data=data, seed=seed)
   if config.end_to_end:
-    single = _end_to_end(stage1, stage2)
+    single = _end_to_end(config.stage1, config.stage2)
+    single.seed, single.data.root = seed, data
     say('    the same model end to end on semantic labels, for as many frames')
     train(single, folder / 'end_to_end')
-    plan['end_to_end'] = ('end_to_end', {})
-
-  @functools.cache
-  def model(stage):
-    flat, step = checkpoint.load_flat(folder / stage)
-    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
-
-  results = {}
-  for name, (stage, options) in plan.items():
-    out = folder / 'eval' / f'{name}.json'
-    prior = masks_lib.source_digest(folder / 'masks') if name == 'stage2_masks' else None
-    origin = {**model(stage), 'masks_digest': prior}
-    results[name] = evaluate.reusable(out, origin) or evaluate.evaluate(
-      folder / stage, data=data, out=out, **options
-    )
+    results |= scores({'end_to_end': Evaluation('end_to_end')}, folder, data=data, masks='')
   say(tables.format_table(list(results.values())))
   return results
 
@@ -166,15 +131,15 @@ def _format_comparison(table: dict) -> str:
 
 def _refuse_foreign(workdir: Path) -> None:
   """UserError for a folder that holds something, but no study."""
-  if workdir.exists() and any(workdir.iterdir()) and not (workdir / _MARK).exists():
+  if workdir.exists() and any(workdir.iterdir()) and not (workdir / STUDY).exists():
     raise UserError(
-      f'{workdir} holds files but no {_MARK}, so it was not made by a study: name a new or empty '
+      f'{workdir} holds files but no {STUDY}, so it was not made by a study: name a new or empty '
       'folder with --workdir'
     )
 
 
 def _claim(workdir: Path, settings: dict) -> None:
-  mark = workdir / _MARK
+  mark = workdir / STUDY
   settings = json.loads(json.dumps(settings))
   if mark.exists():
     if files.read_json(mark, dict, 'restore it, or start anew with --fresh') != settings:

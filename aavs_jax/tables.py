@@ -1,7 +1,7 @@
 """Evaluation files as tables, for the terminal and in Markdown."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from aavs_jax.input_pipeline.avsbench import FRAMES
 
@@ -36,7 +36,7 @@ def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
     rows.append([name, result['audio'], prior, cell(result['overall'])])
     rows[-1] += [cell(result['overall'], '_occurring') for _ in occurring]
     rows[-1] += [cell(result['subsets'].get(name)) for name in subsets]
-  return _aligned(rows, 3, markdown)
+  return aligned(rows, 3, markdown)
 
 
 def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
@@ -60,25 +60,7 @@ def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
       "IoU and F are against the clips' own labels; every pixel predicted sounding is a false "
       'positive.'
     )
-  dataset = result['dataset']
-  avsbench_columns = [result['overall'], *result['subsets'].values()]
-  dataset_columns = [dataset['overall'], *dataset['subsets'].values()]
-  semantic = result['task'] == 'semantic'
-  if semantic:
-    avsbench_name = 'AVSBench (mean over frames, then classes)'
-    scores = [(f'{name}, {kind}', key + suffix) for suffix, kind in _KINDS.items()
-              for name, key in (('mIoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'))]  # fmt: skip
-    avsbench_scores = [(label, key) for label, key in scores if not key.startswith('jf')]
-  else:
-    avsbench_name = 'AVSBench (mean over clips)'
-    avsbench_scores = [('mIoU', 'miou'), ('F, best threshold per clip', 'fscore')]
-    scores = [('IoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'), ('F, best threshold', 'fscore_best')]
-  sections = [
-    (avsbench_name, avsbench_columns, avsbench_scores),
-    ('data set (all pixels together)', dataset_columns, scores),
-    ('silent pixels', avsbench_columns, [('false positives', 'false_positive_rate')]),
-  ]
-
+  sections = _sections(result)
   head = ['all', *result['subsets']]
   rows = [
     [section, label, *(_with_interval(column, key) for column in columns)]
@@ -87,16 +69,37 @@ def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
   ]
   if not markdown:
     indented = [[f'  {label}', *cells] for _, label, *cells in rows]
-    lines = iter(_aligned([['', *head], *indented], 1, markdown).splitlines())
+    lines = iter(aligned([['', *head], *indented], 1, markdown).splitlines())
     text = [title, *notes, '', next(lines), next(lines)]
     for section, _, labels in sections:
       text += [section, *itertools.islice(lines, len(labels))]
     return '\n'.join(text)
-  table = _aligned([['protocol', 'score', *head], *rows], 2, markdown)
+  table = aligned([['protocol', 'score', *head], *rows], 2, markdown)
   parts = [f'# {title[0].upper()}{title[1:]}', ' '.join(notes), table]
-  if semantic:
+  if result['task'] == 'semantic':
     parts.append(_class_table(result))
   return '\n\n'.join(parts) + '\n'
+
+
+def _sections(result: Mapping) -> list[tuple[str, list[Mapping], list[tuple[str, str]]]]:
+  """Name, scores of each column, and (label, key in the scores) of each row, of every protocol."""
+  dataset = result['dataset']
+  avsbench_columns = [result['overall'], *result['subsets'].values()]
+  dataset_columns = [dataset['overall'], *dataset['subsets'].values()]
+  if result['task'] == 'semantic':
+    avsbench_name = 'AVSBench (mean over frames, then classes)'
+    scores = [(f'{name}, {kind}', key + suffix) for suffix, kind in _KINDS.items()
+              for name, key in (('mIoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'))]  # fmt: skip
+    avsbench_scores = [(label, key) for label, key in scores if not key.startswith('jf')]
+  else:
+    avsbench_name = 'AVSBench (mean over clips)'
+    avsbench_scores = [('mIoU', 'miou'), ('F, best threshold per clip', 'fscore')]
+    scores = [('IoU', 'miou'), ('F', 'fscore'), ('J&F', 'jf'), ('F, best threshold', 'fscore_best')]
+  return [
+    (avsbench_name, avsbench_columns, avsbench_scores),
+    ('data set (all pixels together)', dataset_columns, scores),
+    ('silent pixels', avsbench_columns, [('false positives', 'false_positive_rate')]),
+  ]
 
 
 def _class_table(result: Mapping) -> str:
@@ -107,7 +110,7 @@ def _class_table(result: Mapping) -> str:
       values = [by_frames[key] for key in ('iou', 'fscore')]
       values += [by_pixels[key] for key in ('iou', 'fscore', 'jf')]
       rows.append([by_frames['name'], str(by_frames['frames']), *map(_percent, values)])
-  return _aligned(rows, 1, markdown=True)
+  return aligned(rows, 1, markdown=True)
 
 
 def _percent(share: float) -> str:
@@ -119,17 +122,20 @@ def _with_interval(scores: Mapping, key: str) -> str:
   return f'{_percent(scores[key])} ({_percent(low)}-{_percent(high)})'
 
 
-def _aligned(rows: Sequence[Sequence[str]], words: int, markdown: bool) -> str:
+def padded(rows: Sequence[Sequence[str]], right: Container[int]) -> list[tuple[str, ...]]:
+  """Cells as wide as their column, the text to the left, in the columns `right` to the right."""
+  columns = []
+  for i, column in enumerate(zip(*rows)):
+    width = max(map(len, column))
+    columns.append([text.rjust(width) if i in right else text.ljust(width) for text in column])
+  return list(zip(*columns))
+
+
+def aligned(rows: Sequence[Sequence[str]], words: int, markdown: bool) -> str:
   """Rows, the first being the head; the first `words` columns to the left, numbers to the right."""
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-  def line(row: Sequence[str]) -> str:
-    cells = [
-      text.ljust(width) if i < words else text.rjust(width)
-      for i, (text, width) in enumerate(zip(row, widths))
-    ]
-    return f'| {" | ".join(cells)} |' if markdown else '  '.join(cells)
-
-  rule = [('-' * w if i < words else '-' * (w - 1) + ':') if markdown else '-' * w
-          for i, w in enumerate(widths)]  # fmt: skip
-  return '\n'.join([line(rows[0]), line(rule), *map(line, rows[1:])])
+  head, *body = padded(rows, range(words, len(rows[0])))
+  rule = ['-' * len(text) for text in head]
+  if markdown:
+    rule[words:] = [f'{line[1:]}:' for line in rule[words:]]
+  lines = [head, rule, *body]
+  return '\n'.join(f'| {" | ".join(row)} |' if markdown else '  '.join(row) for row in lines)

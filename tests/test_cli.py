@@ -122,10 +122,10 @@ def test_steps_that_cannot_be_traced_are_refused(steps, capsys, data_root, tmp_p
 
 
 def test_a_device_with_too_little_memory_is_one_sentence(capsys, monkeypatch):
-  def full(args):
+  def full(files):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9')
 
-  monkeypatch.setattr(cli, '_selftest', full)
+  monkeypatch.setattr('aavs_jax.selftest.selftest', full)
   line = _refusal(capsys, 'selftest')
   assert 'too little memory' in line and 'config.data.batch_items' in line
 
@@ -148,7 +148,7 @@ def test_an_error_without_words_is_explained_if_there_is_no_device(capsys, monke
   def wrong(*_):
     raise AssertionError
 
-  monkeypatch.setattr(cli, '_selftest', wrong)
+  monkeypatch.setattr('aavs_jax.selftest.selftest', wrong)
   with pytest.raises(AssertionError):  # a fault of ours
     cli.main(['selftest'])
   monkeypatch.setattr(jax, 'devices', wrong)  # as without a plugin for JAX_PLATFORMS=cuda
@@ -187,19 +187,19 @@ def test_a_reader_that_leaves_ends_a_command_quietly(buffering, tmp_path):
 
 
 def test_another_pipe_that_breaks_is_said(capfd, monkeypatch):
-  def broken(args):
+  def broken(files):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
 
-  monkeypatch.setattr(cli, '_selftest', broken)
+  monkeypatch.setattr('aavs_jax.selftest.selftest', broken)
   assert cli.main(['selftest']) == 1
   assert 'Broken pipe' in capfd.readouterr().err
 
 
 def test_a_full_disk_is_said_with_what_was_written(capsys, monkeypatch):
-  def full(args):
+  def full(*_, **__):
     raise OSError(errno.ENOSPC, 'No space left on device')
 
-  monkeypatch.setattr(cli, '_predict', full)
+  monkeypatch.setattr('aavs_jax.predict.predict', full)
   assert cli.main(['predict', 'video.mp4', '--stage1', 's', '--out', 'result']) == 1
   assert capsys.readouterr().err == (
     'aavs: [Errno 28] No space left on device, in writing result\n'

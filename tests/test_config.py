@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from aavs_jax import bench, methods, steps
 from aavs_jax import config as config_lib
-from aavs_jax.configs import base
+from aavs_jax.configs import avss_end_to_end, avss_stage1, avss_stage2, base
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.optimizer import make_optimizer
 from aavs_jax.state import create, flatten
@@ -128,3 +128,9 @@ def test_a_kept_config_that_is_no_longer_accepted_is_named(tmp_path):
     config_lib.from_json(path)
   message = str(caught.value)
   assert str(path) in message and 'config.optimizer.lr is nan' in message and '\n' not in message
+
+
+def test_a_config_says_which_stage_it_is_of():
+  configs = {'stage 1': avss_stage1, 'stage 2': avss_stage2, 'end to end': avss_end_to_end}
+  for stage, module in configs.items():
+    assert config_lib.stage_of(module.get_config()) == stage

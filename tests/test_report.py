@@ -1,17 +1,24 @@
 """The report: complete, self-contained, well-formed, worst clips first, at ease with half a run."""
 
 import csv
+import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from aavs_jax import config as config_lib
+from aavs_jax import configs
+from aavs_jax.configs import compose_bench
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
 from aavs_jax.report import write_report
+from tests import tiny
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}
 VOID = {'meta', 'img', 'br', 'hr', 'link', 'input'}
@@ -268,6 +275,32 @@ def test_empty_workdir_says_what_to_run(run, tmp_path):
   check(page)
   assert page.count('<code>aavs ') >= 8
   assert f'aavs masks --workdir {tmp_path}/stage1 ' in page
+
+
+@pytest.mark.parametrize('seeds', [(4,), (0, 4)])
+def test_commands_are_those_of_the_study(run, tmp_path, seeds):
+  study = compose_bench.get_config()
+  study.seeds = seeds
+  study.stage1, study.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
+  study.stage1.data.subsets = ('v1s',)
+  study.stage2.model.robust_key = False
+  study.stage2.train.trainable = (r'aavs/(queries|decoder)/', "it's")
+  settings = {'data': '', 'config': json.loads(study.to_json_best_effort())}
+  (tmp_path / 'study.json').write_text(json.dumps(settings))
+  workdir = tmp_path if len(seeds) == 1 else tmp_path / 'seed4'
+  workdir.mkdir(exist_ok=True)
+  page = write_report(workdir, run[1]).read_text(encoding='utf-8')
+  texts = dict.fromkeys(
+    re.findall('<code>(aavs train .*?)</code>', page)
+  )  # each stands there twice
+  commands = [shlex.split(html.unescape(text)) for text in texts]
+  study.stage2.data.masks = str(workdir / 'masks')
+  study.stage2.train.init = str(workdir / 'stage1')
+  for name, (_, _, _, path, *given) in zip(('stage1', 'stage2'), commands, strict=True):
+    assert given[:4] == ['--data', str(run[1]), '--workdir', str(workdir / name)]
+    study[name].seed = 4
+    found = config_lib.load(str(Path(configs.__path__[0]).parent / path), given[4:])
+    assert config_lib.differences(found, study[name]) == []
 
 
 def test_few_clips_are_shown_once_each(tmp_path):

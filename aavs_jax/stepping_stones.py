@@ -1,0 +1,117 @@
+"""The strategy, in order: stage 1, its masks, stage 2 that starts from it, what both score.
+
+Stage 1 learns where the sound comes from. Stage 2 learns what it is, and is given where: the prior.
+While stage 2 trains, the prior is the TRUTH, its labels without their classes
+(pipeline.load_training_item). Stage 1's masks take its place in validation and test alone
+(pipeline.load_eval_item), so they are written of these splits and of no other.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+
+from aavs_jax import checkpoint, evaluate, hand_over
+from aavs_jax.console import say
+from aavs_jax.input_pipeline.masks import source_digest
+from aavs_jax.state import digest, unflatten
+from aavs_jax.train import train
+
+
+class Evaluation(NamedTuple):
+  """What is scored on the test split, and how; see the arguments of evaluate.evaluate."""
+
+  stage: str  # the folder of its model, below that of the run
+  audio: str = 'true'
+  prior: str = ''  # of stage 2: 'masks', those of stage 1, or 'oracle', the truth
+  maps: bool = False  # keep what is predicted, in eval/NAME
+  subsets: Sequence[str] | None = None
+
+
+EVALUATIONS = {
+  'stage1_true': Evaluation('stage1'),
+  'stage1_other': Evaluation('stage1', audio='other'),
+  'stage1_silence': Evaluation('stage1', audio='silence'),
+  'stage2_masks': Evaluation('stage2', prior='masks', maps=True),
+  'stage2_oracle': Evaluation('stage2', prior='oracle'),
+}
+
+
+def stepping_stones(
+  stage1: ml_collections.ConfigDict,
+  stage2: ml_collections.ConfigDict,
+  folder: Path,
+  *,
+  data: str,
+  seed: int,
+) -> dict[str, dict]:
+  """Trains and scores both stages; what an earlier call has completed is not done again.
+
+  Args:
+    stage1: config of stage 1.
+    stage2: config of stage 2; its start and its masks are those of stage 1, whatever it says.
+    folder: of the run; stage1/, masks/, stage2/ and eval/ appear in it.
+    data: the data set.
+    seed: of both stages.
+
+  Returns:
+    What `scores` says of EVALUATIONS.
+  """
+  stage1, stage2 = (stage.copy_and_resolve_references() for stage in (stage1, stage2))
+  stage1.seed = stage2.seed = seed
+  stage1.data.root = stage2.data.root = data
+
+  say(f'[2] stage 1: where the sound comes from (seed {seed})')
+  train(stage1, folder / 'stage1')
+
+  say("[3] stage 1's masks of val and test, the stepping stones of stage 2")
+  if not hand_over.write_masks(folder / 'stage1', data=data, out=folder / 'masks'):
+    say('  all there')
+
+  say('[4] stage 2: what it is')
+  stage2.train.init = str(folder / 'stage1')
+  stage2.data.masks = str(folder / 'masks')
+  train(stage2, folder / 'stage2')
+
+  say('[5] evaluation on the test split')
+  return scores(EVALUATIONS, folder, data=data, masks=folder / 'masks')
+
+
+def scores(
+  evaluations: Mapping[str, Evaluation], folder: Path, *, data: str, masks: str | Path
+) -> dict[str, dict]:
+  """Evaluates what FOLDER/eval/NAME.json does not hold yet of the same model and masks.
+
+  Args:
+    evaluations: by name.
+    folder: of the run.
+    data: the data set.
+    masks: folder of stage 1's masks, where they are the prior.
+
+  Returns:
+    By the same names what evaluate.evaluate returns.
+  """
+
+  @functools.cache
+  def model(stage):
+    flat, step = checkpoint.load_flat(folder / stage)
+    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
+
+  results = {}
+  for name, (stage, audio, prior, maps, subsets) in evaluations.items():
+    out = folder / 'eval' / f'{name}.json'
+    of_masks = source_digest(masks) if prior == 'masks' else None
+    origin = {**model(stage), 'masks_digest': of_masks}
+    results[name] = evaluate.reusable(out, origin) or evaluate.evaluate(
+      folder / stage,
+      data=data,
+      out=out,
+      audio=audio,
+      oracle=prior == 'oracle',
+      mask_folder=str(masks) if prior == 'masks' else '',
+      maps=out.with_suffix('') if maps else None,
+      subsets=subsets,
+    )
+  return results
