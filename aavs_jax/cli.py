@@ -63,8 +63,8 @@ def _size(text: str) -> tuple[int, int]:
 
 def _check_data(args) -> int:
   from aavs_jax.evaluate import write_json
-  from aavs_jax.input_pipeline.avsbench import read_index
   from aavs_jax.input_pipeline.check import check_data, format_check
+  from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.logging import Progress, say
 
   with Progress('checking', len(read_index(args.root)), 'clips') as progress:
@@ -76,7 +76,7 @@ def _check_data(args) -> int:
 
 
 def _prepare(args) -> None:
-  from aavs_jax.input_pipeline.avsbench import read_index
+  from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.input_pipeline.shards import prepare
   from aavs_jax.logging import Progress, say
 

@@ -12,10 +12,11 @@ from flax import traverse_util
 from ml_collections import config_flags
 
 from aavs_jax.configs import base
-from aavs_jax.input_pipeline.avsbench import FRAMES, Clip, require_classes
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import NUM_CLASSES
-from aavs_jax.input_pipeline.pipeline import Task
+from aavs_jax.input_pipeline.index import require_classes
+from aavs_jax.input_pipeline.items import Task
+from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.input_pipeline.prepared import require_sizes
 from aavs_jax.models.repeat import REMAT_POLICIES
 
@@ -95,7 +96,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
   data, model, swin = config.data, config.model, config.model.swin
   need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
-  classes = (2,) if config.task == 'binary' else range(2, NUM_CLASSES + 1)
+  classes = (2,) if config.task == 'binary' else range(2, IGNORE + 1)
   # Mask2Former without adapters, which others are trained from, has the classes of its own data.
   fits = config.num_classes in classes or model.adapter_variant == 'none'
   need('num_classes', fits, f'use {classes}')
@@ -126,8 +127,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   need('data.image_size', data.image_size % 32 == 0, 'use a multiple of 32 pixels')
   need(
     'data.subsets',
-    data.subsets and set(data.subsets) <= set(FRAMES),
-    f"name one, as v1s, or several of {tuple(FRAMES)} as \"('v1s','v1m')\"",
+    data.subsets and not any(',' in name for name in data.subsets),
+    "name one, as v1s, or several as \"('v1s','v1m')\"",
   )
   need('model.swin.depths', len(swin.depths) == 4, 'give the blocks of four stages')
   need('model.swin.heads', len(swin.heads) == 4, 'give four numbers')
@@ -141,7 +142,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   schedules = ('constant', 'cosine')
   need('optimizer.schedule', config.optimizer.schedule in schedules, f'use one of {schedules}')
   need('data.on_bad_clip', data.on_bad_clip in ('error', 'skip'), "use 'error' or 'skip'")
-  need('data.item_frames', data.item_frames in (0, 1, 5), 'use 0, 1 or 5')
   need('train.trainable', config.train.trainable, 'name at least one regular expression')
   for pattern in config.train.trainable:
     try:
@@ -167,6 +167,12 @@ def require_fit(clips: Sequence[Clip], config: ml_collections.ConfigDict) -> Non
   """Raises UserError for clips that cannot be used with a config, before any of them is read."""
   if config.task == 'semantic':
     require_classes(clips)
+    classes = len(clips[0].data_set.classes)
+    if config.num_classes > classes:
+      raise UserError(
+        f'config.num_classes is {config.num_classes}, but {clips[0].data_set.name} has {classes} '
+        'classes: use at most as many'
+      )
   require_sizes(clips, config.data.image_size, config.data.eval_size)
 
 

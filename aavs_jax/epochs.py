@@ -7,7 +7,7 @@ import jax
 import ml_collections
 
 from aavs_jax.input_pipeline import pipeline
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 
 

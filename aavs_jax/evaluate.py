@@ -17,9 +17,10 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, metrics, protocols, steps, tables
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, files, masks, pipeline, sounds
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline import avsbench, files, items, masks, pipeline, sounds
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.logging import Progress
 from aavs_jax.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.methods import Method, aavs
@@ -27,6 +28,7 @@ from aavs_jax.state import flatten, merge
 from aavs_jax.types import Params
 
 _NOTE = 'source.json'  # in a folder of masks: which model wrote them
+CLASSES = 'classes.json'  # in a work folder: names of the classes of the data set
 _BATCH_KEYS = ('frames', 'log_mel', 'prior')  # what the model sees; the rest stays on the host
 _T = TypeVar('_T')
 
@@ -156,7 +158,7 @@ def score(
   mine, heard = share(clips), share(sounds.choose_sounds(clips, audio))
   batches = pipeline.eval_batches(
     mine,
-    lambda item: pipeline.load_eval_item(mine[item.clip], heard[item.clip], item, task),
+    lambda item: items.load_eval_item(mine[item.clip], heard[item.clip], item, task),
     batch_items=eval_batch_items(config, jax.local_device_count(), jax.process_count()),
     threads=config.data.threads,
   )
@@ -179,8 +181,7 @@ def score(
       if on_clip:
         on_clip(mine[index], ids)
       progress.advance(1)
-  keys = [(clip.subset, clip.uid) for clip in clips]
-  return protocols.summarise(keys, _gather(records, len(clips)), audio=audio)
+  return protocols.summarise(clips, _gather(records, len(clips)), audio=audio)
 
 
 def _gather(mine: np.ndarray, total: int) -> np.ndarray:
@@ -218,6 +219,12 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params
       f'{wrong[0]}): restore the config it was trained with'
     )
   return config, local_params(merge(flat, {})), step
+
+
+def class_names(workdir: str | Path) -> Sequence[str]:
+  """Names of a model's classes by id; those of AVSBench for a model that was converted."""
+  path = epath.Path(workdir) / CLASSES
+  return checkpoint.read_json(path, [str]) if path.exists() else avsbench.CLASSES
 
 
 def eval_batch_items(config: ml_collections.ConfigDict, devices: int, processes: int) -> int:
@@ -280,7 +287,7 @@ def evaluate(
   config.oracle_prior = oracle or (config.oracle_prior and not mask_folder)
   if mask_folder:
     config.data.masks = str(mask_folder)
-  clips = avsbench.read_index(data, split, subsets or config.data.subsets)
+  clips = read_index(data, split, subsets or config.data.subsets)
   config_lib.require_fit(clips, config)
   on_clip = None
   if maps is not None:
@@ -315,7 +322,7 @@ def evaluate(
 def write_masks(
   workdir: str | Path, *, data: str, out: str | Path, splits: Sequence[str] = ('val', 'test')
 ) -> int:
-  """The hand-over: stage 1's masks of every clip of the splits, OUT/{v1s,v1m,v2}/UID/{0..}.png.
+  """The hand-over: stage 1's masks of every clip of the splits, OUT/SUBSET/UID/{0..}.png.
 
   Clips whose masks are there and sound already are left alone, so a killed run goes on where it
   was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it. Of
@@ -332,17 +339,16 @@ def write_masks(
   config, params, step = load_trained(workdir)
   if config.task != 'binary':
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
-  clips = [
-    clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
-  ]
+  clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
   config_lib.require_fit(clips, config)
-  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(params)})
+  source = {'checkpoint': str(workdir), 'step': step, 'digest': digest(params)}
+  _claim_masks(Path(out), source, clips[0].data_set.subsets)
   size = config.data.eval_size
   todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]
   task = config_lib.task_of(config)
   batches = pipeline.eval_batches(
     todo,
-    lambda item: pipeline.load_unlabelled_item(todo[item.clip], item, task),
+    lambda item: items.load_unlabelled_item(todo[item.clip], item, task),
     batch_items=eval_batch_items(config, jax.local_device_count(), jax.process_count()),
     threads=config.data.threads,
   )
@@ -386,7 +392,7 @@ def _read_note(path: Path) -> dict:
   return files.read_json(path, shape, 'restore it, or write the masks anew in another folder')
 
 
-def _claim_masks(folder: Path, source: dict) -> None:
+def _claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
   note = folder / _NOTE
   if note.exists():
@@ -397,7 +403,7 @@ def _claim_masks(folder: Path, source: dict) -> None:
         'remove it or name another folder'
       )
     return
-  for subset in avsbench.FRAMES:
+  for subset in subsets:
     if (folder / subset).exists():
       raise UserError(
         f'{folder} holds {subset} but no {_NOTE}, so it is unknown which model wrote it: remove it '

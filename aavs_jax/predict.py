@@ -16,10 +16,10 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from aavs_jax.evaluate import Predictor, load_trained, write_json
-from aavs_jax.input_pipeline import audio, avsbench
+from aavs_jax.evaluate import Predictor, class_names, load_trained, write_json
+from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
+from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import overlay, overlay_binary
@@ -73,6 +73,7 @@ def predict(
   is_video = source.is_file()
   windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)
   answer = load_models(stage1, stage2)
+  names = () if stage2 is None else class_names(stage2)
 
   # On the file system of the target, and before its missing parents are made.
   parent = next(folder for folder in target.parents if folder.exists())
@@ -91,13 +92,13 @@ def predict(
       masks, classes = answer(images, log_mel)
       for i, image in enumerate(images):
         ids = None if classes is None else classes[i]
-        summary.append(_write_second(working, len(summary), image, masks[i], ids))
+        summary.append(_write_second(working, len(summary), image, masks[i], ids, names))
       if progress:
         progress(len(summary))
     if is_video:
       # Read back one by one: the masks of a long video need not fit into memory.
       drawn = working / ('classes' if stage2 is not None else 'masks')
-      maps = (avsbench.read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
+      maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
       draw = overlay if stage2 is not None else overlay_binary
       write_overlay_video(working / 'overlay.mp4', source, maps, draw)
     write_json(
@@ -137,7 +138,7 @@ def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Itera
     )
   return (
     (
-      [avsbench.read_image(path) for path in paths[start : start + seconds]],
+      [read_image(path) for path in paths[start : start + seconds]],
       waveform[start * audio.SAMPLE_RATE : (start + seconds) * audio.SAMPLE_RATE],
       start,
     )
@@ -245,7 +246,7 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
 
   def model(frames, log_mel, prior):
     size = config.data.image_size
-    small = [avsbench.resize_frame(Image.fromarray(frame), size) for frame in frames]
+    small = [resize_frame(Image.fromarray(frame), size) for frame in frames]
     batch = {'frames': np.stack(small), 'log_mel': log_mel}
     if config.use_prior:
       batch['prior'] = prior
@@ -274,7 +275,12 @@ def _checked_target(out: Path) -> Path:
 
 
 def _write_second(
-  folder: Path, second: int, image: np.ndarray, mask: np.ndarray, classes: np.ndarray | None
+  folder: Path,
+  second: int,
+  image: np.ndarray,
+  mask: np.ndarray,
+  classes: np.ndarray | None,
+  names: Sequence[str],
 ) -> dict:
   """Writes the images of one second and returns its entry in summary.json."""
   height, width = image.shape[:2]
@@ -298,6 +304,6 @@ def _write_second(
     drawn = overlay(image, classes)
     counts = np.bincount(classes.ravel())
     ids = [i for i in np.argsort(-counts, kind='stable').tolist() if i and counts[i]]
-    found = [{'id': i, 'name': CLASS_NAMES[i], 'share': counts[i] / classes.size} for i in ids]
+    found = [{'id': i, 'name': names[i], 'share': counts[i] / classes.size} for i in ids]
   write(f'overlays/{second}.jpg', drawn)
   return {'second': second, 'sounding_share': np.mean(mask > 0).item(), 'classes': found}

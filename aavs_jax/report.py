@@ -18,16 +18,17 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.logging import metrics_files
 from aavs_jax.overlay import legend_colour, overlay, overlay_binary
 
 _THUMBNAIL = 160  # pixels
 _COLUMNS = 5  # frames shown of a clip
 _ALPHA = 0.75  # of overlays: a class must be told by its colour, whatever lies below
-_SUBSETS = ('v1s', 'v1m', 'v2')
 _STAGES = {'stage1': 'Stage 1: where does it sound?', 'stage2': 'Stage 2: what sounds?'}
 # What makes an artefact that is not there yet; WORKDIR is replaced by the folder's path.
 _EVAL = 'aavs eval --data DATA --out WORKDIR/eval'
@@ -173,7 +174,7 @@ def _score_table(
     metrics: key in the scores -> heading.
     marked: (row, subset) to highlight.
   """
-  groups = ['all', *(s for s in _SUBSETS if any(s in scores for _, scores, _ in rows))]
+  groups = list(dict.fromkeys(group for _, scores, _ in rows for group in scores))
   heads = ''.join(f'<th colspan="{len(metrics)}">{_text(group)}</th>' for group in groups)
   units = ''.join(f'<th>{_text(name)}</th>' for name in metrics.values()) * len(groups)
   lines = []
@@ -468,15 +469,17 @@ def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> st
     for stage, row in scores.items()
     if row
   )
+  legend = _legend(truth, named, clip.data_set.classes)
   return (
     f'<article><header><code>{_text(clip.uid)}</code><span class="tag">{_text(clip.subset)}</span>'
     f'<span class="score">{shown}</span></header>'
-    f'<div class="grid">{"".join(cells)}</div><p class="legend">{_legend(truth, named)}</p>'
-    '</article>'
+    f'<div class="grid">{"".join(cells)}</div><p class="legend">{legend}</p></article>'
   )
 
 
-def _legend(truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None]) -> str:
+def _legend(
+  truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None], names: Sequence[str]
+) -> str:
   """The classes of the labels and predictions shown, in their colours."""
 
   def classes(images: Sequence[np.ndarray]) -> set[int]:
@@ -491,7 +494,7 @@ def _legend(truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None]) -> 
       note = ' (missed)'
     elif class_id not in true:
       note = ' (not there)'
-    entries.append(f'<span>{_swatch(class_id)}{_text(CLASS_NAMES[class_id])}{note}</span>')
+    entries.append(f'<span>{_swatch(class_id)}{_text(names[class_id])}{note}</span>')
   return ''.join(entries) or '<span>silent throughout</span>'
 
 

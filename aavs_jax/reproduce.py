@@ -11,10 +11,11 @@ from typing import NamedTuple
 from aavs_jax import checkpoint, evaluate
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
-from aavs_jax.input_pipeline import avsbench
 from aavs_jax.input_pipeline import masks as mask_files
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.avsbench import SUBSETS
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.logging import say
 from aavs_jax.state import merge
 
@@ -39,7 +40,7 @@ class Row(NamedTuple):
   paper: tuple[float, float]  # mIoU and F in percent
 
 
-_ALL = tuple(avsbench.FRAMES)
+_ALL = tuple(SUBSETS)
 ROWS = {
   's4': Row('S4', 's4', ('v1s',), False, (83.2, 91.3)),
   'ms3': Row('MS3', 'ms3', ('v1m',), False, (67.3, 77.6)),
@@ -98,9 +99,9 @@ def reproduce(
   sources = {model: Path(path) for model, path in given.items() if path}
   for row in ROWS.values():  # now, not after hours
     if row.model in sources:
-      clips = avsbench.read_index(data, 'test', row.subsets)
+      clips = read_index(data, 'test', row.subsets)
       if row.model == 'stage2':
-        avsbench.require_classes(clips)
+        require_classes(clips)
 
   say('[1] conversion of the released checkpoints')
   audio = _identity(vggish)
@@ -110,7 +111,7 @@ def reproduce(
     _set_batch(workdir / model / 'config.json', batch_items)
   say("[2] stage 1's masks of the test split, the prior of stage 2")
   if masks:
-    _claim_masks(workdir, str(masks), avsbench.read_index(data, 'test'))
+    _claim_masks(workdir, str(masks), read_index(data, 'test'))
   else:
     masks = workdir / 'masks'
     if not evaluate.write_masks(workdir / 'stage1', data=data, out=masks, splits=('test',)):

@@ -10,9 +10,10 @@ from pathlib import Path
 import ml_collections
 
 from aavs_jax import checkpoint, evaluate, tables
-from aavs_jax.input_pipeline import avsbench, prepared
+from aavs_jax.input_pipeline import prepared
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.logging import Progress, duration, say
 from aavs_jax.report import write_report
 from aavs_jax.state import merge
@@ -66,8 +67,8 @@ def run_study(
         size=tuple(config.image),
         progress=lambda done, _: progress.advance_to(done),
       )
-  index = avsbench.read_index(data)  # checked now, not after stage 1
-  avsbench.require_classes(index)
+  index = read_index(data)  # checked now, not after stage 1
+  require_classes(index)
   prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}

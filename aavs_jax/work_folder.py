@@ -13,9 +13,10 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline import bad_clips, masks, prepared
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.logging import say
 from aavs_jax.state import TrainState
 
@@ -44,11 +45,11 @@ def read_clips(config: ml_collections.ConfigDict, workdir: epath.Path) -> Clips:
   Raises:
     UserError: the data set cannot be read or does not fit the config; there are too many bad clips.
   """
-  train = avsbench.read_index(config.data.root, 'train', config.data.subsets)
-  val = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  train = read_index(config.data.root, 'train', config.data.subsets)
+  val = read_index(config.data.root, 'val', config.data.subsets)
   config_lib.require_fit(train + val, config)
   bad = [] if config.data.on_bad_clip == 'error' else _bad_clips(config, workdir, train)
-  good = pipeline.leave_out(train, bad, config.data.max_bad_clips)
+  good = bad_clips.leave_out(train, bad, config.data.max_bad_clips)
   for row in bad:
     say(f'  left out {row["clip"]}: {row["text"]}')
   return Clips(good, val, bad)
@@ -64,7 +65,7 @@ def _bad_clips(
     return checkpoint.read_json(listing, prepared.BAD_CLIPS)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
-  bad = pipeline.find_bad_clips(evaluate.share(clips), task, config.data.threads)
+  bad = bad_clips.find_bad_clips(evaluate.share(clips), task, config.data.threads)
   distributed.wait_for_all('bad clips found')
   place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
   return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
@@ -91,6 +92,7 @@ def claim(
       evaluate.write_json(path, config.to_dict())
       evaluate.write_json(listing, found)
       evaluate.write_json(workdir / _BAD_CLIPS, clips.bad)
+      evaluate.write_json(workdir / evaluate.CLASSES, clips.train[0].data_set.classes)
     return
   if checkpoint.read_json(listing) != found:
     raise UserError(

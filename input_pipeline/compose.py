@@ -18,9 +18,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import avsbench_object, compose_scenes, compose_sounds, errors, files, labels
+from . import avsbench, avsbench_object, compose_scenes, compose_sounds, errors, files, labels
+from .avsbench import SUBSETS
 from .avsbench_object import ObjectClip
-from .compose_scenes import CLASSES, FRAMES, SPLITS
+from .clips import SPLITS
+from .compose_scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _PARTIAL = '.partial'  # folder of what is not yet complete
@@ -74,7 +76,7 @@ def compose(
   )
   settings = {
     'version': _VERSION,
-    'clips': {split: {s: clips.get(split, {}).get(s, 0) for s in FRAMES} for split in SPLITS},
+    'clips': {split: {s: clips.get(split, {}).get(s, 0) for s in SUBSETS} for split in SPLITS},
     'classes': [thing.name for thing in things],
     'size': list(size),
     'seed': seed,
@@ -83,7 +85,7 @@ def compose(
   if layout != 'semantic':  # a key that earlier sets have not
     settings['layout'] = layout
   counts = settings['clips'].values()
-  tables = {s: root / _table_name(layout, s) for s in FRAMES if any(of[s] for of in counts)}
+  tables = {s: root / _table_name(layout, s) for s in SUBSETS if any(of[s] for of in counts)}
   if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
     return root
 
@@ -93,12 +95,12 @@ def compose(
   try:
     _write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
     if layout == 'semantic':
-      indices = {name: class_id + 1 for class_id, name in enumerate(labels.CLASS_NAMES)}
+      indices = {name: class_id + 1 for class_id, name in enumerate(avsbench.CLASSES)}
       _write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
     jobs = [
       (split, subset, index)
       for split in SPLITS
-      for subset in FRAMES
+      for subset in SUBSETS
       for index in range(settings['clips'][split][subset])
     ]
     rows = {path: [] for path in tables.values()}
@@ -135,10 +137,10 @@ def _digest(folder: pathlib.Path) -> str:
 
 def _check_settings(clips, num_classes, size, seed, layout) -> None:
   for split, counts in clips.items():
-    if split not in SPLITS or not set(counts) <= set(FRAMES):
+    if split not in SPLITS or not set(counts) <= set(SUBSETS):
       raise errors.UserError(
         f'clips names {split!r} with {sorted(counts)}; use the splits {list(SPLITS)} and the '
-        f'subsets {list(FRAMES)}.'
+        f'subsets {list(SUBSETS)}.'
       )
     if layout == 'object' and counts.get('v2'):
       raise errors.UserError(
@@ -223,7 +225,7 @@ def _write_clip(partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[in
     jpeg = cv2.imencode('.jpg', frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
     jpeg.tofile(folder / 'frames' / f'{t}.jpg')
     if t < labelled:
-      colours = labels.PALETTE.take(targets[t], axis=0)[..., ::-1]
+      colours = avsbench.PALETTE.take(targets[t], axis=0)[..., ::-1]
       cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
       cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
   _write_wav(folder / 'audio.wav', audio)
@@ -231,7 +233,7 @@ def _write_clip(partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[in
 
 def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
   category = '' if plan.subset == 'v1m' else plan.things[0].name
-  frames = FRAMES[plan.subset]
+  frames = SUBSETS[plan.subset]
   return ObjectClip(str(root), plan.uid, plan.subset, plan.split, frames, category)
 
 

@@ -18,8 +18,8 @@ from aavs_jax import checkpoint, cli
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.evaluate import Predictor, load_trained, write_json
 from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.mesh import make_mesh
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import SOUNDING_COLOUR, overlay
@@ -236,7 +236,7 @@ def test_summary_counts_the_pixels_of_the_files(answered, video, stage1, stage2)
     shares = [c['share'] for c in frame['classes']]
     assert shares == sorted(shares, reverse=True)
     for entry in frame['classes']:
-      assert entry['name'] == CLASS_NAMES[entry['id']]
+      assert entry['name'] == CLASSES[entry['id']]
       assert entry['share'] == pytest.approx((ids == entry['id']).mean())
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
+from aavs_jax.input_pipeline.labels import ids_to_colours
 from aavs_jax.report import write_report
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}
@@ -36,7 +37,7 @@ def make_data(root, clips):
       image[disc] = (90, 140, 190)
       ids = np.where(disc & (t != 3), 8, 0).astype(np.uint8)
       Image.fromarray(image).save(folders[0] / f'{t}.jpg')
-      Image.fromarray(ids_to_colours(ids)).save(folders[1] / f'{t}.png')
+      Image.fromarray(ids_to_colours(ids, PALETTE)).save(folders[1] / f'{t}.png')
       Image.fromarray(ids).save(folders[2] / f'{t}.png')
 
 
@@ -48,7 +49,8 @@ def make_evaluation(task, clips, level, **more):
     means = {'': value / 2, '_no_background': value / 3, '_occurring': value}
     return {name + suffix: v for suffix, v in means.items() for name in ('miou', 'fscore')}
 
-  subsets = sorted({subset for subset, _ in clips})
+  there = {subset for subset, _ in clips}
+  subsets = [subset for subset in FRAMES if subset in there]
   result = {
     'task': task, 'split': 'test', 'audio': 'true', 'prior': None,
     'clips': len(clips), 'frames': sum(FRAMES[s] for s, _ in clips), 'overall': scores(level),
@@ -64,7 +66,7 @@ def make_evaluation(task, clips, level, **more):
     result['per_class'] = [
       {'id': i, 'name': name, 'iou': i / 71 if i % 3 == 0 else None,
        'fscore': i / 71 if i % 3 == 0 else None, 'frames': i if i % 3 == 0 else 0}
-      for i, name in enumerate(CLASS_NAMES)
+      for i, name in enumerate(CLASSES)
     ]  # fmt: skip
   return result
 
