@@ -188,8 +188,3 @@ def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)
     args = ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True)
     return reader.restore(path, args=args)
-
-
-def read_json(path: Path, shape: Any = object) -> Any:
-  """A JSON file of a work folder; UserError if it is missing, damaged or of another shape."""
-  return files.read_json(path, shape, 'restore it, or name a folder that `aavs train` has written')

@@ -62,8 +62,8 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _check_data(args) -> int:
-  from aavs_jax.evaluate import write_json
   from aavs_jax.input_pipeline.check import check_data, format_check
+  from aavs_jax.input_pipeline.files import write_json
   from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.logging import Progress, say
 
@@ -231,7 +231,7 @@ def _reproduce(args) -> None:
 def _bench(args) -> None:
   from aavs_jax import bench
   from aavs_jax import config as config_lib
-  from aavs_jax.evaluate import write_json
+  from aavs_jax.input_pipeline.files import write_json
   from aavs_jax.logging import say
 
   config = config_lib.load(args.config, args.overrides)
@@ -254,8 +254,8 @@ def _bench(args) -> None:
 
 def _bench_input(args) -> None:
   from aavs_jax import config as config_lib
-  from aavs_jax.evaluate import write_json
   from aavs_jax.input_pipeline import bench
+  from aavs_jax.input_pipeline.files import write_json
   from aavs_jax.logging import say
 
   config = config_lib.load(args.config, args.overrides)
@@ -283,7 +283,7 @@ def _aot(args) -> None:
   os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   from aavs_jax import config as config_lib
   from aavs_jax.aot import aot, format_report
-  from aavs_jax.evaluate import write_json
+  from aavs_jax.input_pipeline.files import write_json
   from aavs_jax.logging import say
 
   config = config_lib.load(args.config, args.overrides)

@@ -1,10 +1,7 @@
 """Checkpoints in and out: Flax's names and layouts here, PyTorch's there."""
 
 import math
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,8 @@ import optax
 from aavs_jax import checkpoint, torch_files
 from aavs_jax import config as config_lib
 from aavs_jax.configs import avss_stage1, avss_stage2
-from aavs_jax.evaluate import load_trained, write_json
+from aavs_jax.evaluate import load_trained
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
@@ -493,18 +491,11 @@ def _say_what_it_is(source: Path, kind: str, config, params: Flat, unused: Seque
 
 def _write(out: Path, config, params: Flat, note: dict) -> None:
   """The work folder, under its name only when complete; all parameters in its `frozen`."""
-  out.parent.mkdir(parents=True, exist_ok=True)
-  working = Path(tempfile.mkdtemp(dir=out.parent, prefix='.writing-'))
-  try:
-    os.chmod(working, 0o755)
+  with files.writing_folder(out) as working:
     with checkpoint.make_manager(working / 'checkpoints', keep=1) as manager:
       checkpoint.save(manager, create(params, (), optax.identity()), 1, None)
-    write_json(working / 'config.json', config.to_dict())
-    write_json(working / checkpoint.CONVERTED, note)
-    os.rename(working, out)
-  except BaseException:
-    shutil.rmtree(working, ignore_errors=True)
-    raise
+    files.write_json(working / 'config.json', config.to_dict())
+    files.write_json(working / checkpoint.CONVERTED, note)
 
 
 def export(workdir: str | Path, out: str | Path) -> Path:

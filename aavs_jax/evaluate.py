@@ -3,7 +3,6 @@
 import collections
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -224,7 +223,8 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Params
 def class_names(workdir: str | Path) -> Sequence[str]:
   """Names of a model's classes by id; those of AVSBench for a model that was converted."""
   path = epath.Path(workdir) / CLASSES
-  return checkpoint.read_json(path, [str]) if path.exists() else avsbench.CLASSES
+  advice = 'restore it, or train again'
+  return files.read_json(path, [str], advice) if path.exists() else avsbench.CLASSES
 
 
 def eval_batch_items(config: ml_collections.ConfigDict, devices: int, processes: int) -> int:
@@ -314,8 +314,8 @@ def evaluate(
     **summary,
   }
   if distributed.is_first():
-    write_json(out, result)
-    write_text(tables_file, tables.format_evaluation(result, markdown=True))
+    files.write_json(out, result)
+    files.write_text(tables_file, tables.format_evaluation(result, markdown=True))
   return result
 
 
@@ -412,7 +412,7 @@ def _claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
   # Every process has looked before the first mask is written.
   distributed.wait_for_all('masks')
   if distributed.is_first():
-    write_json(note, source)
+    files.write_json(note, source)
 
 
 def reusable(path: Path, origin: Mapping) -> dict | None:
@@ -423,25 +423,3 @@ def reusable(path: Path, origin: Mapping) -> dict | None:
   except UserError:
     return None
   return result if all(result.get(key) == origin[key] for key in origin) else None
-
-
-def write_json(path: str | Path, value) -> None:
-  """Writes JSON under its final name only when it is complete."""
-  write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: str | Path, text: str) -> None:
-  """Writes a file under its final name only when it is complete."""
-  if '://' in str(path):  # a bucket's objects are written as a whole or not at all
-    epath.Path(path).write_text(text)
-    return
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # Always the same name, so that what a killed writer leaves is there until the next one at most.
-  working = path.with_name(f'.writing-{path.name}')
-  try:
-    working.write_text(text)
-    working.replace(path)
-  except BaseException:
-    working.unlink(missing_ok=True)
-    raise

@@ -1,7 +1,6 @@
 """One run at a time in a work folder: a second start is refused and learns who is there."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -15,14 +14,13 @@ from collections.abc import Iterator
 from etils import epath
 
 from aavs_jax import distributed
+from aavs_jax.input_pipeline.files import NO_FLOCK
 from aavs_jax.logging import say
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
 _RENEWED_EVERY = 15
 _PATIENCE = 60
 _SETTLED = 3  # two that take a lease at the same moment both see whose was written last
-# What file systems answer that know no flock, such as Lustre's usual mount.
-_NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextlib.contextmanager
@@ -60,7 +58,7 @@ def _flock(workdir: epath.Path) -> Iterator[None]:
     except BlockingIOError:
       raise _in_use(workdir, json.loads(file.read() or '{}')) from None
     except OSError as error:
-      if error.errno not in _NO_FLOCK:
+      if error.errno not in NO_FLOCK:
         raise
       held.enter_context(_lease(workdir))
     file.truncate(0)

@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from aavs_jax.input_pipeline import files
+
 try:
   from tensorboardX import SummaryWriter
 except ImportError:
@@ -177,7 +179,7 @@ class Writer:
       text = path.read_text()
       left = ''.join(f'{line}\n' for line in text.splitlines() if kept(line))
       if left != text:
-        _replace(path, left)
+        files.write_text(path, left) if left else path.unlink()
     self._in_bucket = '://' in str(folder)
     self._folder = folder
     self._rows = []  # of the part that is being written
@@ -242,15 +244,3 @@ def metrics_files(folder: epath.PathLike) -> list[epath.Path]:
   folder = epath.Path(folder)
   whole = folder / 'metrics.jsonl'
   return [whole] * whole.exists() + sorted(folder.glob('metrics-*.jsonl'))
-
-
-def _replace(path: epath.Path, text: str) -> None:
-  """Writes a file anew, all of it or nothing, as a bucket does by itself; no text removes it."""
-  if not text:
-    path.unlink()
-  elif '://' in str(path):
-    path.write_text(text)
-  else:
-    working = path.with_suffix('.writing')
-    working.write_text(text)
-    working.replace(path)

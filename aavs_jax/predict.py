@@ -4,9 +4,6 @@ Sources are read and answered window by window, so memory does not grow with the
 """
 
 import itertools
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,9 +13,9 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from aavs_jax.evaluate import Predictor, class_names, load_trained, write_json
-from aavs_jax.input_pipeline import audio
-from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.evaluate import Predictor, class_names, load_trained
+from aavs_jax.input_pipeline import audio, files
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.logging import say
 from aavs_jax.methods import aavs
@@ -67,7 +64,7 @@ def predict(
 
   Raises:
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
-      this ends, but after SIGKILL.
+      this ends; after SIGKILL, until it is called again with the same `out`.
   """
   source, target = Path(source), _checked_target(Path(out))
   is_video = source.is_file()
@@ -75,18 +72,7 @@ def predict(
   answer = load_models(stage1, stage2)
   names = () if stage2 is None else class_names(stage2)
 
-  # On the file system of the target, and before its missing parents are made.
-  parent = next(folder for folder in target.parents if folder.exists())
-  try:
-    working = Path(tempfile.mkdtemp(dir=parent, prefix='.writing-'))
-  except OSError as error:
-    if may_pass(error):
-      raise
-    raise UserError(
-      f'{target}: cannot be written ({error.strerror}), name another output folder.'
-    ) from error
-  try:
-    os.chmod(working, 0o755)
+  with files.writing_folder(target) as working:
     summary = []
     for images, log_mel in _hear(windows, source):
       masks, classes = answer(images, log_mel)
@@ -101,7 +87,7 @@ def predict(
       maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
       draw = overlay if stage2 is not None else overlay_binary
       write_overlay_video(working / 'overlay.mp4', source, maps, draw)
-    write_json(
+    files.write_json(
       working / 'summary.json',
       {
         'source': str(source),
@@ -111,11 +97,6 @@ def predict(
         'frames': summary,
       },
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(working, target)
-  except BaseException:
-    shutil.rmtree(working, ignore_errors=True)
-    raise
   return Path(out)
 
 

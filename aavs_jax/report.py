@@ -90,10 +90,7 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     f'<body><main>{"".join(body)}</main></body></html>\n'
   )
   out = workdir / 'report.html' if out is None else Path(out)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.with_name(f'.{out.name}.partial')
-  partial.write_text(page, encoding='utf-8')
-  partial.replace(out)
+  files.write_text(out, page)
   return out
 
 

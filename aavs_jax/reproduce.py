@@ -2,8 +2,6 @@
 
 import functools
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +9,7 @@ from typing import NamedTuple
 from aavs_jax import checkpoint, evaluate
 from aavs_jax import config as config_lib
 from aavs_jax.convert import KINDS, convert
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.avsbench import SUBSETS
 from aavs_jax.input_pipeline.clips import Clip
@@ -20,6 +19,7 @@ from aavs_jax.logging import say
 from aavs_jax.state import merge
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
+_RESTORE = 'restore it, or name another --workdir'
 _SCORES = ('miou', 'fscore')
 _ONE_LINK = " (the authors' page has linked MS3's and AVSS's to one and the same file)"
 _HINTS = {  # what else to say where another checkpoint is given
@@ -143,8 +143,8 @@ def reproduce(
     paper = dict(zip(_SCORES, row.paper))
     difference = ours and {name: ours[name] - paper[name] for name in _SCORES}
     result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
-  evaluate.write_json(workdir / 'table.json', result)
-  evaluate.write_text(workdir / 'table.md', format_table(result) + '\n')
+  files.write_json(workdir / 'table.json', result)
+  files.write_text(workdir / 'table.md', format_table(result) + '\n')
   return result
 
 
@@ -187,29 +187,26 @@ def _convert(
   """A work folder of a released checkpoint, unless it is there; UserError for the wrong stage."""
   if folder.exists():
     note = folder / _SOURCE
-    if not note.exists() or checkpoint.read_json(note) != made_of:
+    if not note.exists() or files.read_json(note, dict, _RESTORE) != made_of:
       raise UserError(
         f'{folder} was not made of {source}, {vggish} and the data set given: name another '
         '--workdir'
       )
     return
-  working = folder.with_name(f'.converting-{model}')  # until it is known to be of the right stage
-  shutil.rmtree(working, ignore_errors=True)
-  kind = convert(source, working, vggish)['kind']
-  config = config_lib.from_json(working / 'config.json')
-  stage1, stage2 = 'a checkpoint of stage 1, S4 or MS3', 'a checkpoint of stage 2'
-  if kind != 'aavs':
-    found = KINDS[kind]
-  elif config.use_prior:
-    found = stage2
-  else:
-    found = stage1 if config.task == 'binary' else 'a model of classes without a prior'
-  if found != (stage2 if model == 'stage2' else stage1):
-    shutil.rmtree(working)
-    hint = _HINTS.get(model, '')
-    raise UserError(f'--{model} {source} is {found}: give the checkpoint of {_MODELS[model]}{hint}')
-  evaluate.write_json(working / _SOURCE, made_of)
-  os.replace(working, folder)
+  with files.writing(folder) as working:  # until it is known to be of the right stage
+    kind = convert(source, working, vggish)['kind']
+    config = config_lib.from_json(working / 'config.json')
+    stage1, stage2 = 'a checkpoint of stage 1, S4 or MS3', 'a checkpoint of stage 2'
+    if kind != 'aavs':
+      found = KINDS[kind]
+    elif config.use_prior:
+      found = stage2
+    else:
+      found = stage1 if config.task == 'binary' else 'a model of classes without a prior'
+    if found != (stage2 if model == 'stage2' else stage1):
+      wanted = f'{_MODELS[model]}{_HINTS.get(model, "")}'
+      raise UserError(f'--{model} {source} is {found}: give the checkpoint of {wanted}')
+    files.write_json(working / _SOURCE, made_of)
 
 
 def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
@@ -226,8 +223,8 @@ def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
       total.update(mask_files.read_mask(folder, clip, t, size).tobytes())
   note, digest = workdir / 'masks.json', total.hexdigest()
   if not note.exists():
-    evaluate.write_json(note, digest)
-  elif checkpoint.read_json(note) != digest:
+    files.write_json(note, digest)
+  elif files.read_json(note, str, _RESTORE) != digest:
     raise UserError(
       f'{workdir} was begun with other masks than those of {folder}: name another --workdir'
     )
@@ -236,7 +233,7 @@ def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
 def _set_batch(path: Path, batch_items: int) -> None:
   """Evaluation takes its batch from the config of the work folder."""
   shape = {'data': {'batch_items': int, ...: object}, ...: object}
-  config = checkpoint.read_json(path, shape)
+  config = files.read_json(path, shape, _RESTORE)
   if config['data']['batch_items'] != batch_items:
     config['data']['batch_items'] = batch_items
-    evaluate.write_json(path, config)
+    files.write_json(path, config)

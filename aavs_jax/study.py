@@ -2,15 +2,13 @@
 
 import functools
 import json
-import shutil
-import tempfile
 import time
 from pathlib import Path
 
 import ml_collections
 
 from aavs_jax import checkpoint, evaluate, tables
-from aavs_jax.input_pipeline import prepared
+from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
@@ -46,12 +44,12 @@ def run_study(
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
   _refuse_foreign(workdir)
-  if fresh and workdir.exists():
+  if fresh:
     if data and Path(data).is_relative_to(workdir):
       raise UserError(
         f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
       )
-    _remove(workdir)
+    files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
 
   say('[1] clips')
@@ -77,7 +75,7 @@ def run_study(
   reports = [write_report(folder, data) for folder in folders.values()]
   if config.end_to_end:
     comparison = _compare(results)
-    evaluate.write_json(workdir / 'comparison.json', comparison)
+    files.write_json(workdir / 'comparison.json', comparison)
     say(_format_comparison(comparison))
   say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, reports))}')
   return reports[0]
@@ -175,21 +173,14 @@ def _refuse_foreign(workdir: Path) -> None:
     )
 
 
-def _remove(workdir: Path) -> None:
-  """Deletes a study's folder; killed half-way, it leaves no half study under the old name."""
-  hidden = Path(tempfile.mkdtemp(dir=workdir.parent, prefix='.removing-'))
-  workdir.rename(hidden / workdir.name)
-  shutil.rmtree(hidden)
-
-
 def _claim(workdir: Path, settings: dict) -> None:
   mark = workdir / _MARK
   settings = json.loads(json.dumps(settings))
   if mark.exists():
-    if checkpoint.read_json(mark) != settings:
+    if files.read_json(mark, dict, 'restore it, or start anew with --fresh') != settings:
       raise UserError(
         f'{workdir} holds a study with other settings (see {mark}): name another --workdir, or '
         'start anew with --fresh'
       )
     return
-  evaluate.write_json(mark, settings)
+  files.write_json(mark, settings)

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from types import ModuleType
 import ml_dtypes
 import numpy as np
 
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 
@@ -140,20 +139,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
   """
   tensors = {name: np.array(value, order='C') for name, value in tensors.items()}
   library = _library('safetensors.numpy' if path.suffix == _SAFETENSORS else 'torch', path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  handle, working = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
-  os.close(handle)
-  try:
+  with files.writing(path) as working:
     if path.suffix == _SAFETENSORS:
       library.save_file(tensors, working, metadata={'format': 'pt'})
     else:
       with open(working, 'wb') as file:
         library.save({name: library.from_numpy(value) for name, value in tensors.items()}, file)
-    os.chmod(working, 0o644)
-    os.replace(working, path)
-  except BaseException:
-    Path(working).unlink(missing_ok=True)
-    raise
 
 
 def _library(name: str, path: Path) -> ModuleType:

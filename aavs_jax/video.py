@@ -14,6 +14,7 @@ import av
 import cv2
 import numpy as np
 
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.logging import say
 from aavs_jax.overlay import overlay
@@ -90,14 +91,11 @@ def write_overlay_video(
   if out.resolve() == source.resolve():
     raise UserError(f'{out}: this is the source video itself, give the output another name.')
   timeline = Timeline(source)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  partial = out.absolute().with_name(f'.{out.stem}.partial.mp4')
-  try:
-    with av.open(str(partial), 'w', format='mp4', options={'movflags': 'faststart'}) as target:
-      _write_streams(target, timeline, iter(masks_by_second), draw)
-    partial.replace(out)
-  finally:
-    partial.unlink(missing_ok=True)
+  with (
+    files.writing(out) as working,
+    av.open(str(working), 'w', format='mp4', options={'movflags': 'faststart'}) as target,
+  ):
+    _write_streams(target, timeline, iter(masks_by_second), draw)
   return out
 
 

@@ -84,7 +84,5 @@ def _run_id(folder: epath.Path, project: str) -> str:
   known = files.read_json(path, {...: str}, 'remove it') if path.exists() else {}
   if project not in known:
     known[project] = secrets.token_hex(8)
-    working = path.with_suffix('.writing')
-    working.write_text(json.dumps(known))
-    working.replace(path)
+    files.write_text(path, json.dumps(known))
   return known[project]

@@ -13,7 +13,7 @@ from etils import epath
 
 from aavs_jax import checkpoint, distributed, evaluate, stages
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import bad_clips, masks, prepared
+from aavs_jax.input_pipeline import bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -29,6 +29,7 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 _BAD_CLIPS = 'bad_clips.json'
+_RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
 
@@ -62,7 +63,7 @@ def _bad_clips(
   listing = workdir / _BAD_CLIPS
   begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
-    return checkpoint.read_json(listing, prepared.BAD_CLIPS)
+    return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
   bad = bad_clips.find_bad_clips(evaluate.share(clips), task, config.data.threads)
@@ -89,12 +90,12 @@ def claim(
   _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
   if latest is None:
     if distributed.is_first():
-      evaluate.write_json(path, config.to_dict())
-      evaluate.write_json(listing, found)
-      evaluate.write_json(workdir / _BAD_CLIPS, clips.bad)
-      evaluate.write_json(workdir / evaluate.CLASSES, clips.train[0].data_set.classes)
+      files.write_json(path, config.to_dict())
+      files.write_json(listing, found)
+      files.write_json(workdir / _BAD_CLIPS, clips.bad)
+      files.write_json(workdir / evaluate.CLASSES, clips.train[0].data_set.classes)
     return
-  if checkpoint.read_json(listing) != found:
+  if files.read_json(listing, [str], _RESTORE) != found:
     raise UserError(
       f'{workdir} was begun with other clips than those of {config.data.root} (see {listing}): '
       'use the same data set or another --workdir'
@@ -154,7 +155,8 @@ def claim_inputs(
     found['data.masks'] = _masks_digest(config, val_clips)
   _require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
-  saved = checkpoint.read_json(path) if latest is not None and path.exists() else {}
+  begun = latest is not None and path.exists()
+  saved = files.read_json(path, dict, _RESTORE) if begun else {}
   for key, digest in found.items():
     if digest != saved.get(key, digest):
       raise UserError(
@@ -162,7 +164,7 @@ def claim_inputs(
         'folder that it began with, wherever that is now, or use another --workdir'
       )
   if distributed.is_first():
-    evaluate.write_json(path, {**found, **saved})
+    files.write_json(path, {**found, **saved})
 
 
 def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:

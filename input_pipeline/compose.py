@@ -25,7 +25,6 @@ from .clips import SPLITS
 from .compose_scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
-_PARTIAL = '.partial'  # folder of what is not yet complete
 _LAYOUTS = ('semantic', 'object')
 _OBJECT_SIZE = 224  # of frames and masks of AVSBench-object
 
@@ -89,39 +88,31 @@ def compose(
   if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
     return root
 
-  partial = root / _PARTIAL
-  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-  partial.mkdir(parents=True)
-  try:
-    _write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
+  files.write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
+  if layout == 'semantic':
+    indices = {name: class_id + 1 for class_id, name in enumerate(avsbench.CLASSES)}
+    files.write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
+  jobs = [
+    (split, subset, index)
+    for split in SPLITS
+    for subset in SUBSETS
+    for index in range(settings['clips'][split][subset])
+  ]
+  rows = {path: [] for path in tables.values()}
+  for done, (split, subset, index) in enumerate(jobs, 1):
+    plan = compose_scenes.plan_clip(things, seed, split, subset, index)
     if layout == 'semantic':
-      indices = {name: class_id + 1 for class_id, name in enumerate(avsbench.CLASSES)}
-      _write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
-    jobs = [
-      (split, subset, index)
-      for split in SPLITS
-      for subset in SUBSETS
-      for index in range(settings['clips'][split][subset])
-    ]
-    rows = {path: [] for path in tables.values()}
-    for done, (split, subset, index) in enumerate(jobs, 1):
-      plan = compose_scenes.plan_clip(things, seed, split, subset, index)
-      if layout == 'semantic':
-        rows[tables[subset]].append(_metadata_row(plan))
-        places, write = [pathlib.Path(subset, plan.uid)], _write_clip
-      else:
-        rows[tables[subset]].append(_object_row(plan))
-        places, write = _object_places(plan), _write_object_clip
-      if not (root / places[-1]).exists():  # else an interrupted run wrote it, whole
-        write(partial, plan, size)
-        for place in places:
-          _move(partial / place, root / place)
-      if progress:
-        progress(done, len(jobs))
-    for path, listed in rows.items():
-      _write_table(path, listed)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+      rows[tables[subset]].append(_metadata_row(plan))
+      folder, write = root / subset / plan.uid, _write_clip
+    else:
+      rows[tables[subset]].append(_object_row(plan))
+      folder, write = pathlib.Path(_object_clip(root, plan).folder), _write_object_clip
+    if not folder.exists():  # else an interrupted run wrote it, whole
+      write(root, plan, size)
+    if progress:
+      progress(done, len(jobs))
+  for path, listed in rows.items():
+    _write_table(path, listed)
   return root
 
 
@@ -170,7 +161,9 @@ def _is_ours(root: pathlib.Path, settings: dict) -> bool:
   try:
     found = files.read_json(root / 'compose.json', dict, 'restore it')
   except errors.UserError:
-    if root.exists() and (not root.is_dir() or any(p.name != _PARTIAL for p in root.iterdir())):
+    if root.exists() and not (
+      root.is_dir() and all(path.suffix == files.UNFINISHED for path in root.iterdir())
+    ):
       raise errors.UserError(
         f'{root} holds something that was not composed here (it has no readable compose.json); '
         f'choose another folder for the composed set.'
@@ -215,20 +208,20 @@ def _object_row(plan: compose_scenes.Plan) -> dict[str, str]:
   return {'name': plan.uid, 'category': plan.things[0].name, 'split': plan.split}
 
 
-def _write_clip(partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
-  folder = partial / plan.subset / plan.uid
+def _write_clip(root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
   frames, targets, audio = compose_scenes.render_clip(plan, size)
-  for name in ('frames', 'labels_rgb', 'labels_semantic'):
-    (folder / name).mkdir(parents=True)
   labelled = 1 if (plan.subset, plan.split) == ('v1s', 'train') else len(frames)
-  for t, frame in enumerate(frames):
-    jpeg = cv2.imencode('.jpg', frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-    jpeg.tofile(folder / 'frames' / f'{t}.jpg')
-    if t < labelled:
-      colours = avsbench.PALETTE.take(targets[t], axis=0)[..., ::-1]
-      cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
-      cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
-  _write_wav(folder / 'audio.wav', audio)
+  with files.writing_folder(root / plan.subset / plan.uid) as folder:
+    for name in ('frames', 'labels_rgb', 'labels_semantic'):
+      (folder / name).mkdir()
+    for t, frame in enumerate(frames):
+      jpeg = cv2.imencode('.jpg', frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+      jpeg.tofile(folder / 'frames' / f'{t}.jpg')
+      if t < labelled:
+        colours = avsbench.PALETTE.take(targets[t], axis=0)[..., ::-1]
+        cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
+        cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
+    _write_wav(folder / 'audio.wav', audio)
 
 
 def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
@@ -237,28 +230,29 @@ def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
   return ObjectClip(str(root), plan.uid, plan.subset, plan.split, frames, category)
 
 
-def _object_places(plan: compose_scenes.Plan) -> list[pathlib.Path]:
-  """Where a clip's sound, masks and frames lie in the data set."""
-  clip = _object_clip(pathlib.Path(), plan)
-  masks = os.path.dirname(clip.label_ids_path(0))
-  return [pathlib.Path(place) for place in (clip.audio_path, masks, clip.folder)]
-
-
 def _write_object_clip(
-  partial: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]
+  root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]
 ) -> None:
   frames, targets, audio = compose_scenes.render_clip(plan, size)
-  clip = _object_clip(partial, plan)
-  for path in (clip.audio_path, clip.label_ids_path(0), clip.frame_path(0)):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+  clip = _object_clip(root, plan)
+  masks = os.path.dirname(clip.label_ids_path(0))
+  shutil.rmtree(masks, ignore_errors=True)  # of an interrupted run, whose frames did not appear
   side = (_OBJECT_SIZE, _OBJECT_SIZE)
-  for t, frame in enumerate(frames):
-    small = np.array(Image.fromarray(frame).resize(side, Image.Resampling.BILINEAR))
-    cv2.imencode('.png', small[..., ::-1])[1].tofile(clip.frame_path(t))
-    if t in clip.labelled_frames:
-      mask = labels.resize_ids((targets[t] > 0).astype(np.uint8) * 255, _OBJECT_SIZE)
-      cv2.imencode('.png', mask)[1].tofile(clip.label_ids_path(t))
-  _write_wav(clip.audio_path, audio)
+  # The frames appear last, when all of the clip is there.
+  with (
+    files.writing_folder(clip.folder) as pictures,
+    files.writing_folder(masks) as labelled,
+    files.writing(clip.audio_path) as sound,
+  ):
+    for t, frame in enumerate(frames):
+      small = np.array(Image.fromarray(frame).resize(side, Image.Resampling.BILINEAR))
+      path = pictures / os.path.basename(clip.frame_path(t))
+      cv2.imencode('.png', small[..., ::-1])[1].tofile(path)
+      if t in clip.labelled_frames:
+        mask = labels.resize_ids((targets[t] > 0).astype(np.uint8) * 255, _OBJECT_SIZE)
+        path = labelled / os.path.basename(clip.label_ids_path(t))
+        cv2.imencode('.png', mask)[1].tofile(path)
+    _write_wav(sound, audio)
 
 
 def _write_wav(path: str | os.PathLike, audio: np.ndarray) -> None:
@@ -269,23 +263,11 @@ def _write_wav(path: str | os.PathLike, audio: np.ndarray) -> None:
     file.writeframes(audio.astype('<i2').tobytes())
 
 
-def _move(source: pathlib.Path, target: pathlib.Path) -> None:
-  target.parent.mkdir(parents=True, exist_ok=True)
-  if target.is_dir():  # masks of a clip of which an interrupted run did not move the frames
-    shutil.rmtree(target)
-  os.replace(source, target)
-
-
 def _write_table(path: pathlib.Path, rows: list[dict[str, str]]) -> None:
-  temporary = path.parent / _PARTIAL / path.name
-  with open(temporary, 'w', newline='', encoding='utf-8') as file:
+  with (
+    files.writing(path) as working,
+    open(working, 'w', newline='', encoding='utf-8') as file,
+  ):
     writer = csv.DictWriter(file, list(rows[0]), lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-  os.replace(temporary, path)
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  temporary = path.parent / _PARTIAL / path.name
-  temporary.write_text(text, encoding='utf-8')
-  os.replace(temporary, path)

@@ -1,11 +1,27 @@
-"""Files as bytes and as JSON: a wrong one is the user's to mend, a disk that fails is not."""
+"""Files and folders, in and out: a wrong one is the user's to mend, a disk that fails is not.
 
+What is written has its name only once it is complete.
+"""
+
+import contextlib
+import errno
+import fcntl
 import json
 import os
+import pathlib
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
-from .errors import UserError, of_disk
+from etils import epath
+
+from .errors import UserError, may_pass, of_disk
+
+UNFINISHED = '.writing'  # suffix of what is not complete yet
+# What file systems answer that know no flock, such as Lustre's usual mount.
+NO_FLOCK = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 _TYPES = {
   str: 'a text',
@@ -110,3 +126,132 @@ def require_shape(path: os.PathLike, value: Any, shape: Any, advice: str, key: s
       if name not in shape and ... not in shape:
         raise UserError(f'{path} holds an unknown key, {ascii(inside + name)[:64]}: {advice}')
       require_shape(path, item, shape.get(name, shape.get(...)), advice, inside + name)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Where to write a file (or make a folder) that appears as `path` when the block ends, whole.
+
+  Nothing is left after an exception, no folder made for it either. What a killed process has left
+  stands beside `path` as .NAME.writing until the next one writes that name. In a bucket the file
+  goes there at the end; its objects are written as a whole or not at all.
+
+  Args:
+    path: a file there is replaced, an empty folder too; its folder is made.
+
+  Yields:
+    A local path of the same name, where nothing is yet.
+
+  Raises:
+    UserError: there can be no such file, or another process is writing it now.
+    OSError: the disk fails.
+  """
+  path = epath.Path(path)
+  if '://' in str(path):
+    with tempfile.TemporaryDirectory() as folder:
+      working = epath.Path(folder, path.name)
+      yield pathlib.Path(working)
+      working.copy(path, overwrite=True)
+    return
+  with _working_folder(path) as folder:
+    working = folder / path.name
+    yield working
+    os.replace(working, path)
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def writing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """As `writing`, of a local folder, which is empty at first; `path` may be an empty one."""
+  with _working_folder(path) as folder:
+    yield folder
+    os.replace(folder, path)
+
+
+@contextlib.contextmanager
+def _working_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """An empty folder beside `path`, this process's alone; removed if the block raises."""
+  path = pathlib.Path(path).absolute()
+  made = [folder for folder in path.parents if not folder.exists()]
+  working = path.with_name(f'.{path.name}{UNFINISHED}')
+  with alone_in(working, path):
+    try:
+      for left in working.iterdir():  # by a process that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+      yield working
+    except BaseException:
+      shutil.rmtree(working, ignore_errors=True)
+      for folder in made:
+        with contextlib.suppress(OSError):  # others may have put something into it
+          folder.rmdir()
+      raise
+
+
+@contextlib.contextmanager
+def alone_in(folder: os.PathLike, name: os.PathLike | None = None) -> Iterator[None]:
+  """Makes a folder, and keeps other processes of this machine that call this out of it.
+
+  Where there are no locks, as in a bucket, nobody is kept out.
+
+  Args:
+    folder: to be alone in.
+    name: what an error names, if not the folder.
+
+  Raises:
+    UserError: another process is in it, or there can be no such folder.
+    OSError: the disk fails.
+  """
+  if '://' in str(folder):
+    epath.Path(folder).mkdir(parents=True, exist_ok=True)
+    yield
+    return
+  name = name or folder
+  with contextlib.ExitStack() as held:
+    try:
+      pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+      handle = os.open(folder, os.O_RDONLY)
+      held.callback(os.close, handle)
+      _lock(handle)
+      if not os.path.samestat(os.fstat(handle), os.stat(folder)):
+        raise BlockingIOError  # it was another's a moment ago, who is done with it
+    except BlockingIOError as error:
+      raise UserError(
+        f'{name} is being written by another process: wait for it, or name another place'
+      ) from error
+    except OSError as error:
+      if may_pass(error):
+        raise
+      raise UserError(f'{name} cannot be written ({error.strerror}): name another place') from error
+    yield
+
+
+def _lock(handle: int) -> None:
+  """Until the handle is closed or this process ends, however; BlockingIOError if another has it."""
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    if error.errno not in NO_FLOCK:
+      raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file, as `writing` does."""
+  with writing(path) as working:
+    working.write_text(text, encoding='utf-8')
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+  """Writes a JSON file, as `writing` does."""
+  write_text(path, json.dumps(value, indent=1))
+
+
+def remove_folder(path: pathlib.Path) -> None:
+  """Deletes a folder, if there is one; killed half-way, it leaves no half one under the name.
+
+  What is left then goes when it is called again.
+  """
+  hidden = path.with_name(f'.{path.name}.removing')
+  for folder in (hidden, path):
+    if folder.exists():
+      folder.rename(hidden)
+      shutil.rmtree(hidden)

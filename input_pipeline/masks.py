@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from . import index
+from . import files, index
 from .clips import Clip, tables_in
 from .errors import UserError, of_disk
 
@@ -38,28 +38,18 @@ def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
 
   Maps that are there already are replaced. Raises UserError if anything else is in their folder.
   """
-  parent = os.path.join(root, clip.subset)
-  final = os.path.join(parent, clip.uid)
+  final = os.path.join(root, clip.subset, clip.uid)
   for name in sorted(os.listdir(final)) if os.path.isdir(final) else ():
     if not re.fullmatch(r'\d+\.png', name):
       raise UserError(
         f'{final} holds {name}, which is no map, so it is not replaced: name another folder for '
         'the maps'
       )
-  # Named after the clip, which one process alone writes: what is there a killed one has left.
-  working = os.path.join(parent, f'.writing-{clip.uid}')
-  if os.path.isdir(working):
-    shutil.rmtree(working)
-  try:
-    os.makedirs(working)
+  with files.writing_folder(final) as working:
     for t, mask in enumerate(masks):
-      Image.fromarray(mask).save(os.path.join(working, f'{t}.png'))
+      Image.fromarray(mask).save(working / f'{t}.png')
     if os.path.isdir(final):
       shutil.rmtree(final)
-    os.rename(working, final)
-  except BaseException:
-    shutil.rmtree(working, ignore_errors=True)
-    raise
 
 
 def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:

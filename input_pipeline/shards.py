@@ -7,16 +7,13 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import pathlib
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,7 +29,6 @@ from .index import read_index
 from .prepared import MANIFEST, Settings
 
 _CLAIM = 'preparing.json'  # what a folder is for, until the manifest says so
-_WORKING = '.writing-'
 _NOTE = {'file': str, 'bytes': int, 'sha256': str, 'clips': [str], 'bad_clips': prepared.BAD_CLIPS}
 CLIPS_PER_SHARD = 64  # 50 to 120 MB at the published sizes
 
@@ -119,7 +115,7 @@ def prepare(
     'clips_per_shard': clips_per_shard,
     'index': hashlib.sha256(json.dumps([_name(clip) for clip in clips]).encode()).hexdigest(),
   }
-  with _alone_in(out):
+  with files.alone_in(out):
     _claim_folder(out, claim, root)
     plan = _plan(clips, clips_per_shard)
     write = functools.partial(_write_shard, out=out, settings=settings, skip=on_bad_clip == 'skip')
@@ -140,32 +136,13 @@ def prepare(
 
     tables = sorted({clip.table for clip in clips})
     for table in tables:
-      with _appearing(out / os.path.basename(table)) as file:
+      with files.writing(out / os.path.basename(table)) as file:
         shutil.copyfile(table, file)
     manifest = claim | {'tables': [os.path.basename(table) for table in tables]}
     manifest |= _contents(clips, [shards[name] for name in plan])
-    _write_json(out / MANIFEST, manifest)
+    files.write_json(out / MANIFEST, manifest)
     (out / _CLAIM).unlink(missing_ok=True)
     return manifest
-
-
-@contextlib.contextmanager
-def _alone_in(out: epath.Path) -> Iterator[None]:
-  """Makes the folder, and keeps other processes of this machine from writing to it."""
-  out.mkdir(parents=True, exist_ok=True)
-  if '://' in str(out):  # a bucket's objects are written as a whole or not at all
-    yield
-    return
-  folder = os.open(out, os.O_RDONLY)
-  try:
-    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when this process ends, however
-    yield
-  except BlockingIOError as error:
-    raise UserError(
-      f'{out} is being written by another process: wait for it, or name another folder'
-    ) from error
-  finally:
-    os.close(folder)
 
 
 def _name(clip: Clip) -> str:
@@ -173,14 +150,14 @@ def _name(clip: Clip) -> str:
 
 
 def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None:
-  """Notes in the folder what it is for, or compares; removes what a killed run half wrote."""
+  """Notes in the folder what it is for, or compares."""
   note = next((out / name for name in (MANIFEST, _CLAIM) if (out / name).exists()), None)
   if note is None:
-    if any(not path.name.startswith(_WORKING) for path in out.iterdir()):
+    if any(path.suffix != files.UNFINISHED for path in out.iterdir()):
       raise UserError(
         f'{out} holds something, but no {MANIFEST}: name a new or empty folder for the shards'
       )
-    _write_json(out / _CLAIM, claim)
+    files.write_json(out / _CLAIM, claim)
   else:
     shape = {'settings': prepared.SETTINGS, ...: object}
     begun = files.read_json(note, shape, 'remove the folder or name another one')
@@ -193,8 +170,6 @@ def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None
       raise UserError(
         f'{out} was begun with {was}, not {now}: name another folder, or remove this one'
       )
-  for path in out.glob(f'{_WORKING}*'):
-    path.unlink()
 
 
 def _plan(clips: Sequence[Clip], clips_per_shard: int) -> dict[str, list[Clip]]:
@@ -251,7 +226,7 @@ def _write_shard(
   if there and (skip or not there['bad_clips']):
     return there
   good, bad = [], []
-  with _appearing(out / name) as file:
+  with files.writing(out / name) as file:
     writer = ArrayRecordWriter(str(file), 'group_size:1,zstd:3')
     for clip in clips:
       try:
@@ -267,7 +242,7 @@ def _write_shard(
     writer.close()
     shard = {'file': name, 'bytes': file.stat().st_size, 'sha256': _digest(file)}
   shard |= {'clips': good, 'bad_clips': bad}
-  _write_json(note, shard)
+  files.write_json(note, shard)
   return shard
 
 
@@ -326,25 +301,3 @@ def _contents(clips: Sequence[Clip], shards: Sequence[dict]) -> dict:
       for clip in there
     ],
   }
-
-
-@contextlib.contextmanager
-def _appearing(final: epath.Path) -> Iterator[pathlib.Path]:
-  """A local file to write, which appears under its final name only when it is complete."""
-  if '://' in str(final):  # a bucket's objects are written as a whole or not at all
-    with tempfile.TemporaryDirectory() as folder:
-      yield pathlib.Path(folder, final.name)
-      epath.Path(folder, final.name).copy(final, overwrite=True)
-    return
-  working = pathlib.Path(final.parent, f'{_WORKING}{final.name}')
-  try:
-    yield working
-    os.replace(working, final)
-  except BaseException:
-    working.unlink(missing_ok=True)
-    raise
-
-
-def _write_json(path: epath.Path, value: dict) -> None:
-  with _appearing(path) as file:
-    file.write_text(json.dumps(value, indent=1))

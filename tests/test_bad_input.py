@@ -33,6 +33,7 @@ from aavs_jax.input_pipeline import (
   avsbench,
   check,
   compose,
+  files,
   labels,
   masks,
   pipeline,
@@ -462,7 +463,7 @@ def test_damaged_files_are_read_or_refused(tmp_path):
     ),
     (
       'bad_clips.json',
-      lambda folder: checkpoint.read_json(folder / 'bad_clips.json', prepared.BAD_CLIPS),
+      lambda folder: files.read_json(folder / 'bad_clips.json', prepared.BAD_CLIPS, 'restore it'),
       '[{"clip": "v1s/a"}]',
       'lacks [0].text',
     ),

@@ -366,15 +366,15 @@ def test_the_audio_network_is_asked_for(files, tmp_path, capsys):
 def test_nothing_is_overwritten_nor_left_behind(files, run, tmp_path, capsys, monkeypatch):
   source, vggish = files / 'stage1.safetensors', files / 'vggish.safetensors'
   out = tmp_path / 'out'
-  rename = os.rename
+  replace = os.replace
 
   def full_disk(old, new):
     if Path(new).parent == tmp_path:  # not within the folder that is being written
       raise OSError('disk full')
-    rename(old, new)
+    replace(old, new)
 
   with monkeypatch.context() as patch:
-    patch.setattr(os, 'rename', full_disk)
+    patch.setattr(os, 'replace', full_disk)
     with pytest.raises(OSError, match='disk full'):
       convert(source, out, vggish)
   assert not list(tmp_path.iterdir())

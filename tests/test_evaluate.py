@@ -18,7 +18,7 @@ from PIL import Image
 
 from aavs_jax import checkpoint, evaluate, metrics, tables
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import labels, masks, sounds
+from aavs_jax.input_pipeline import files, labels, masks, sounds
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
@@ -53,7 +53,7 @@ def save_random(folder, stage, seed):
     path: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape), leaf.dtype)
     for path, leaf in abstract.items()
   }
-  evaluate.write_json(folder / 'config.json', config.to_dict())
+  files.write_json(folder / 'config.json', config.to_dict())
   manager = checkpoint.make_manager(folder / 'checkpoints', 1)
   checkpoint.save(manager, create(params, list(params)[:3], optax.sgd(1.0)), 1, {'miou': 0.5})
   manager.wait_until_finished()
@@ -379,7 +379,7 @@ class TestWriteMasks:
     first, last = sorted(written.glob('v2/*/7.png'))
     first.write_bytes(first.read_bytes()[:30])
     # As a writer leaves it that was killed after it had removed what was there.
-    shutil.move(last.parent, last.parent.with_name(f'.writing-{last.parent.name}'))
+    shutil.move(last.parent, last.parent.with_name(f'.{last.parent.name}.writing'))
     two_at_once(masks, 'write_clip_masks')
     assert evaluate.write_masks(stage1, data=data_root, out=written) == 2
     assert _contents(written) == before
@@ -455,11 +455,12 @@ if processes != '1':
   jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
 import numpy as np
 from aavs_jax import evaluate, mesh
+from aavs_jax.input_pipeline import files
 
 assert evaluate.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
 options = dict(data=data, out=f'{folder}/shared/r.json', maps=f'{folder}/maps')
 result = evaluate.evaluate(stage1, **options)
-evaluate.write_json(f'{folder}/{process}.json', result)
+files.write_json(f'{folder}/{process}.json', result)
 
 # Parameters spread over all devices, as in training, come back whole.
 mesh.FSDP_MIN_SIZE = 1

@@ -16,10 +16,11 @@ from PIL import Image
 
 from aavs_jax import checkpoint, cli
 from aavs_jax.configs import quick_stage1, quick_stage2
-from aavs_jax.evaluate import Predictor, load_trained, write_json
+from aavs_jax.evaluate import Predictor, load_trained
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.mesh import make_mesh
 from aavs_jax.methods import aavs
 from aavs_jax.overlay import SOUNDING_COLOUR, overlay
