@@ -667,13 +667,13 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
   if isinstance(error, BrokenPipeError) and _output_is_closed():
     return 128 + signal.SIGPIPE, ''
   if isinstance(error, OSError) and may_pass(error):
-    text = str(error).rstrip('.')
+    text = str(error)
     if error.errno == errno.ENOSPC and not error.filename:  # a write does not know its file's name
       places = (getattr(args, name, None) for name in ('out', 'workdir', 'root'))
       text += f', in writing {next(filter(None, places), "a file")}'
     return 1, text
   if isinstance(error, (UserError, FloatingPointError, OSError)):
-    return 2, str(error).rstrip('.')
+    return 2, str(error)
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
     return 2, (
       f'a device has too little memory ({_one_line(error)}): use fewer frames a step '

@@ -66,7 +66,7 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
   """
   workdir = Path(workdir)
   if not workdir.is_dir():
-    raise UserError(f'{workdir}: there is no such folder, give the workdir of a run.')
+    raise UserError(f'{workdir} is no folder: give the workdir of a run')
   evaluations = {
     name.removeprefix('eval/'): _read_json(workdir / f'{name}.json')
     for name in _COMMANDS
@@ -114,7 +114,7 @@ def _read_log(workdir: Path) -> list[dict]:
         row = json.loads(line)
         rows[row['kind'], row['step']] = row
       except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: line {number} is not a log entry, remove that line.') from error
+        raise UserError(f'{path}, line {number}, is not a log entry: remove that line') from error
   return sorted(rows.values(), key=lambda row: row['step'])
 
 
@@ -418,8 +418,8 @@ def _clips(workdir: Path, data_root: str | Path, evaluations: Mapping[str, Mappi
       key = row['subset'], row['uid']
       if key not in clips:
         raise UserError(
-          f'{data_root}: has no test clip {row["uid"]} in {row["subset"]}, which the evaluation '
-          'has; give the data set that the run was evaluated on.'
+          f'{data_root} has no test clip {row["uid"]} in {row["subset"]}, which the evaluation '
+          'has: give the data set that the run was evaluated on'
         )
       scores = {stage: of.get(key) for stage, of in by_stage.items()}
       cards.append(_card(workdir, clips[key], scores))

@@ -64,7 +64,7 @@ class ObjectClip(SemanticClip):
       places = [path for path in paths if is_there(path)]
       if len(places) > 1 and places[0] != table_path(root, subset):
         raise UserError(
-          f'{places[0]} and {places[1]} are the same set twice; name the folder of one of them.'
+          f'{places[0]} and {places[1]} are the same set twice: name the folder of one of them'
         )
       found += places[:1]
     return found

@@ -104,7 +104,7 @@ def check_data(
     UserError: the table is missing or bad (see index.read_index), or workers is below 1.
   """
   if workers is not None and workers < 1:
-    raise UserError(f'workers is {workers}; use at least 1.')
+    raise UserError(f'workers is {workers}: use at least 1')
   clips = read_index(root)
   data_set = clips[0].data_set
   kinds = _KINDS[data_set.label_kind]
@@ -173,8 +173,8 @@ def _check_clip(clip: Clip) -> _Result:
   if not files.is_there(clip.folder):
     result.problem(
       'missing folder',
-      f'{clip.folder}: a row of {os.path.basename(clip.table)} names this folder, which does not '
-      f'exist; restore it or remove the row.',
+      f'{clip.folder} does not exist, but a row of {os.path.basename(clip.table)} names it: '
+      'restore it or remove the row',
     )
     return result
   frame_sizes = _check_frames(result)
@@ -229,7 +229,7 @@ def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> N
 
   if off_size:
     more = f', and so on for {len(off_size) - 1} more' if len(off_size) > 1 else ''
-    result.note('label size', f'{clip.folder}: {off_size[0]}{more}; both are resized when read.')
+    result.note('label size', f'{clip.folder}: {off_size[0]}{more}, and both are resized when read')
   if unknown_pixels:
     folder = os.path.dirname(clip.label_rgb_path(0))
     what = (
@@ -238,13 +238,13 @@ def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> N
       else 'have a colour of no class and count as background'
     )
     result.note(
-      'unknown colours', f'{folder}: {unknown_pixels} pixels in {unknown_images} labels {what}.'
+      'unknown colours', f'{folder}: {unknown_pixels} pixels in {unknown_images} labels {what}'
     )
   for class_id, regions in sorted(specks.items()):
     result.note(
       'stray specks',
       f'{clip.folder}: class {class_id} ({data_set.classes[class_id]}) occurs only as {regions} '
-      f'regions of less than {_SPECK:.1%} of the image; they may be strays of the annotation.',
+      f'regions of less than {_SPECK:.1%} of the image, which may be strays of the annotation',
     )
 
 
@@ -282,8 +282,8 @@ def _read_colours(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
   if unknown > images.MAX_UNKNOWN_COLOURS * ids.size:
     result.problem(
       'wrong palette',
-      f'{path}: {unknown} of {ids.size} pixels have a colour of no class; write the label in '
-      f'the palette of {result.clip.data_set.name}.',
+      f'{path}: {unknown} of {ids.size} pixels have a colour of no class: write the label in the '
+      f'palette of {result.clip.data_set.name}',
     )
     return None, 0
   return ids, unknown
@@ -314,7 +314,7 @@ def _check_sound(result: _Result) -> bool:
   if missing:
     result.problem(
       'truncated file',
-      f'{path}: ends {missing} bytes before its header says; copy or extract it again.',
+      f'{path} ends {missing} bytes before its header says: copy or extract it again',
     )
     return False
   waveform, rate = sound
@@ -323,16 +323,16 @@ def _check_sound(result: _Result) -> bool:
   if samples < audio.samples_needed(1):
     result.problem(
       'sound too short',
-      f'{path}: the sound lasts {seconds:.4f} s, and one example needs {needed} s; extract the '
-      f'whole clip or leave it out.',
+      f'{path} lasts {seconds:.4f} s, and one example needs {needed} s: extract the whole clip or '
+      'leave it out',
     )
     return False
   if samples < audio.samples_needed(frames):
     needed = audio.samples_needed(frames) / audio.SAMPLE_RATE
     result.note(
       'short sound',
-      f'{path}: the sound lasts {seconds:.4f} s, and {frames} frames need {needed} s; its last '
-      f'example is repeated.',
+      f'{path} lasts {seconds:.4f} s, and {frames} frames need {needed} s: its last example is '
+      'repeated',
     )
   return True
 
@@ -351,8 +351,8 @@ def _check_links(result: _Result) -> None:
     more = f', and so do {len(outside) - 1} more files of the clip' if len(outside) > 1 else ''
     result.note(
       'link out of the data set',
-      f'{outside[0]}: leads to {os.path.realpath(outside[0])}, outside {clip.subset_folder}{more}; '
-      f'put the files themselves there if the data set is to be copied.',
+      f'{outside[0]} leads to {os.path.realpath(outside[0])}, outside {clip.subset_folder}{more}: '
+      'put the files themselves there if the data set is to be copied',
     )
 
 
@@ -374,7 +374,7 @@ def _duplicates(groups: Iterable[list[Clip]]) -> list[dict]:
   for clips in groups:
     if len({clip.split for clip in clips}) > 1:
       names = ', '.join(f'{clip.subset}/{clip.uid} ({clip.split})' for clip in clips)
-      text = f'{names}: the first frame and the sound are the same; keep the clip in one split.'
+      text = f'{names} have the same first frame and sound: keep the clip in one split'
       found.append(_finding('duplicate across splits', f'{clips[0].subset}/{clips[0].uid}', text))
   return found
 
@@ -400,7 +400,7 @@ def _unlisted_folders(clips: list[Clip]) -> list[dict]:
         # A name on disk need not be text that can be printed.
         shown = name if name.isprintable() else ascii(name)
         table = os.path.basename(clip.table)
-        text = f'{os.path.join(parent, shown)}: no row of {table} names this folder.'
+        text = f'{os.path.join(parent, shown)} is a folder that no row of {table} names'
         found.append(_finding('unlisted folder', f'{clip.subset}/{shown}', text))
   return found
 
@@ -411,7 +411,7 @@ def _differing_counts(counts: list[dict]) -> list[dict]:
     for row in counts
     if row['clips'] != row.get('published', row['clips'])
   ]
-  text = f'the numbers of clips are not those of the published set: {", ".join(differing)}.'
+  text = f'the numbers of clips are not those of the published set: {", ".join(differing)}'
   return [_finding('clip counts', None, text)] if differing else []
 
 

@@ -148,8 +148,8 @@ def read_table(
   except UnicodeDecodeError as error:
     line = error.object[: error.start].count(b'\n') + 1
     raise UserError(
-      f'{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as '
-      f'UTF-8.'
+      f'{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as '
+      'UTF-8'
     ) from error
 
   reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
@@ -162,20 +162,20 @@ def read_table(
     for column in source.values():
       if column not in header:
         raise UserError(
-          f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}; '
-          f'the columns {", ".join(columns)} are needed.'
+          f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}: '
+          f'the columns {", ".join(columns)} are needed'
         )
     for row in reader:
       for column in source.values():
         if row[column] is None:
           raise UserError(
             f'{path}, line {reader.line_num}: the row starting {row[header[0]]!r} ends before '
-            f'column {column!r}; complete it.'
+            f'column {column!r}: complete it'
           )
       rows.append((reader.line_num, {column: row[source[column]] for column in columns}))
   except csv.Error as error:
     raise UserError(
-      f'{path}, line {reader.reader.line_num}: not readable as CSV ({error}); mend the line.'
+      f'{path}, line {reader.reader.line_num}: not readable as CSV ({error}): mend the line'
     ) from error
   return rows
 
@@ -184,14 +184,14 @@ def check_subset(where: str, column: str, subset: str, data_set: DataSet) -> str
   """The subset that a row names. Raises UserError, which begins with `where`, if there is none."""
   if subset not in data_set.subsets:
     known = ', '.join(data_set.subsets)
-    raise UserError(f'{where}: {column} is {subset!r}; it must be one of {known}.')
+    raise UserError(f'{where}: {column} is {subset!r}, not one of {known}')
   return subset
 
 
 def check_split(where: str, split: str) -> str:
   """The split that a row names. Raises UserError, which begins with `where`, if there is none."""
   if split not in SPLITS:
-    raise UserError(f'{where}: split is {split!r}; it must be one of {", ".join(SPLITS)}.')
+    raise UserError(f'{where}: split is {split!r}, not one of {", ".join(SPLITS)}')
   return split
 
 
@@ -202,7 +202,7 @@ def check_name(where: str, column: str, name: str) -> str:
     UserError: it could lead out of the folder that it is meant for, or cannot be printed.
   """
   if name in ('', '.', '..') or '/' in name or '\\' in name or not name.isprintable():
-    raise UserError(f'{where}: {column} is {name!r}; it must be the name of a folder.')
+    raise UserError(f'{where}: {column} is {name!r}, not the name of a folder')
   return name
 
 
@@ -214,5 +214,5 @@ def check_unique(clips: Sequence[Clip], lines: Sequence[int]) -> None:
     if first != line:
       raise UserError(
         f'{clip.table}, line {line}: uid {clip.uid!r} of {clip.subset} stands in line {first} '
-        f'already; remove one of the two.'
+        'already: remove one of the two'
       )

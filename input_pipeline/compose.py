@@ -130,26 +130,26 @@ def _check_settings(clips, num_classes, size, seed, layout) -> None:
   for split, counts in clips.items():
     if split not in SPLITS or not set(counts) <= set(SUBSETS):
       raise errors.UserError(
-        f'clips names {split!r} with {sorted(counts)}; use the splits {list(SPLITS)} and the '
-        f'subsets {list(SUBSETS)}.'
+        f'clips names {split!r} with {sorted(counts)}: use the splits {list(SPLITS)} and the '
+        f'subsets {list(SUBSETS)}'
       )
     if layout == 'object' and counts.get('v2'):
       raise errors.UserError(
-        f"clips[{split!r}]['v2'] is {counts['v2']!r}, but AVSBench-object has no v2; use 0."
+        f"clips[{split!r}]['v2'] is {counts['v2']!r}, but AVSBench-object has no v2: use 0"
       )
     for subset, count in counts.items():
       if not isinstance(count, int) or count < 0:
-        raise errors.UserError(f'clips[{split!r}][{subset!r}] is {count!r}; use an integer >= 0.')
+        raise errors.UserError(f'clips[{split!r}][{subset!r}] is {count!r}: use an integer >= 0')
   if not any(sum(counts.values()) for counts in clips.values()):
-    raise errors.UserError(f'clips is {clips}; ask for at least one clip.')
+    raise errors.UserError(f'clips is {clips}: ask for at least one clip')
   if not 2 <= num_classes <= len(CLASSES):
-    raise errors.UserError(f'num_classes is {num_classes}; use a number from 2 to {len(CLASSES)}.')
+    raise errors.UserError(f'num_classes is {num_classes}: use a number from 2 to {len(CLASSES)}')
   if len(size) != 2 or min(size) < 32:
-    raise errors.UserError(f'size is {size}; use a width and a height of at least 32 pixels.')
+    raise errors.UserError(f'size is {size}: use a width and a height of at least 32 pixels')
   if seed < 0:
-    raise errors.UserError(f'seed is {seed}; use an integer >= 0.')
+    raise errors.UserError(f'seed is {seed}: use an integer >= 0')
   if layout not in _LAYOUTS:
-    raise errors.UserError(f'layout is {layout!r}; use one of {", ".join(_LAYOUTS)}.')
+    raise errors.UserError(f'layout is {layout!r}: use one of {", ".join(_LAYOUTS)}')
 
 
 def _is_ours(root: pathlib.Path, settings: dict) -> bool:
@@ -165,15 +165,15 @@ def _is_ours(root: pathlib.Path, settings: dict) -> bool:
       root.is_dir() and all(path.suffix == files.UNFINISHED for path in root.iterdir())
     ):
       raise errors.UserError(
-        f'{root} holds something that was not composed here (it has no readable compose.json); '
-        f'choose another folder for the composed set.'
+        f'{root} holds something that was not composed here (it has no readable compose.json): '
+        'choose another folder for the composed set'
       ) from None
     return False
   differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
   if differing:
     raise errors.UserError(
       f'{root} holds a set composed with other settings ({", ".join(differing)} differ, see its '
-      f'compose.json); choose another folder or delete this one.'
+      'compose.json): choose another folder or delete this one'
     )
   return True
 

@@ -60,20 +60,20 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
     UserError: a class is unknown or incomplete, a file is unusable, or there are too few classes.
   """
   if not folder.is_dir():
-    raise errors.UserError(f'The sprites folder {folder} does not exist; name one that does.')
+    raise errors.UserError(f'the sprites folder {folder} does not exist: name one that does')
   things = []
   for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')):
     if path.name not in CLASSES:
       raise errors.UserError(
-        f'{path} is not named after a class; use one of the names in avsbench.CLASSES, such as '
-        f'"dog".'
+        f'{path} is not named after a class: use one of the names in avsbench.CLASSES, such as '
+        '"dog"'
       )
     images = sorted(path.glob('*.png'))
     recordings = sorted(p for e in ('wav', 'ogg', 'flac') for p in path.glob(f'*.{e}'))
     if not images or not recordings:
       raise errors.UserError(
-        f'{path} holds {len(images)} *.png and {len(recordings)} *.wav, *.ogg or *.flac; a class '
-        f'needs at least one of each.'
+        f'{path} holds {len(images)} *.png and {len(recordings)} *.wav, *.ogg or *.flac: a class '
+        'needs at least one of each'
       )
     pictures = tuple(compose_looks.load_picture(p) for p in images)
     sounds = tuple(compose_sounds.load_recording(p) for p in recordings)
@@ -82,7 +82,7 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
     )
   if len(things) < 2:
     raise errors.UserError(
-      f'The sprites folder {folder} holds {len(things)} class folders; at least 2 are needed.'
+      f'the sprites folder {folder} holds {len(things)} class folders: at least 2 are needed'
     )
   return things
 

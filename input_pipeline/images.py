@@ -53,8 +53,8 @@ def label_path(clip: Clip, t: int) -> str:
   if files.is_there(colours):
     return colours
   raise UserError(
-    f'{ids}: missing, and so is {colours}; restore one of them, or take {clip.uid} out of '
-    f'{clip.table}.'
+    f'{ids} is missing, and so is {colours}: restore one of them, or take {clip.uid} out of '
+    f'{clip.table}'
   )
 
 
@@ -77,8 +77,8 @@ def load_label_ids(clip: Clip, t: int) -> np.ndarray:
   ids, unknown = labels.colours_to_ids(np.array(_decode(path)), clip.data_set.palette)
   if unknown > MAX_UNKNOWN_COLOURS * ids.size:
     raise UserError(
-      f'{path}: {unknown} of {ids.size} pixels have a colour of no class; write the label in '
-      f'the palette of {clip.data_set.name}.'
+      f'{path}: {unknown} of {ids.size} pixels have a colour of no class: write the label in the '
+      f'palette of {clip.data_set.name}'
     )
   if unknown:
     _report_unknown(path, unknown, ids.size)
@@ -119,7 +119,7 @@ def read_mask(path: str) -> tuple[np.ndarray, int]:
   if doubtful > MAX_UNKNOWN_COLOURS * ids.size:
     raise UserError(
       f'{path}: {doubtful} of {ids.size} pixels are neither black nor as bright as the brightest, '
-      f'so it is no binary mask; write 255 where something sounds and 0 elsewhere.'
+      'so it is no binary mask: write 255 where something sounds and 0 elsewhere'
     )
   return ids, doubtful
 
@@ -136,12 +136,12 @@ def _read_ids(path: str, classes: int) -> np.ndarray:
   if ids.ndim == 3:
     rgb, ids = ids, ids[..., 0]
     if (rgb != ids[..., None]).any():
-      raise UserError(f'{path}: coloured, where class ids as grey values are needed; write those.')
+      raise UserError(f'{path} is coloured, where class ids as grey values are needed: write those')
   wrong = ids[(ids >= classes) & (ids != labels.IGNORE)]
   if wrong.size:
     raise UserError(
-      f'{path}: holds class id {wrong[0]} ({wrong.size} pixels are wrong); ids are 0 to '
-      f'{classes - 1}, or {labels.IGNORE} to ignore a pixel, so write the label anew.'
+      f'{path} holds class id {wrong[0]} ({wrong.size} pixels are wrong), but ids are 0 to '
+      f'{classes - 1}, or {labels.IGNORE} to ignore a pixel: write the label anew'
     )
   return ids.astype(np.uint8, copy=False)
 
@@ -176,19 +176,19 @@ def _decode(path: str, convert: Callable[[Image.Image], Image.Image] = _rgb) -> 
     with Image.open(io.BytesIO(data), formats=('JPEG', 'PNG')) as image:
       if image.width * image.height > _MAX_PIXELS:
         raise UserError(
-          f'{path}: {image.width} x {image.height} pixels; shrink it below {_MAX_PIXELS} pixels.'
+          f'{path} has {image.width} x {image.height} pixels: shrink it below {_MAX_PIXELS} pixels'
         )
       return convert(image)
   except UserError:
     raise
   except Image.UnidentifiedImageError as error:
     raise UserError(
-      f'{path}: the image cannot be read (cannot identify a JPEG or PNG in it); copy or extract it '
-      f'again.'
+      f'{path}: the image cannot be read (cannot identify a JPEG or PNG in it): copy or extract it '
+      'again'
     ) from error
   except Image.DecompressionBombError as error:  # Pillow's own limit, a higher one
     raise UserError(
-      f'{path}: too large ({str(error).rstrip(".")}); shrink it below {_MAX_PIXELS} pixels.'
+      f'{path} is too large ({str(error).rstrip(".")}): shrink it below {_MAX_PIXELS} pixels'
     ) from error
   # What Pillow raises on broken files, apart from OSError, differs from format to format.
   except (
@@ -200,5 +200,5 @@ def _decode(path: str, convert: Callable[[Image.Image], Image.Image] = _rgb) -> 
     zlib.error,
   ) as error:
     raise UserError(
-      f'{path}: the image cannot be read ({error}); copy or extract it again.'
+      f'{path}: the image cannot be read ({error}): copy or extract it again'
     ) from error

@@ -62,7 +62,7 @@ def read_index(
     there = ', '.join(f'{count} of {name}' for name, count in counts.items()) or 'none at all'
     raise UserError(
       f'{" and ".join(tables)}: no clip for split {split or "any"} of {", ".join(wanted)} (found: '
-      f'{there}); choose another split or subset, or complete the file.'
+      f'{there}): choose another split or subset, or complete the file'
     )
   return chosen
 
@@ -86,6 +86,6 @@ def require_classes(clips: Sequence[Clip]) -> None:
   for clip in clips:
     if clip.data_set.label_kind != 'semantic':
       raise UserError(
-        f'{clip.table}: the labels of {clip.data_set.name} tell what sounds, but not as what; use '
-        "it for a config with task 'binary', or give a data set whose labels are classes."
+        f'{clip.table}: the labels of {clip.data_set.name} tell what sounds, but not as what: use '
+        "it for a config with task 'binary', or give a data set whose labels are classes"
       )

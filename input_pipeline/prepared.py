@@ -345,7 +345,7 @@ def _decode(clip: PreparedClip, decode: Callable, data):
 def _damaged(clip: PreparedClip, error: Exception) -> UserError:
   reason = ' '.join(str(error).split())[:200]
   return UserError(
-    f'{clip.shard_path}: {clip.subset}/{clip.uid} cannot be read ({reason}); {_AGAIN}'
+    f'{clip.shard_path}: {clip.subset}/{clip.uid} cannot be read ({reason}): {_AGAIN}'
   )
 
 

@@ -411,7 +411,7 @@ def test_check_finds_every_fault_and_nothing_else(root):
   assert '6 pixels in 1 labels' in text_of(report, 'unknown colours')
   assert report['unknown_colours'] == {'pixels': 6, 'clips': 1}
   assert 'class 1 (sounding) occurs only as 5 regions' in text_of(report, 'stray specks')
-  assert 'ms3_meta_data.csv names this folder' in text_of(report, 'missing folder')
+  assert 'ms3_meta_data.csv names it' in text_of(report, 'missing folder')
   assert fifth.audio_path in text_of(report, 'missing file')
   assert 's4_meta_data.csv' in text_of(report, 'unlisted folder')
 

@@ -184,7 +184,7 @@ def test_every_fault_is_found_and_nothing_else(root):
     single_test[2].frame_path(3),
     single_test[2].label_rgb_path(2),
   ]
-  assert f'{multi[1].audio_path}: ends 60044 bytes before' in text_of(report, 'truncated file')
+  assert f'{multi[1].audio_path} ends 60044 bytes before' in text_of(report, 'truncated file')
   assert multi[2].audio_path in text_of(report, 'sound too short')
   assert multi_val[0].audio_path in text_of(report, 'short sound')
   wrong = f'{multi_val[1].label_rgb_path(0)}: 1600 of 3072 pixels'

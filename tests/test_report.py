@@ -282,14 +282,14 @@ def test_few_clips_are_shown_once_each(tmp_path):
 
 def test_errors_name_the_file(run, clips, tmp_path):
   workdir, data = run
-  with pytest.raises(UserError, match='no such folder'):
+  with pytest.raises(UserError, match='is no folder'):
     write_report(workdir / 'nowhere', data)
   make_run(tmp_path / 'a', [*clips, ('v2', 'unknown')][::-1])
   with pytest.raises(UserError, match='no test clip unknown in v2'):
     write_report(tmp_path / 'a', data)
   log = tmp_path / 'a' / 'stage1' / 'metrics.jsonl'
   log.write_text('{"kind": "train", "step": 1}\nbroken\n')
-  with pytest.raises(UserError, match=r'metrics\.jsonl: line 2'):
+  with pytest.raises(UserError, match=r'metrics\.jsonl, line 2'):
     write_report(tmp_path / 'a', data)
   (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{')
   with pytest.raises(UserError, match=r'stage1_true\.json'):
