@@ -86,9 +86,9 @@ def _check_data_arguments(sub) -> None:
 
 def _check_data(args) -> int:
   from aavs_jax.console import Progress, say
-  from aavs_jax.input_pipeline.avsbench import read_index
   from aavs_jax.input_pipeline.check import check_data, format_check
   from aavs_jax.input_pipeline.files import write_json
+  from aavs_jax.input_pipeline.index import read_index
 
   with Progress('checking', len(read_index(args.root)), 'clips') as progress:
     report = check_data(args.root, progress=lambda done, _: progress.advance_to(done))
@@ -121,7 +121,7 @@ def _prepare_arguments(sub) -> None:
 
 def _prepare(args) -> None:
   from aavs_jax.console import Progress, say
-  from aavs_jax.input_pipeline.avsbench import read_index
+  from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.input_pipeline.shards import prepare
 
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
@@ -663,13 +663,13 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
   if isinstance(error, BrokenPipeError) and _output_is_closed():
     return 128 + signal.SIGPIPE, ''
   if isinstance(error, OSError) and may_pass(error):
-    text = str(error).rstrip('.')
+    text = str(error)
     if error.errno == errno.ENOSPC and not error.filename:  # a write does not know its file's name
       places = (getattr(args, name, None) for name in ('out', 'workdir', 'root'))
       text += f', in writing {next(filter(None, places), "a file")}'
     return 1, text
   if isinstance(error, (UserError, FloatingPointError, OSError)):
-    return 2, str(error).rstrip('.')
+    return 2, str(error)
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
     return 2, (
       f'a device has too little memory ({_one_line(error)}): use fewer frames a step '

@@ -13,9 +13,11 @@ from ml_collections import config_flags
 
 from aavs_jax import methods
 from aavs_jax.configs import base
-from aavs_jax.input_pipeline.avsbench import FRAMES, Clip, require_classes
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.pipeline import Task
+from aavs_jax.input_pipeline.index import require_classes
+from aavs_jax.input_pipeline.items import Task
+from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.input_pipeline.prepared import require_sizes
 
 # All numbers of a config are finite and positive; these may be zero besides.
@@ -96,8 +98,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
   data = config.data
   need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
-  fits = config.num_classes == 2 if config.task == 'binary' else config.num_classes >= 2
-  need('num_classes', fits, 'use 2 with a binary task, 2 or more with a semantic one')
+  classes = (2,) if config.task == 'binary' else range(2, IGNORE + 1)
+  need('num_classes', config.num_classes in classes, f'use {classes}')
   for key in ('dtype', 'train.frozen_dtype'):
     need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(
@@ -112,13 +114,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   need(
     'data.subsets',
-    data.subsets and set(data.subsets) <= set(FRAMES),
-    f"name one, as v1s, or several of {tuple(FRAMES)} as \"('v1s','v1m')\"",
+    data.subsets and not any(',' in name for name in data.subsets),
+    "name one, as v1s, or several as \"('v1s','v1m')\"",
   )
   schedules = ('constant', 'cosine')
   need('optimizer.schedule', config.optimizer.schedule in schedules, f'use one of {schedules}')
   need('data.on_bad_clip', data.on_bad_clip in ('error', 'skip'), "use 'error' or 'skip'")
-  need('data.item_frames', data.item_frames in (0, 1, 5), 'use 0, 1 or 5')
   need('train.trainable', config.train.trainable, 'name at least one regular expression')
   for pattern in config.train.trainable:
     try:
@@ -159,6 +160,12 @@ def require_fit(clips: Sequence[Clip], config: ml_collections.ConfigDict) -> Non
   """Raises UserError for clips that cannot be used with a config, before any of them is read."""
   if config.task == 'semantic':
     require_classes(clips)
+    classes = len(clips[0].data_set.classes)
+    if config.num_classes > classes:
+      raise UserError(
+        f'config.num_classes is {config.num_classes}, but {clips[0].data_set.name} has {classes} '
+        'classes: use at most as many'
+      )
   require_sizes(clips, config.data.image_size, config.data.eval_size)
 
 

@@ -7,8 +7,9 @@ from etils import epath
 
 from aavs_jax import config as config_lib
 from aavs_jax import distributed, methods, tables
-from aavs_jax.input_pipeline import avsbench, files, masks
+from aavs_jax.input_pipeline import files, masks
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.predictor import Predictor
 from aavs_jax.score import score
 from aavs_jax.state import digest
@@ -64,7 +65,7 @@ def evaluate(
   config.oracle_prior = oracle or (config.oracle_prior and not mask_folder)
   if mask_folder:
     config.data.masks = str(mask_folder)
-  clips = avsbench.read_index(data, split, subsets or config.data.subsets)
+  clips = read_index(data, split, subsets or config.data.subsets)
   config_lib.require_fit(clips, config)
   on_clip = None
   if maps is not None:

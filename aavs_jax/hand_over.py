@@ -1,6 +1,6 @@
 """The hand-over: stage 1's masks, the prior of stage 2 in validation and test."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from aavs_jax import config as config_lib
 from aavs_jax import distributed, methods
 from aavs_jax.console import Progress
 from aavs_jax.distributed import share
-from aavs_jax.input_pipeline import avsbench, files, masks, pipeline
+from aavs_jax.input_pipeline import files, items, masks
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.predictor import Predictor, ahead, predict_clips
 from aavs_jax.state import digest
 from aavs_jax.work_folder import load_trained
@@ -20,7 +21,7 @@ from aavs_jax.work_folder import load_trained
 def write_masks(
   workdir: str | Path, *, data: str, out: str | Path, splits: Sequence[str] = ('val', 'test')
 ) -> int:
-  """The hand-over: stage 1's masks of every clip of the splits, OUT/{v1s,v1m,v2}/UID/{0..}.png.
+  """The hand-over: stage 1's masks of every clip of the splits, OUT/SUBSET/UID/{0..}.png.
 
   Clips whose masks are there and sound already are left alone, so a killed run goes on where it
   was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it. Of
@@ -37,16 +38,15 @@ def write_masks(
   config, variables, step = load_trained(workdir)
   if config.task != 'binary':
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
-  clips = [
-    clip for split in splits for clip in avsbench.read_index(data, split, config.data.subsets)
-  ]
+  clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
   config_lib.require_fit(clips, config)
-  _claim_masks(Path(out), {'checkpoint': str(workdir), 'step': step, 'digest': digest(variables)})
+  source = {'checkpoint': str(workdir), 'step': step, 'digest': digest(variables)}
+  _claim_masks(Path(out), source, clips[0].data_set.subsets)
   size = config.data.eval_size
   todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]
   task, predictor = config_lib.task_of(config), Predictor(methods.of(config))
   batches = predictor.batches(
-    config, todo, lambda item: pipeline.load_unlabelled_item(todo[item.clip], item, task)
+    config, todo, lambda item: items.load_unlabelled_item(todo[item.clip], item, task)
   )
 
   def write(clip, scores):
@@ -68,7 +68,7 @@ def write_masks(
   return sum(distributed.gather(len(todo)))
 
 
-def _claim_masks(folder: Path, source: dict) -> None:
+def _claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
   found = masks.read_source(folder)
   if found is not None:
@@ -78,7 +78,7 @@ def _claim_masks(folder: Path, source: dict) -> None:
         'remove it or name another folder'
       )
     return
-  for subset in avsbench.FRAMES:
+  for subset in subsets:
     if (folder / subset).exists():
       raise UserError(
         f'{folder} holds {subset} but no {masks.SOURCE}, so it is unknown which model wrote it: '

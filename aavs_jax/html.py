@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from aavs_jax.input_pipeline.avsbench import FRAMES
 from aavs_jax.overlay import legend_colour
 
 Scores = Mapping[str, Mapping[str, float]]  # 'all' or a subset -> miou, fscore, ...
@@ -57,7 +56,7 @@ def score_table(
     metrics: key in the scores -> heading.
     marked: (row, subset) to highlight.
   """
-  groups = ['all', *(s for s in FRAMES if any(s in scores for _, scores, _ in rows))]
+  groups = list(dict.fromkeys(group for _, scores, _ in rows for group in scores))
   heads = ''.join(f'<th colspan="{len(metrics)}">{text(group)}</th>' for group in groups)
   units = ''.join(f'<th>{text(name)}</th>' for name in metrics.values()) * len(groups)
   lines = []

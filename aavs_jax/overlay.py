@@ -1,16 +1,16 @@
-"""Masks drawn over frames, in the palette of AVSBench made fit for the eye."""
+"""Masks drawn over frames, in the palette of AVSBench made fit for the eye and for any classes."""
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from aavs_jax.input_pipeline.labels import IGNORE, PALETTE
+from aavs_jax.input_pipeline.labels import IGNORE, colour_map
 
 SOUNDING_COLOUR = (255, 45, 110)  # of binary masks: a pink that few frames contain
 
 # The palette has colours such as (64, 0, 0) that vanish on a dark frame. Each channel is lifted by
 # one rising curve from 0..224 to 50..255: hues stay, and different colours stay different.
-_DISPLAY = np.round(50 + 205 * (PALETTE / 224) ** 0.6).astype(np.uint8)
+_DISPLAY = np.round(50 + 205 * (colour_map(256) / 224) ** 0.6).astype(np.uint8)
 
 
 def legend_colour(class_id: int) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from aavs_jax import steps
 from aavs_jax.input_pipeline import pipeline
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.mesh import state_sharding
 from aavs_jax.methods.method import Method

@@ -15,13 +15,13 @@ from PIL import Image
 
 from aavs_jax import methods
 from aavs_jax.console import say
-from aavs_jax.input_pipeline import audio, avsbench, files
+from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
+from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.overlay import overlay, overlay_binary
 from aavs_jax.predictor import Predictor
 from aavs_jax.video import Window, read_windows, write_overlay_video
-from aavs_jax.work_folder import load_trained
+from aavs_jax.work_folder import class_names, load_trained
 
 WINDOW_SECONDS = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once
@@ -71,6 +71,7 @@ def predict(
   is_video = source.is_file()
   windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)
   answer = load_models(stage1, stage2)
+  names = () if stage2 is None else class_names(stage2)
 
   with files.writing_folder(target) as working:
     summary = []
@@ -78,13 +79,13 @@ def predict(
       masks, classes = answer(images, log_mel)
       for i, image in enumerate(images):
         ids = None if classes is None else classes[i]
-        summary.append(_write_second(working, len(summary), image, masks[i], ids))
+        summary.append(_write_second(working, len(summary), image, masks[i], ids, names))
       if progress:
         progress(len(summary))
     if is_video:
       # Read back one by one: the masks of a long video need not fit into memory.
       drawn = working / ('classes' if stage2 is not None else 'masks')
-      maps = (avsbench.read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
+      maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
       draw = overlay if stage2 is not None else overlay_binary
       write_overlay_video(working / 'overlay.mp4', source, maps, draw)
     files.write_json(
@@ -114,12 +115,12 @@ def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Itera
   waveform = audio.resample(*audio.read_wav(folder / 'audio.wav'))
   if len(waveform) < audio.samples_needed(1):
     raise UserError(
-      f'{folder / "audio.wav"}: the sound lasts {len(waveform) / audio.SAMPLE_RATE:.3f} s, but at '
-      f'least {audio.samples_needed(1) / audio.SAMPLE_RATE} s are needed; extract the whole sound.'
+      f'{folder / "audio.wav"} lasts {len(waveform) / audio.SAMPLE_RATE:.3f} s, but at least '
+      f'{audio.samples_needed(1) / audio.SAMPLE_RATE} s are needed: extract the whole sound'
     )
   return (
     (
-      [avsbench.read_image(path) for path in paths[start : start + seconds]],
+      [read_image(path) for path in paths[start : start + seconds]],
       waveform[start * audio.SAMPLE_RATE : (start + seconds) * audio.SAMPLE_RATE],
       start,
     )
@@ -129,28 +130,28 @@ def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Itera
 
 def _frame_paths(folder: Path) -> list[Path]:
   """The frames of a clip folder, in the order of their numbers."""
-  advice = 'give a video file, or a folder with frames/0.jpg, 1.jpg, ... and audio.wav.'
+  advice = 'give a video file, or a folder with frames/0.jpg, 1.jpg, ... and audio.wav'
   if not folder.exists():
-    raise UserError(f'{folder}: there is no such file or folder, {advice}')
+    raise UserError(f'{folder} does not exist: {advice}')
   if not (folder / 'frames').is_dir():
-    raise UserError(f'{folder}: has no folder named frames, {advice}')
+    raise UserError(f'{folder} has no folder named frames: {advice}')
   found = [
     path
     for path in (folder / 'frames').iterdir()
     if path.suffix.lower() in _SUFFIXES and not path.name.startswith('.')
   ]
   if not found:
-    raise UserError(f'{folder / "frames"}: holds no JPEG or PNG file, {advice}')
+    raise UserError(f'{folder / "frames"} holds no JPEG or PNG file: {advice}')
   for path in found:
     if not path.stem.isdecimal():
-      raise UserError(f'{path}: the name is not a number, name frames 0.jpg, 1.jpg, and so on.')
+      raise UserError(f'{path} is not named by a number: name frames 0.jpg, 1.jpg, and so on')
   paths = sorted(found, key=lambda path: int(path.stem))
   for before, path in itertools.pairwise(paths):
     # A gap would set all later frames against the sound of other seconds.
     if int(path.stem) != int(before.stem) + 1:
       raise UserError(
-        f'{path}: comes after {before.name}, but frames are numbered one by one, one a second; '
-        'restore what is missing or number them anew.'
+        f'{path} comes after {before.name}, but frames are numbered one by one, one a second: '
+        'restore what is missing or number them anew'
       )
   return paths
 
@@ -185,18 +186,18 @@ def load_models(
     UserError: no model, a model of the other stage, or two that do not fit together.
   """
   if stage1 is None and stage2 is None:
-    raise UserError('no model is given: name a work folder of `aavs train` with --stage1.')
+    raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
   locate = classify = None
   if stage1 is not None:
     config1, locate = _load_model(stage1, 'binary')
   if stage2 is not None:
     config2, classify = _load_model(stage2, 'semantic')
     if config2.use_prior and locate is None:
-      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1.')
+      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1')
     if config2.use_prior and config1.data.eval_size != config2.data.eval_size:
       raise UserError(
         f'data.eval_size is {config1.data.eval_size} in {stage1} and {config2.data.eval_size} in '
-        f'{stage2}: name the stage 1 whose masks {stage2} was trained for.'
+        f'{stage2}: name the stage 1 whose masks {stage2} was trained for'
       )
 
   def answer(frames, log_mel):
@@ -218,8 +219,8 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
   if config.task != task:
     role, other = ('stage1', 'stage2') if task == 'binary' else ('stage2', 'stage1')
     raise UserError(
-      f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: '
-      f'name it with --{other}.'
+      f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: name '
+      f'it with --{other}'
     )
   method = methods.of(config)
   predictor = Predictor(method)
@@ -229,7 +230,7 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
 
   def model(frames, log_mel, prior):
     size = config.data.image_size
-    small = [avsbench.resize_frame(Image.fromarray(frame), size) for frame in frames]
+    small = [resize_frame(Image.fromarray(frame), size) for frame in frames]
     batch = {'frames': np.stack(small), 'log_mel': log_mel}
     if config.use_prior:
       batch['prior'] = prior
@@ -249,16 +250,21 @@ def _checked_target(out: Path) -> Path:
   """The absolute path of a folder that may be written, as it does not exist or is empty."""
   target = out.resolve()
   if target.exists() and not target.is_dir():
-    raise UserError(f'{out}: is a file, name a new folder for the output.')
+    raise UserError(f'{out} is a file: name a new folder for the output')
   if target.is_dir() and any(target.iterdir()):
-    raise UserError(f'{out}: is not empty, name a new folder for the output or empty this one.')
+    raise UserError(f'{out} is not empty: name a new folder for the output or empty this one')
   if target.is_mount():
-    raise UserError(f'{out}: is a mount point, name a new folder inside it for the output.')
+    raise UserError(f'{out} is a mount point: name a new folder inside it for the output')
   return target
 
 
 def _write_second(
-  folder: Path, second: int, image: np.ndarray, mask: np.ndarray, classes: np.ndarray | None
+  folder: Path,
+  second: int,
+  image: np.ndarray,
+  mask: np.ndarray,
+  classes: np.ndarray | None,
+  names: Sequence[str],
 ) -> dict:
   """Writes the images of one second and returns its entry in summary.json."""
   height, width = image.shape[:2]
@@ -282,6 +288,6 @@ def _write_second(
     drawn = overlay(image, classes)
     counts = np.bincount(classes.ravel())
     ids = [i for i in np.argsort(-counts, kind='stable').tolist() if i and counts[i]]
-    found = [{'id': i, 'name': CLASS_NAMES[i], 'share': counts[i] / classes.size} for i in ids]
+    found = [{'id': i, 'name': names[i], 'share': counts[i] / classes.size} for i in ids]
   write(f'overlays/{second}.jpg', drawn)
   return {'second': second, 'sounding_share': np.mean(mask > 0).item(), 'classes': found}

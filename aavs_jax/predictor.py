@@ -12,8 +12,8 @@ import numpy as np
 
 from aavs_jax import distributed, steps
 from aavs_jax.input_pipeline import pipeline
-from aavs_jax.input_pipeline.avsbench import Clip
-from aavs_jax.input_pipeline.pipeline import Item
+from aavs_jax.input_pipeline.clips import Clip
+from aavs_jax.input_pipeline.items import Item
 from aavs_jax.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.methods.method import Method
 from aavs_jax.types import Batch, Variables

@@ -20,22 +20,20 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from aavs_jax.input_pipeline.avsbench import FRAMES
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.metrics import f_curve, frame_values, pixel_values
 
-ClipKey = tuple[str, str]  # (subset, uid)
 Sums = dict[str, np.ndarray]  # a field of the records -> its sum over clips, [...] or [s ...]
 Scores = dict[str, np.ndarray]  # a score's name -> its value, [] or [s]
 
 _RESAMPLES = 1000
 
 
-def summarise(clips: Sequence[ClipKey], records: np.ndarray, *, audio: str = 'true') -> dict:
+def summarise(clips: Sequence[Clip], records: np.ndarray, *, audio: str = 'true') -> dict:
   """The scores of a split, as they stand in an evaluation file.
 
   Args:
-    clips: (subset, uid) of each, at least one, no clip twice. Their order changes nothing.
+    clips: of one data set, at least one, no clip twice. Their order changes nothing.
     records: the clips' records, [n] of metrics.record_type.
     audio: what they heard; with anything but 'true' all that is predicted sounding is false.
 
@@ -53,10 +51,11 @@ def summarise(clips: Sequence[ClipKey], records: np.ndarray, *, audio: str = 'tr
     dataset: overall, subsets and per_class of the data-set protocol, with jf, J&F, for each pair of
       miou and fscore; and fscore_best (binary).
   """
-  ranks = {subset: rank for rank, subset in enumerate(FRAMES)}
-  order = sorted(range(len(clips)), key=lambda i: (ranks[clips[i][0]], clips[i][1]))
+  data_set = clips[0].data_set
+  ranks = {subset: rank for rank, subset in enumerate(data_set.subsets)}
+  order = sorted(range(len(clips)), key=lambda i: (ranks[clips[i].subset], clips[i].uid))
   clips, records = [clips[i] for i in order], records[order]
-  subsets = np.array([subset for subset, _ in clips])
+  subsets = np.array([clip.subset for clip in clips])
   groups = {name: records[subsets == name] for name in dict.fromkeys(subsets.tolist())}
   counts = {name: {'clips': len(group)} for name, group in groups.items()}
   avsbench, dataset = _group_scores(records, audio)
@@ -76,21 +75,23 @@ def summarise(clips: Sequence[ClipKey], records: np.ndarray, *, audio: str = 'tr
     frames = records['frames'].sum(axis=0)
     result['per_class'] = [
       {**row, 'frames': int(count)}
-      for row, count in zip(_class_rows(*frame_values(frames)), frames[2])
+      for row, count in zip(_class_rows(data_set.classes, *frame_values(frames)), frames[2])
     ]
     iou, f = pixel_values(records['pixels'].sum(axis=0))
-    result['dataset']['per_class'] = _class_rows(iou, f, jf=(iou + f) / 2)
+    result['dataset']['per_class'] = _class_rows(data_set.classes, iou, f, jf=(iou + f) / 2)
   result['per_clip'] = [
-    {'uid': uid, 'subset': subset, 'miou': float(j), 'fscore': float(f)}
-    for (subset, uid), j, f in zip(clips, miou, fscore)
+    {'uid': clip.uid, 'subset': clip.subset, 'miou': float(j), 'fscore': float(f)}
+    for clip, j, f in zip(clips, miou, fscore)
   ]
   return result
 
 
-def _class_rows(iou: np.ndarray, fscore: np.ndarray, **more: np.ndarray) -> list[dict]:
+def _class_rows(
+  names: Sequence[str], iou: np.ndarray, fscore: np.ndarray, **more: np.ndarray
+) -> list[dict]:
   values = {'iou': iou, 'fscore': fscore, **more}
   return [
-    {'id': i, 'name': CLASS_NAMES[i]}
+    {'id': i, 'name': names[i]}
     | {name: None if np.isnan(value[i]) else float(value[i]) for name, value in values.items()}
     for i in range(len(iou))
   ]

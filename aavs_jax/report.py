@@ -14,9 +14,11 @@ from matplotlib.figure import Figure
 from aavs_jax import html
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.avsbench import Clip, load_frame, load_label_ids, read_index
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.metric_log import metrics_files
 from aavs_jax.overlay import overlay, overlay_binary
 from aavs_jax.recipe import changes
@@ -56,7 +58,7 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
   """
   workdir = Path(workdir)
   if not workdir.is_dir():
-    raise UserError(f'{workdir}: there is no such folder, give the workdir of a run.')
+    raise UserError(f'{workdir} is no folder: give the workdir of a run')
   evaluations = {name: _read_json(workdir / 'eval' / f'{name}.json') for name in EVALUATIONS}
   run = _Run(workdir, data_root, evaluations, _commands(workdir, data_root))
   title = f'Audio-visual segmentation: {workdir.resolve().name}'
@@ -96,7 +98,7 @@ def _read_log(workdir: Path) -> list[dict]:
         row = json.loads(line)
         rows[row['kind'], row['step']] = row
       except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: line {number} is not a log entry, remove that line.') from error
+        raise UserError(f'{path}, line {number}, is not a log entry: remove that line') from error
   return sorted(rows.values(), key=lambda row: row['step'])
 
 
@@ -365,8 +367,8 @@ def _clips(run: _Run) -> str:
       key = row['subset'], row['uid']
       if key not in clips:
         raise UserError(
-          f'{run.data}: has no test clip {row["uid"]} in {row["subset"]}, which the evaluation '
-          'has; give the data set that the run was evaluated on.'
+          f'{run.data} has no test clip {row["uid"]} in {row["subset"]}, which the evaluation '
+          'has: give the data set that the run was evaluated on'
         )
       scores = {stage: of.get(key) for stage, of in by_stage.items()}
       cards.append(_card(run.folder, clips[key], scores))
@@ -413,16 +415,18 @@ def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> st
     for stage, row in scores.items()
     if row
   )
+  legend = _legend(truth, named, clip.data_set.classes)
   return (
     f'<article><header><code>{html.text(clip.uid)}</code>'
     f'<span class="tag">{html.text(clip.subset)}</span>'
     f'<span class="score">{shown}</span></header>'
-    f'<div class="grid">{"".join(cells)}</div><p class="legend">{_legend(truth, named)}</p>'
-    '</article>'
+    f'<div class="grid">{"".join(cells)}</div><p class="legend">{legend}</p></article>'
   )
 
 
-def _legend(truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None]) -> str:
+def _legend(
+  truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None], names: Sequence[str]
+) -> str:
   """The classes of the labels and predictions shown, in their colours."""
 
   def classes(images: Sequence[np.ndarray]) -> set[int]:
@@ -437,5 +441,5 @@ def _legend(truth: Sequence[np.ndarray], named: Sequence[np.ndarray | None]) -> 
       note = ' (missed)'
     elif class_id not in true:
       note = ' (not there)'
-    entries.append(f'<span>{html.swatch(class_id)}{html.text(CLASS_NAMES[class_id])}{note}</span>')
+    entries.append(f'<span>{html.swatch(class_id)}{html.text(names[class_id])}{note}</span>')
   return ''.join(entries) or '<span>silent throughout</span>'

@@ -9,10 +9,12 @@ from aavs_jax import config as config_lib
 from aavs_jax import hand_over, tables
 from aavs_jax.console import say
 from aavs_jax.convert import KINDS, convert
-from aavs_jax.input_pipeline import avsbench, files
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline import masks as mask_files
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline.avsbench import SUBSETS
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.stepping_stones import Evaluation, scores
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set
@@ -41,7 +43,7 @@ class Row(NamedTuple):
   paper: tuple[float, float]  # mIoU and F in percent
 
 
-_OF_STAGE2 = Evaluation('stage2', prior='masks', subsets=tuple(avsbench.FRAMES))
+_OF_STAGE2 = Evaluation('stage2', prior='masks', subsets=tuple(SUBSETS))
 ROWS = {
   's4': Row('S4', Evaluation('s4', subsets=('v1s',)), (83.2, 91.3)),
   'ms3': Row('MS3', Evaluation('ms3', subsets=('v1m',)), (67.3, 77.6)),
@@ -114,9 +116,9 @@ def _evaluations(models: Collection[str], data: str) -> dict[str, Evaluation]:
   """Those of the rows whose model is there; what is wrong with the data shows now, not in hours."""
   result = {key: row.evaluation for key, row in ROWS.items() if row.evaluation.stage in models}
   for evaluation in result.values():
-    clips = avsbench.read_index(data, 'test', evaluation.subsets)
+    clips = read_index(data, 'test', evaluation.subsets)
     if evaluation.stage == 'stage2':
-      avsbench.require_classes(clips)
+      require_classes(clips)
   return result
 
 
@@ -197,7 +199,7 @@ def _convert(
 def _masks(workdir: Path, given: str | Path, data: str) -> Path:
   """The folder of stage 1's masks: the given one, once they are read, or one of its model's."""
   if given:
-    _claim_masks(workdir, str(given), avsbench.read_index(data, 'test'))
+    _claim_masks(workdir, str(given), read_index(data, 'test'))
     return Path(given)
   folder = workdir / 'masks'
   if not hand_over.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',)):

@@ -11,8 +11,8 @@ from aavs_jax import config as config_lib
 from aavs_jax import distributed, metrics, protocols
 from aavs_jax.console import Progress
 from aavs_jax.distributed import share
-from aavs_jax.input_pipeline import masks, pipeline, sounds
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline import items, masks, sounds
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.predictor import Predictor, ahead, local_variables, predict_clips
 from aavs_jax.types import Variables
@@ -55,7 +55,7 @@ def score(
   batches = predictor.batches(
     config,
     mine,
-    lambda item: pipeline.load_eval_item(mine[item.clip], heard[item.clip], item, task),
+    lambda item: items.load_eval_item(mine[item.clip], heard[item.clip], item, task),
   )
   records = np.zeros(len(mine), metrics.record_type(config.task, config.num_classes))
 
@@ -76,8 +76,7 @@ def score(
       if on_clip:
         on_clip(mine[index], ids)
       progress.advance(1)
-  keys = [(clip.subset, clip.uid) for clip in clips]
-  return protocols.summarise(keys, _gather(records, len(clips)), audio=audio)
+  return protocols.summarise(clips, _gather(records, len(clips)), audio=audio)
 
 
 def _gather(mine: np.ndarray, total: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from aavs_jax import methods, metrics, protocols, recordings
 from aavs_jax.console import say
 from aavs_jax.convert import from_released_layout, released_name, released_to_params
 from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import set_loss
 from aavs_jax.methods.aavs import class_scores
@@ -492,7 +493,7 @@ def compare_metrics(arrays: Arrays) -> Iterator[Table]:
       records[task].append(record)
     for task, own in records.items():
       if own:
-        clips = [('v1s', str(i)) for i in range(len(own))]
+        clips = [SemanticClip('', str(i), 'v1s', 'test', 5) for i in range(len(own))]
         overall = protocols.summarise(clips, np.stack(own))['overall']
         prefix = 'binary/dataset_' if task == 'binary' else 'semantic/'
         found |= {prefix + name: overall[name] for name in overall if prefix + name in arrays}

@@ -8,9 +8,10 @@ import ml_collections
 
 from aavs_jax import tables
 from aavs_jax.console import Progress, duration, say
-from aavs_jax.input_pipeline import avsbench, files, prepared
+from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.report import STUDY, write_report
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.train import train
@@ -51,8 +52,8 @@ def run_study(
   if not data:
     data = str(workdir / 'data')
     _make_clips(config, data)
-  index = avsbench.read_index(data)  # checked now, not after stage 1
-  avsbench.require_classes(index)
+  index = read_index(data)  # checked now, not after stage 1
+  require_classes(index)
   prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}

@@ -3,8 +3,6 @@
 import itertools
 from collections.abc import Container, Mapping, Sequence
 
-from aavs_jax.input_pipeline.avsbench import FRAMES
-
 _KINDS = {'': 'all classes', '_no_background': 'no background', '_occurring': 'occurring classes'}
 
 
@@ -17,10 +15,12 @@ def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
 
   Returns:
     Lines joined by newlines. One row a file: name, audio, prior, then mIoU / F in percent over all
-    clips and over each subset that occurs in any of the files. With a semantic file among them,
-    also mIoU / F over all clips as the mean over the classes that occur.
+    clips and over each subset that occurs in any of the files, in the order of the file that has
+    the most of them. With a semantic file among them, also mIoU / F over all clips as the mean over
+    the classes that occur.
   """
-  subsets = [name for name in FRAMES if any(name in result['subsets'] for result in results)]
+  by_length = sorted(results, key=lambda result: -len(result['subsets']))
+  subsets = list(dict.fromkeys(name for result in by_length for name in result['subsets']))
 
   def cell(scores: Mapping | None, suffix: str = '') -> str:
     if scores is None or f'miou{suffix}' not in scores:

@@ -34,14 +34,14 @@ _TAGS = {} if int(av.__version__.split('.')[0]) >= 19 else {'metadata_errors': '
 def _open(path: Path) -> Iterator[av.container.InputContainer]:
   """Opens a file for reading; whatever FFmpeg cannot do inside the block becomes a UserError."""
   if not path.is_file():
-    raise UserError(f'{path}: there is no such file, check the path of the video.')
+    raise UserError(f'{path} does not exist: check the path of the video')
   try:
     # FFmpeg takes what stands before a colon for a protocol, but not in an absolute path.
     with av.open(str(path.absolute()), **_TAGS) as container:
       yield container
   except av.error.FFmpegError as error:
     raise UserError(
-      f'{path}: cannot be read as a video ({error.strerror}), convert it or give another file.'
+      f'{path} cannot be read as a video ({error.strerror}): convert it or give another file'
     ) from error
 
 
@@ -73,7 +73,7 @@ class Timeline:
     first = next(self._decoded(self._picture, self._clock()), None)
     if first is None:
       raise UserError(
-        f'{path}: not a single frame can be decoded, convert it or give another file.'
+        f'{path} has not a single frame that can be decoded: convert it or give another file'
       )
     self._damaged.clear()
     self._origin = _time(first) or 0.0
@@ -166,7 +166,7 @@ class Timeline:
         yield from frames
     if index == self._sound and not count:
       if self._damaged[index]:
-        raise UserError(f'{self.path}: none of its sound can be decoded, convert it.')
+        raise UserError(f'{self.path} has sound of which nothing can be decoded: convert it')
       self._is_silent = True
 
   def _runs(self) -> Iterator[tuple[tuple, av.AudioFrame]]:
@@ -276,7 +276,7 @@ def _choose_streams(path: Path, container: av.container.InputContainer) -> list:
     # Some versions of PyAV crash where a stream without a decoder is decoded.
     decodable = [s for s in present if s.codec_context is not None]
     if not decodable:
-      raise UserError(f'{path}: its {what} has a codec that is not known here, convert it.')
+      raise UserError(f'{path} has {what} of a codec that is not known here: convert it')
     chosen.append(next((s for s in decodable if s.disposition & default), decodable[0]))
   return chosen
 

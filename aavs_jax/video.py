@@ -87,9 +87,9 @@ def write_overlay_video(
   """
   out, source = Path(out), Path(source)
   if out.suffix.lower() != '.mp4':
-    raise UserError(f'{out}: the video is written as MP4, so give it a name that ends in .mp4.')
+    raise UserError(f'{out} does not end in .mp4, and the video is written as MP4: name it so')
   if out.resolve() == source.resolve():
-    raise UserError(f'{out}: this is the source video itself, give the output another name.')
+    raise UserError(f'{out} is the source video itself: give the output another name')
   timeline = Timeline(source)
   with (
     files.writing(out) as working,
@@ -183,7 +183,9 @@ def _write_streams(
       mask = next(masks, mask)
       second += 1
     if mask is None:
-      raise UserError(f'{timeline.path}: no mask was made for this video, nothing can be drawn.')
+      raise UserError(
+        f'{timeline.path} is a video for which no mask was made: nothing can be drawn'
+      )
     # Sound goes in up to this frame, so that the writer has little to hold back.
     while next_sound is not None and next_sound.time <= time:
       target.mux(sound_stream.encode(next_sound))

@@ -16,9 +16,10 @@ from aavs_jax import checkpoint, distributed, methods
 from aavs_jax import config as config_lib
 from aavs_jax import start as start_lib
 from aavs_jax.console import say
-from aavs_jax.input_pipeline import avsbench, files, masks, pipeline, prepared
-from aavs_jax.input_pipeline.avsbench import Clip
+from aavs_jax.input_pipeline import avsbench, bad_clips, files, masks, prepared
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.methods.method import Method
 from aavs_jax.predictor import local_variables
 from aavs_jax.state import Flat, TrainState, count, digest, flat_shapes, in_groups, unflatten
@@ -32,6 +33,7 @@ _FREE_KEYS = (
   'data.max_bad_clips',
 )  # fmt: skip
 
+_CLASSES = 'classes.json'  # names of the classes of the data set
 _BAD_CLIPS = 'bad_clips.json'
 _RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
@@ -50,11 +52,11 @@ def read_clips(config: ml_collections.ConfigDict, workdir: epath.Path) -> Clips:
   Raises:
     UserError: the data set cannot be read or does not fit the config; there are too many bad clips.
   """
-  train = avsbench.read_index(config.data.root, 'train', config.data.subsets)
-  val = avsbench.read_index(config.data.root, 'val', config.data.subsets)
+  train = read_index(config.data.root, 'train', config.data.subsets)
+  val = read_index(config.data.root, 'val', config.data.subsets)
   config_lib.require_fit(train + val, config)
   bad = [] if config.data.on_bad_clip == 'error' else _bad_clips(config, workdir, train)
-  good = pipeline.leave_out(train, bad, config.data.max_bad_clips)
+  good = bad_clips.leave_out(train, bad, config.data.max_bad_clips)
   for row in bad:
     say(f'  left out {row["clip"]}: {row["text"]}')
   return Clips(good, val, bad)
@@ -70,7 +72,7 @@ def _bad_clips(
     return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
-  bad = pipeline.find_bad_clips(distributed.share(clips), task, config.data.threads)
+  bad = bad_clips.find_bad_clips(distributed.share(clips), task, config.data.threads)
   distributed.wait_for_all('bad clips found')
   place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
   return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
@@ -97,6 +99,7 @@ def claim(
       files.write_json(path, config.to_dict())
       files.write_json(listing, found)
       files.write_json(workdir / _BAD_CLIPS, clips.bad)
+      files.write_json(workdir / _CLASSES, clips.train[0].data_set.classes)
     return
   if files.read_json(listing, [str], _RESTORE) != found:
     raise UserError(
@@ -239,3 +242,9 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
       f'{wrong[0]}): restore the config it was trained with'
     )
   return config, local_variables(unflatten(flat)), step
+
+
+def class_names(workdir: str | Path) -> Sequence[str]:
+  """Names of a model's classes by id; those of AVSBench for a model that was converted."""
+  path = epath.Path(workdir) / _CLASSES
+  return files.read_json(path, [str], _RESTORE) if path.exists() else avsbench.CLASSES

@@ -55,15 +55,15 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     path, _MAX_BYTES, 'the sound file', 'check the path, or extract it from the video again'
   )
   if not data:
-    raise UserError(f'{path}: the sound file has 0 bytes; extract it from the video again.')
+    raise UserError(f'{path} has 0 bytes: extract the sound from the video again')
   try:
     blocks = []
     with soundfile.SoundFile(io.BytesIO(data)) as file:
       rate = file.samplerate
       if not _RATES[0] <= rate <= _RATES[1]:
         raise UserError(
-          f'{path}: the header gives a rate of {rate} Hz, outside {_RATES[0]} to {_RATES[1]}; '
-          f'write the file anew.'
+          f'{path} has a header with a rate of {rate} Hz, outside {_RATES[0]} to {_RATES[1]}: '
+          'write the file anew'
         )
       length = 0
       while True:
@@ -75,13 +75,14 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         blocks.append(block.mean(axis=1))
         length += len(block)
         if length > _MAX_SECONDS * rate:
-          raise UserError(f'{path}: the sound lasts more than {_MAX_SECONDS} s; cut it into clips.')
+          raise UserError(f'{path} lasts more than {_MAX_SECONDS} s: cut it into clips')
   except soundfile.SoundFileRuntimeError as error:
     raise UserError(
-      f'{path}: not a readable sound file ({error}); extract it from the video again as 16-bit WAV.'
+      f'{path} is not a readable sound file ({error}): extract it from the video again as 16-bit '
+      'WAV'
     ) from error
   if length == 0:
-    raise UserError(f'{path}: the sound file holds 0 samples; extract it from the video again.')
+    raise UserError(f'{path} holds 0 samples: extract the sound from the video again')
   return np.concatenate(blocks), rate
 
 
@@ -91,8 +92,8 @@ def _check_samples(path: str, block: np.ndarray, first: int) -> None:
   if not good.all():
     row, channel = np.argwhere(~good)[0]
     raise UserError(
-      f'{path}: sample {first + row} is {block[row, channel]:g}, not a value in [-1, 1]; write the '
-      f'file anew, as 16-bit WAV for example.'
+      f'{path}: sample {first + row} is {block[row, channel]:g}, not a value in [-1, 1]: write the '
+      'file anew, as 16-bit WAV for example'
     )
 
 
@@ -177,8 +178,8 @@ def clip_log_mel(path: str | os.PathLike, frames: int) -> np.ndarray:
   waveform = resample(*read_wav(path))
   if len(waveform) < samples_needed(1):
     raise UserError(
-      f'{os.fspath(path)}: the sound lasts {len(waveform) / SAMPLE_RATE:.4f} s, and one example '
-      f'needs {samples_needed(1) / SAMPLE_RATE} s; extract the whole clip or leave it out.'
+      f'{os.fspath(path)} lasts {len(waveform) / SAMPLE_RATE:.4f} s, and one example needs '
+      f'{samples_needed(1) / SAMPLE_RATE} s: extract the whole clip or leave it out'
     )
   examples = log_mel_examples(waveform[: samples_needed(frames)])
   fitted, missing = fit_examples(examples, frames)

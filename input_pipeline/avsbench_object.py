@@ -15,27 +15,63 @@ config works with either layout. The pickles in audio_log_mel are not read; the 
 
 import dataclasses
 import os
+from collections.abc import Sequence
+
+import numpy as np
 
 from . import clips
-from .clips import FRAMES, Clip
+from .avsbench import PUBLISHED, SUBSETS, SemanticClip
+from .clips import Clip
 from .errors import UserError, of_disk
 from .files import is_there
 
 _SETS = {'v1s': 's4', 'v1m': 'ms3'}  # as the files of each subset begin
 _COLUMNS = {'v1s': ('name', 'category', 'split'), 'v1m': ('video_id', 'split')}
+OBJECT = clips.DataSet(
+  name='AVSBench-object',
+  tables=tuple(f'{name}_meta_data.csv' for name in _SETS.values()),
+  subsets=SUBSETS,  # those of AVSBench: to ask for v2 as well is no fault
+  label_kind='binary',
+  classes=('background', 'sounding'),
+  palette=np.array([[0, 0, 0], [255, 255, 255]], np.uint8),
+  published=PUBLISHED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectClip(Clip):
-  """One clip of S4 (subset v1s) or MS3 (v1m).
+class ObjectClip(SemanticClip):
+  """One clip of MS3 (subset v1m), or S4 (v1s), where the category is a folder below the split."""
 
-  Attributes:
-    category: the folder between split and clip in S4; '' in MS3.
-  """
+  data_set = OBJECT
 
-  category: str = ''
+  @classmethod
+  def find_tables(cls, root: str) -> list[str]:
+    """The tables of S4 and MS3 in `root` or, as the set is distributed, in folders in it.
 
-  label_kind = 'binary'
+    Raises:
+      UserError: two folders in `root` hold the same one.
+    """
+    try:
+      with os.scandir(root) as entries:
+        below = sorted(entry.path for entry in entries if entry.is_dir())
+    except OSError as error:
+      if of_disk(error):
+        raise
+      below = []
+    found = []
+    for subset in _SETS:
+      paths = (table_path(folder, subset) for folder in (root, *below))
+      places = [path for path in paths if is_there(path)]
+      if len(places) > 1 and places[0] != table_path(root, subset):
+        raise UserError(
+          f'{places[0]} and {places[1]} are the same set twice: name the folder of one of them'
+        )
+      found += places[:1]
+    return found
+
+  @classmethod
+  def read(cls, tables: Sequence[str]) -> list[Clip]:
+    return [clip for table in tables for clip in _read_table(table)]
 
   @property
   def table(self) -> str:
@@ -74,53 +110,17 @@ def table_path(root: str, subset: str) -> str:
   return os.path.join(root, f'{_SETS[subset]}_meta_data.csv')
 
 
-def find_tables(root: str) -> dict[str, str]:
-  """The folders that hold S4 and MS3, by subset; without those that are not there.
-
-  They are `root` itself or, as the set is distributed (Single-source, Multi-sources), folders in
-  it.
-
-  Raises:
-    UserError: two folders in `root` hold the same one.
-  """
-  try:
-    with os.scandir(root) as entries:
-      below = sorted(entry.path for entry in entries if entry.is_dir())
-  except OSError as error:
-    if of_disk(error):
-      raise
-    below = []
-  found = {}
-  for subset in _SETS:
-    places = [folder for folder in (root, *below) if is_there(table_path(folder, subset))]
-    if len(places) > 1 and places[0] != root:
-      raise UserError(
-        f'{table_path(places[0], subset)} and {table_path(places[1], subset)} are the same set '
-        f'twice; name the folder of one of them.'
-      )
-    if places:
-      found[subset] = places[0]
+def _read_table(path: str) -> list[Clip]:
+  root, name = os.path.split(path)
+  subset = next(subset for subset in _SETS if name == table_path('', subset))
+  columns = _COLUMNS[subset]
+  rows = clips.read_table(path, columns, first=columns[0])
+  found = []
+  for line, row in rows:
+    where = f'{path}, line {line}'
+    uid = clips.check_name(where, columns[0], row[columns[0]])
+    split = clips.check_split(where, row['split'])
+    category = clips.check_name(where, 'category', row['category']) if subset == 'v1s' else ''
+    found.append(ObjectClip(root, uid, subset, split, SUBSETS[subset], category))
+  clips.check_unique(found, [line for line, _ in rows])
   return found
-
-
-def read_clips(folders: dict[str, str]) -> list[ObjectClip]:
-  """The clips of S4 and MS3 in the order of their tables; `folders` as of `find_tables`.
-
-  Raises:
-    UserError: a table is unreadable (see `clips.read_table`), or holds an unknown split, an unsafe
-      name or the same one twice.
-  """
-  result = []
-  for subset, root in folders.items():
-    path, columns = table_path(root, subset), _COLUMNS[subset]
-    rows = clips.read_table(path, columns, first=columns[0])
-    found = []
-    for line, row in rows:
-      where = f'{path}, line {line}'
-      uid = clips.check_name(where, columns[0], row[columns[0]])
-      split = clips.check_split(where, row['split'])
-      category = clips.check_name(where, 'category', row['category']) if subset == 'v1s' else ''
-      found.append(ObjectClip(root, uid, subset, split, FRAMES[subset], category))
-    clips.check_unique(found, [line for line, _ in rows])
-    result += found
-  return result

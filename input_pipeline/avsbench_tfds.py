@@ -14,14 +14,16 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from . import audio, avsbench, prepared, shards
-from .clips import FRAMES, SPLITS, Clip
+from . import audio, prepared, shards
+from .avsbench import SUBSETS
+from .clips import SPLITS, Clip
 from .errors import UserError
+from .index import read_index
 
 
 @dataclasses.dataclass(eq=False)
 class AvsbenchConfig(tfds.core.BuilderConfig):
-  """One subset at the sizes of a config; `label_kind` as of clips.Clip."""
+  """One subset at the sizes of a config; `label_kind` as of clips.DataSet."""
 
   subset: str = ''
   label_kind: str = 'semantic'
@@ -54,7 +56,7 @@ class Avsbench(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     size, eval_size = self.builder_config.image_size, self.builder_config.eval_size
-    num_frames = FRAMES[self.builder_config.subset]
+    num_frames = SUBSETS[self.builder_config.subset]
 
     def tensor(*shape, dtype=np.uint8):
       return tfds.features.Tensor(shape=shape, dtype=dtype)
@@ -77,11 +79,12 @@ class Avsbench(tfds.core.GeneratorBasedBuilder):
   def _split_generators(self, dl_manager) -> dict:
     """Raises UserError if manual_dir is no data set, or one of the other layout."""
     root = dl_manager.manual_dir
-    clips = avsbench.read_index(root, subsets=[self.builder_config.subset])
+    clips = read_index(root, subsets=[self.builder_config.subset])
     prepared.require_files(clips)
-    if clips[0].label_kind != self.builder_config.label_kind:
+    label_kind = clips[0].data_set.label_kind
+    if label_kind != self.builder_config.label_kind:
       raise UserError(
-        f'{root} holds {clips[0].label_kind} labels, and avsbench/{self.builder_config.name} '
+        f'{root} holds {label_kind} labels, and avsbench/{self.builder_config.name} '
         f'{self.builder_config.label_kind} ones: choose the builder config of its layout'
       )
     by_split = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}

@@ -17,10 +17,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import audio, avsbench, pipeline, prepared, reading, shards
-from .avsbench import Clip
+from . import audio, images, items, pipeline, prepared, reading, shards
+from .clips import Clip
 from .compose import compose
 from .errors import UserError
+from .index import read_index
 
 WANTED = 1000  # frames/s of an accelerator that is to be fed
 FLAT_MB = 32  # how much an epoch may add to resident memory and still be called flat
@@ -42,7 +43,7 @@ class Loading:
 
 
 def bench_input(
-  task: pipeline.Task, loading: Loading, *, data: str, clips: int, seconds: float
+  task: items.Task, loading: Loading, *, data: str, clips: int, seconds: float
 ) -> dict:
   """Times reading from raw files, from shards, and the log-mel.
 
@@ -65,7 +66,7 @@ def bench_input(
   result = {'machine': _machine(), 'wanted': WANTED}
   with tempfile.TemporaryDirectory() as folder:
     if data:
-      found, result['data'] = _sample(avsbench.read_index(data, 'train'), clips), data
+      found, result['data'] = _sample(read_index(data, 'train'), clips), data
     else:
       found, result['data'] = _make_clips(pathlib.Path(folder, 'raw'), clips, task)
     if isinstance(found[0], prepared.PreparedClip):
@@ -79,7 +80,7 @@ def bench_input(
       out = os.path.join(folder, 'shards')
       sizes = {'image_size': task.image_size, 'eval_size': task.eval_size}
       shards.prepare(found[0].root, out, **sizes, workers=1)
-      sources['shards'] = avsbench.read_index(out, 'train')
+      sources['shards'] = read_index(out, 'train')
     for name, members in sources.items():
       parts = _time_parts(members, task, seconds)
       total = sum(parts.values())
@@ -115,7 +116,7 @@ def format_input(result: dict, loading: Loading) -> str:
 
 
 def bench_memory(
-  task: pipeline.Task,
+  task: items.Task,
   loading: Loading,
   *,
   data: str,
@@ -139,7 +140,7 @@ def bench_memory(
   """
   with tempfile.TemporaryDirectory() as folder:
     if data:
-      found = avsbench.read_index(data, 'train')[:clips]
+      found = read_index(data, 'train')[:clips]
       if len(found) < clips:
         raise UserError(f'{data} has {len(found)} training clips: ask for no more of them')
     else:
@@ -175,13 +176,13 @@ def _sample(clips: Sequence[Clip], count: int) -> list[Clip]:
 
 
 def _make_clips(
-  root: pathlib.Path, count: int, task: pipeline.Task, mixed: bool = False
+  root: pathlib.Path, count: int, task: items.Task, mixed: bool = False
 ) -> tuple[list[Clip], str]:
   """Training clips of v2, if mixed one of v1s and v1m too, and what to call them."""
   others = 1 if mixed else 0
   number = {'v1s': others, 'v1m': others, 'v2': count}
   compose(root, clips={'train': number}, size=_SIZE)
-  clips = avsbench.read_index(root, 'train')
+  clips = read_index(root, 'train')
   rng = np.random.default_rng(0)
   sizes = []
   for clip in clips:
@@ -222,14 +223,14 @@ def _cpu(function: Callable, *arguments):
   return time.thread_time() - started, value
 
 
-def _time_parts(clips: Sequence[Clip], task: pipeline.Task, seconds: float) -> dict[str, float]:
+def _time_parts(clips: Sequence[Clip], task: items.Task, seconds: float) -> dict[str, float]:
   """CPU seconds a frame of load_training_item by part; medians over the items read in the time."""
-  items = pipeline.make_items(clips, pipeline.EVAL_ITEM_FRAMES)
+  cut = items.make_items(clips, pipeline.EVAL_ITEM_FRAMES)
   rows = []  # the whole, then its parts
   until = time.monotonic() + seconds
-  for number, item in enumerate(itertools.cycle(items)):
+  for number, item in enumerate(itertools.cycle(cut)):
     clip = clips[item.clip]
-    parts = {'whole': _cpu(pipeline.load_training_item, clip, item, task)[0]}
+    parts = {'whole': _cpu(items.load_training_item, clip, item, task)[0]}
     parts['log-mel'] = _cpu(reading.load_log_mel, clip)[0]
     times = [t for t in clip.labelled_frames if item.first <= t < item.first + item.frames]
     for t in times:
@@ -244,27 +245,27 @@ def _time_parts(clips: Sequence[Clip], task: pipeline.Task, seconds: float) -> d
   return result | {'the rest': whole - sum(result.values())}
 
 
-def _time_frame(clip: Clip, t: int, task: pipeline.Task) -> dict[str, float]:
+def _time_frame(clip: Clip, t: int, task: items.Task) -> dict[str, float]:
   """CPU seconds of the parts of a frame."""
   sizes = (task.image_size, task.eval_size)
   if isinstance(clip, prepared.PreparedClip):
     record_seconds, record = _cpu(prepared.read_frame, clip, t)
     return {'record, labels': record_seconds, 'image': _cpu(record.image)[0]}
-  image = Image.fromarray(avsbench.read_image(clip.frame_path(t)))
-  resize, _ = _cpu(avsbench.resize_frame, image, task.image_size)
-  both, _ = _cpu(avsbench.load_frame, clip, t, task.image_size)
+  image = Image.fromarray(images.read_image(clip.frame_path(t)))
+  resize, _ = _cpu(images.resize_frame, image, task.image_size)
+  both, _ = _cpu(images.load_frame, clip, t, task.image_size)
   reader = reading.read_clip(clip, *sizes)
   wanted = sizes if task.use_prior else sizes[:1]
   label = sum(_cpu(reader.label_ids, t, size)[0] for size in wanted)
   return {'image: decode': both - resize, 'image: resize': resize, 'label': label}
 
 
-def _open(clips: Sequence[Clip], task: pipeline.Task, loading: Loading):
+def _open(clips: Sequence[Clip], task: items.Task, loading: Loading):
   return pipeline.training_batches(clips, task, seed=0, start=0, **dataclasses.asdict(loading))
 
 
 def _time_loading(
-  clips: Sequence[Clip], task: pipeline.Task, loading: Loading, seconds: float
+  clips: Sequence[Clip], task: items.Task, loading: Loading, seconds: float
 ) -> float:
   """Frames a second that training would get, by the clock."""
   enough = -(-2 * loading.batch_items // len(clips))

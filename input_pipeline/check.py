@@ -14,23 +14,15 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 
-from . import audio, avsbench, files, labels
-from .clips import FRAMES, SPLITS, Clip
+from . import audio, files, images, labels
+from .clips import SPLITS, Clip
 from .errors import UserError
+from .index import read_index
 
-PUBLISHED_CLIPS = {  # train, val, test
-  'v1s': (3452, 740, 740),  # S4 of AVSBench-object
-  'v1m': (296, 64, 64),  # MS3
-  'v2': (4750, 500, 750),
-}
-
-_LAYOUTS = {'semantic': 'AVSBench-semantic', 'binary': 'AVSBench-object'}  # by kind of label
 _KINDS = {  # of files, as the report counts them
   'semantic': ('frames', 'labels_semantic', 'labels_rgb'),
   'binary': ('frames', 'gt_masks'),
 }
-_MAX_UNKNOWN_COLOURS = 0.5  # of an image, as where the labels are read
-_BINARY_NAMES = ('background', 'sounding')
 _SPECK = 0.001  # of an image: smaller regions may be strays of the annotation
 _MANY_SIZES = 5
 _MANY_FINDINGS = 10  # texts of a kind that are printed
@@ -88,7 +80,7 @@ def check_data(
   Returns:
     A report that json can write; the same data give the same report:
       root: the folder.
-      layout: AVSBench-semantic or AVSBench-object.
+      layout: AVSBench-semantic, AVSBench-object or the name of another data set.
       ok: whether `problems` is empty.
       counts: for each subset and split {'subset', 'split', 'clips': rows of the table,
         'published': clips of the published set, and files read without error, 'frames',
@@ -109,14 +101,16 @@ def check_data(
     row names, numbers of clips that are not the published ones.
 
   Raises:
-    UserError: the table is missing or bad (see `avsbench.read_index`), or workers is below 1.
+    UserError: the table is missing or bad (see index.read_index), or workers is below 1.
   """
   if workers is not None and workers < 1:
-    raise UserError(f'workers is {workers}; use at least 1.')
-  clips = avsbench.read_index(root)
-  label_kind = clips[0].label_kind
-  kinds = _KINDS[label_kind]
-  subsets = FRAMES if label_kind == 'semantic' else dict.fromkeys(clip.subset for clip in clips)
+    raise UserError(f'workers is {workers}: use at least 1')
+  clips = read_index(root)
+  data_set = clips[0].data_set
+  kinds = _KINDS[data_set.label_kind]
+  there = {clip.subset for clip in clips}
+  # One table lists all subsets.
+  subsets = [s for s in data_set.subsets if s in there or len(data_set.tables) == 1]
 
   read, sizes, classes = collections.Counter(), collections.Counter(), collections.Counter()
   unknown = {'pixels': 0, 'clips': 0}
@@ -143,17 +137,17 @@ def check_data(
   notes += _unlisted_folders(clips)
   rows = collections.Counter((clip.subset, clip.split) for clip in clips)
   counts = [
-    {'subset': subset, 'split': split, 'clips': rows[subset, split], 'published': published}
+    {'subset': subset, 'split': split, 'clips': rows[subset, split]}
+    | ({'published': data_set.published[subset][place]} if data_set.published else {})
     | {kind: read[subset, split, kind] for kind in kinds}
     for subset in subsets
-    for split, published in zip(SPLITS, PUBLISHED_CLIPS[subset], strict=True)
+    for place, split in enumerate(SPLITS)
   ]
   notes += _differing_counts(counts)
-  names = labels.CLASS_NAMES if label_kind == 'semantic' else _BINARY_NAMES
   commonest = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:_MANY_SIZES]
   return {
     'root': os.fspath(root),
-    'layout': _LAYOUTS[label_kind],
+    'layout': data_set.name,
     'ok': not problems,
     'counts': counts,
     'image_sizes': [
@@ -162,7 +156,7 @@ def check_data(
     'other_sizes': sizes.total() - sum(number for _, number in commonest),
     'classes': [
       {'id': class_id, 'name': name} | {split: classes[class_id, split] for split in SPLITS}
-      for class_id, name in enumerate(names)
+      for class_id, name in enumerate(data_set.classes)
     ],
     'unknown_colours': unknown,
     'problems': problems,
@@ -179,8 +173,8 @@ def _check_clip(clip: Clip) -> _Result:
   if not files.is_there(clip.folder):
     result.problem(
       'missing folder',
-      f'{clip.folder}: a row of {os.path.basename(clip.table)} names this folder, which does not '
-      f'exist; restore it or remove the row.',
+      f'{clip.folder} does not exist, but a row of {os.path.basename(clip.table)} names it: '
+      'restore it or remove the row',
     )
     return result
   frame_sizes = _check_frames(result)
@@ -202,7 +196,7 @@ def _check_frames(result: _Result) -> dict[int, tuple[int, int]]:
   sizes = {}
   for t in range(result.clip.num_frames):
     path = result.clip.frame_path(t)
-    pixels = result.attempt(lambda path=path: avsbench.read_image(path), path)
+    pixels = result.attempt(lambda path=path: images.read_image(path), path)
     if pixels is not None:
       sizes[t] = pixels.shape[1::-1]
   result.read['frames'] = len(sizes)
@@ -211,7 +205,8 @@ def _check_frames(result: _Result) -> dict[int, tuple[int, int]]:
 
 
 def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> None:
-  clip, binary = result.clip, result.clip.label_kind == 'binary'
+  clip, data_set = result.clip, result.clip.data_set
+  binary = data_set.label_kind == 'binary'
   specks = collections.Counter()  # regions of each class that has shown nothing larger so far
   large = set()  # the classes that have
   off_size = []
@@ -228,13 +223,13 @@ def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> N
     unknown_images += unknown > 0
     ids = coloured if semantic is None else semantic
     if ids is not None:
-      present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[: labels.NUM_CLASSES])
+      present = np.flatnonzero(np.bincount(ids.ravel(), minlength=256)[: len(data_set.classes)])
       result.classes.update(present.tolist())
       _find_specks(ids, present[present > 0].tolist(), specks, large)
 
   if off_size:
     more = f', and so on for {len(off_size) - 1} more' if len(off_size) > 1 else ''
-    result.note('label size', f'{clip.folder}: {off_size[0]}{more}; both are resized when read.')
+    result.note('label size', f'{clip.folder}: {off_size[0]}{more}, and both are resized when read')
   if unknown_pixels:
     folder = os.path.dirname(clip.label_rgb_path(0))
     what = (
@@ -243,21 +238,20 @@ def _check_labels(result: _Result, frame_sizes: dict[int, tuple[int, int]]) -> N
       else 'have a colour of no class and count as background'
     )
     result.note(
-      'unknown colours', f'{folder}: {unknown_pixels} pixels in {unknown_images} labels {what}.'
+      'unknown colours', f'{folder}: {unknown_pixels} pixels in {unknown_images} labels {what}'
     )
-  names = _BINARY_NAMES if binary else labels.CLASS_NAMES
   for class_id, regions in sorted(specks.items()):
     result.note(
       'stray specks',
-      f'{clip.folder}: class {class_id} ({names[class_id]}) occurs only as {regions} regions of '
-      f'less than {_SPECK:.1%} of the image; they may be strays of the annotation.',
+      f'{clip.folder}: class {class_id} ({data_set.classes[class_id]}) occurs only as {regions} '
+      f'regions of less than {_SPECK:.1%} of the image, which may be strays of the annotation',
     )
 
 
 def _read_mask(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
   """What sounds, and how many pixels are between the two values of a binary mask."""
   path = result.clip.label_ids_path(t)
-  mask = result.attempt(lambda: avsbench.read_mask(path), path)
+  mask = result.attempt(lambda: images.read_mask(path), path)
   if mask is None:
     return None, 0
   result.read['gt_masks'] += 1
@@ -269,7 +263,7 @@ def _read_semantic(result: _Result, t: int) -> np.ndarray | None:
   path = result.clip.label_ids_path(t)
   if not files.is_there(path) and files.is_there(result.clip.label_rgb_path(t)):
     return None  # ordinary: training then reads the colours
-  ids = result.attempt(lambda: avsbench.load_label_ids(result.clip, t), path)
+  ids = result.attempt(lambda: images.load_label_ids(result.clip, t), path)
   result.read['labels_semantic'] += ids is not None
   return ids
 
@@ -279,17 +273,17 @@ def _read_colours(result: _Result, t: int) -> tuple[np.ndarray | None, int]:
   path = result.clip.label_rgb_path(t)
   if not files.is_there(path):
     return None, 0  # ordinary where there are ids, else already reported with them
-  rgb = result.attempt(lambda: avsbench.load_label_rgb(result.clip, t), path)
+  rgb = result.attempt(lambda: images.load_label_rgb(result.clip, t), path)
   if rgb is None:
     return None, 0
   result.read['labels_rgb'] += 1
-  ids, unknown = labels.colours_to_ids(rgb)
+  ids, unknown = labels.colours_to_ids(rgb, result.clip.data_set.palette)
   result.unknown_pixels += unknown
-  if unknown > _MAX_UNKNOWN_COLOURS * ids.size:
+  if unknown > images.MAX_UNKNOWN_COLOURS * ids.size:
     result.problem(
       'wrong palette',
-      f'{path}: {unknown} of {ids.size} pixels have a colour of no class; write the label in '
-      f"AVSBench's palette.",
+      f'{path}: {unknown} of {ids.size} pixels have a colour of no class: write the label in the '
+      f'palette of {result.clip.data_set.name}',
     )
     return None, 0
   return ids, unknown
@@ -320,7 +314,7 @@ def _check_sound(result: _Result) -> bool:
   if missing:
     result.problem(
       'truncated file',
-      f'{path}: ends {missing} bytes before its header says; copy or extract it again.',
+      f'{path} ends {missing} bytes before its header says: copy or extract it again',
     )
     return False
   waveform, rate = sound
@@ -329,16 +323,16 @@ def _check_sound(result: _Result) -> bool:
   if samples < audio.samples_needed(1):
     result.problem(
       'sound too short',
-      f'{path}: the sound lasts {seconds:.4f} s, and one example needs {needed} s; extract the '
-      f'whole clip or leave it out.',
+      f'{path} lasts {seconds:.4f} s, and one example needs {needed} s: extract the whole clip or '
+      'leave it out',
     )
     return False
   if samples < audio.samples_needed(frames):
     needed = audio.samples_needed(frames) / audio.SAMPLE_RATE
     result.note(
       'short sound',
-      f'{path}: the sound lasts {seconds:.4f} s, and {frames} frames need {needed} s; its last '
-      f'example is repeated.',
+      f'{path} lasts {seconds:.4f} s, and {frames} frames need {needed} s: its last example is '
+      'repeated',
     )
   return True
 
@@ -357,8 +351,8 @@ def _check_links(result: _Result) -> None:
     more = f', and so do {len(outside) - 1} more files of the clip' if len(outside) > 1 else ''
     result.note(
       'link out of the data set',
-      f'{outside[0]}: leads to {os.path.realpath(outside[0])}, outside {clip.subset_folder}{more}; '
-      f'put the files themselves there if the data set is to be copied.',
+      f'{outside[0]} leads to {os.path.realpath(outside[0])}, outside {clip.subset_folder}{more}: '
+      'put the files themselves there if the data set is to be copied',
     )
 
 
@@ -380,21 +374,22 @@ def _duplicates(groups: Iterable[list[Clip]]) -> list[dict]:
   for clips in groups:
     if len({clip.split for clip in clips}) > 1:
       names = ', '.join(f'{clip.subset}/{clip.uid} ({clip.split})' for clip in clips)
-      text = f'{names}: the first frame and the sound are the same; keep the clip in one split.'
+      text = f'{names} have the same first frame and sound: keep the clip in one split'
       found.append(_finding('duplicate across splits', f'{clips[0].subset}/{clips[0].uid}', text))
   return found
 
 
 def _unlisted_folders(clips: list[Clip]) -> list[dict]:
   listed = {clip.folder for clip in clips}
-  # Where clips lie, and each subset of AVSBench-semantic, be there a row for it or not.
+  subsets = list(clips[0].data_set.subsets)
+  # Where clips lie, and where those of other subsets would.
   parents = {os.path.dirname(clip.folder): clip for clip in clips}
-  if clips[0].label_kind == 'semantic':
-    for subset in FRAMES:
+  if clips[0].data_set.label_kind == 'semantic':
+    for subset in subsets:
       clip = dataclasses.replace(clips[0], subset=subset)
       parents.setdefault(clip.subset_folder, clip)
   found = []
-  for parent, clip in sorted(parents.items(), key=lambda item: list(FRAMES).index(item[1].subset)):
+  for parent, clip in sorted(parents.items(), key=lambda item: subsets.index(item[1].subset)):
     if not os.path.isdir(parent):
       continue
     with os.scandir(parent) as entries:
@@ -405,7 +400,7 @@ def _unlisted_folders(clips: list[Clip]) -> list[dict]:
         # A name on disk need not be text that can be printed.
         shown = name if name.isprintable() else ascii(name)
         table = os.path.basename(clip.table)
-        text = f'{os.path.join(parent, shown)}: no row of {table} names this folder.'
+        text = f'{os.path.join(parent, shown)} is a folder that no row of {table} names'
         found.append(_finding('unlisted folder', f'{clip.subset}/{shown}', text))
   return found
 
@@ -414,9 +409,9 @@ def _differing_counts(counts: list[dict]) -> list[dict]:
   differing = [
     f'{row["clips"]} of {row["published"]} in {row["subset"]} {row["split"]}'
     for row in counts
-    if row['clips'] != row['published']
+    if row['clips'] != row.get('published', row['clips'])
   ]
-  text = f'the numbers of clips are not those of the published set: {", ".join(differing)}.'
+  text = f'the numbers of clips are not those of the published set: {", ".join(differing)}'
   return [_finding('clip counts', None, text)] if differing else []
 
 

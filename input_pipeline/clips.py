@@ -1,32 +1,60 @@
-"""What the index of a data set is made of: clips, and the tables that list them."""
+"""What a data set is, its clips, and the tables that list them."""
 
 import csv
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
 
 from . import files
 from .errors import UserError
 
-FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames in a clip of each subset
 SPLITS = ('train', 'val', 'test')
 
 _MAX_TABLE = 16_000_000  # bytes; the published tables have less than two million
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSet:
+  """What is true of a whole data set.
+
+  Attributes:
+    name: what reports and messages call it.
+    tables: names of the files that list its clips, by which its folder is known.
+    subsets: frames of a clip of each subset, in the order that all tables of scores have.
+    label_kind: 'semantic' or 'binary': what sounds, but not as what.
+    classes: name of each class id, the background first.
+    palette: uint8 [C, 3], the RGB colour of each class in labels_rgb.
+    published: clips of train, val and test in each subset; {} if it was never published.
+  """
+
+  name: str
+  tables: tuple[str, ...]
+  subsets: Mapping[str, int]
+  label_kind: str
+  classes: tuple[str, ...]
+  palette: np.ndarray
+  published: Mapping[str, tuple[int, int, int]] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One clip of AVSBench-semantic: where it lies, and what its subset says about it.
+  """One clip: where it lies, and what its data set says about it.
 
-  A clip of the older layout (avsbench_object.ObjectClip) differs in its paths and kind of label.
+  A data set is a subclass with `data_set`, `read` and whatever else differs, in a file of its own
+  such as avsbench.py, and a line in index.py. It adds no fields: those here are what prepared
+  shards keep.
 
   Attributes:
     root: folder of the data set.
     uid: name of the clip's folder, unique in its subset.
-    subset: v1s, v1m or v2.
+    subset: one of data_set.subsets.
     split: train, val or test.
-    num_frames: 5 or 10.
+    num_frames: as data_set.subsets says.
+    category: what the clip shows and lets hear, where its place on disk tells; '' elsewhere.
   """
 
   root: str
@@ -34,13 +62,24 @@ class Clip:
   subset: str
   split: str
   num_frames: int
+  category: str = ''
 
-  label_kind = 'semantic'  # or 'binary': what sounds, but not as what
+  data_set: ClassVar[DataSet]
+
+  @classmethod
+  def find_tables(cls, root: str) -> list[str]:
+    """Those of data_set.tables that are in a folder."""
+    return tables_in(root, cls.data_set)
+
+  @classmethod
+  def read(cls, tables: Sequence[str]) -> list['Clip']:
+    """All clips of the tables of `find_tables`, in their order. Raises UserError for bad ones."""
+    raise NotImplementedError
 
   @property
   def table(self) -> str:
     """The file that lists the clip."""
-    return os.path.join(self.root, 'metadata.csv')
+    return os.path.join(self.root, self.data_set.tables[0])
 
   @property
   def subset_folder(self) -> str:
@@ -57,9 +96,13 @@ class Clip:
 
   @property
   def labelled_frames(self) -> tuple[int, ...]:
-    """Frames that have a label: all, but only the first in the training split of v1s."""
-    only_first = self.subset == 'v1s' and self.split == 'train'
-    return (0,) if only_first else tuple(range(self.num_frames))
+    """Frames that have a label."""
+    return tuple(range(self.num_frames))
+
+  @property
+  def skipped_if_silent(self) -> bool:
+    """Whether training of the binary task passes over the clip if nothing sounds in it."""
+    return False
 
   def frame_path(self, t: int) -> str:
     return os.path.join(self.folder, 'frames', f'{t}.jpg')
@@ -69,6 +112,12 @@ class Clip:
 
   def label_rgb_path(self, t: int) -> str:
     return os.path.join(self.folder, 'labels_rgb', f'{t}.png')
+
+
+def tables_in(root: str, data_set: DataSet) -> list[str]:
+  """The files in a folder that have the name of a table, dangling links among them."""
+  paths = (os.path.join(root, name) for name in data_set.tables)
+  return [path for path in paths if files.is_there(path) or os.path.islink(path)]
 
 
 def read_table(
@@ -92,16 +141,15 @@ def read_table(
     path,
     _MAX_TABLE,
     'a table of clips',
-    'give the folder that holds metadata.csv, or s4_meta_data.csv or ms3_meta_data.csv of '
-    'AVSBench-object',
+    'restore it',
   )
   try:
     text = data.decode('utf-8-sig')
   except UnicodeDecodeError as error:
     line = error.object[: error.start].count(b'\n') + 1
     raise UserError(
-      f'{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as '
-      f'UTF-8.'
+      f'{path}, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8: save the file as '
+      'UTF-8'
     ) from error
 
   reader = csv.DictReader(io.StringIO(text, newline=''), strict=True)
@@ -114,28 +162,36 @@ def read_table(
     for column in source.values():
       if column not in header:
         raise UserError(
-          f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}; '
-          f'the columns {", ".join(columns)} are needed.'
+          f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}: '
+          f'the columns {", ".join(columns)} are needed'
         )
     for row in reader:
       for column in source.values():
         if row[column] is None:
           raise UserError(
             f'{path}, line {reader.line_num}: the row starting {row[header[0]]!r} ends before '
-            f'column {column!r}; complete it.'
+            f'column {column!r}: complete it'
           )
       rows.append((reader.line_num, {column: row[source[column]] for column in columns}))
   except csv.Error as error:
     raise UserError(
-      f'{path}, line {reader.reader.line_num}: not readable as CSV ({error}); mend the line.'
+      f'{path}, line {reader.reader.line_num}: not readable as CSV ({error}): mend the line'
     ) from error
   return rows
+
+
+def check_subset(where: str, column: str, subset: str, data_set: DataSet) -> str:
+  """The subset that a row names. Raises UserError, which begins with `where`, if there is none."""
+  if subset not in data_set.subsets:
+    known = ', '.join(data_set.subsets)
+    raise UserError(f'{where}: {column} is {subset!r}, not one of {known}')
+  return subset
 
 
 def check_split(where: str, split: str) -> str:
   """The split that a row names. Raises UserError, which begins with `where`, if there is none."""
   if split not in SPLITS:
-    raise UserError(f'{where}: split is {split!r}; it must be one of {", ".join(SPLITS)}.')
+    raise UserError(f'{where}: split is {split!r}, not one of {", ".join(SPLITS)}')
   return split
 
 
@@ -146,7 +202,7 @@ def check_name(where: str, column: str, name: str) -> str:
     UserError: it could lead out of the folder that it is meant for, or cannot be printed.
   """
   if name in ('', '.', '..') or '/' in name or '\\' in name or not name.isprintable():
-    raise UserError(f'{where}: {column} is {name!r}; it must be the name of a folder.')
+    raise UserError(f'{where}: {column} is {name!r}, not the name of a folder')
   return name
 
 
@@ -158,5 +214,5 @@ def check_unique(clips: Sequence[Clip], lines: Sequence[int]) -> None:
     if first != line:
       raise UserError(
         f'{clip.table}, line {line}: uid {clip.uid!r} of {clip.subset} stands in line {first} '
-        f'already; remove one of the two.'
+        'already: remove one of the two'
       )

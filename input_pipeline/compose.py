@@ -18,9 +18,11 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import avsbench_object, compose_scenes, compose_sounds, errors, files, labels
+from . import avsbench, avsbench_object, compose_scenes, compose_sounds, errors, files, labels
+from .avsbench import SUBSETS
 from .avsbench_object import ObjectClip
-from .compose_scenes import CLASSES, FRAMES, SPLITS
+from .clips import SPLITS
+from .compose_scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _LAYOUTS = ('semantic', 'object')
@@ -73,7 +75,7 @@ def compose(
   )
   settings = {
     'version': _VERSION,
-    'clips': {split: {s: clips.get(split, {}).get(s, 0) for s in FRAMES} for split in SPLITS},
+    'clips': {split: {s: clips.get(split, {}).get(s, 0) for s in SUBSETS} for split in SPLITS},
     'classes': [thing.name for thing in things],
     'size': list(size),
     'seed': seed,
@@ -82,18 +84,18 @@ def compose(
   if layout != 'semantic':  # a key that earlier sets have not
     settings['layout'] = layout
   counts = settings['clips'].values()
-  tables = {s: root / _table_name(layout, s) for s in FRAMES if any(of[s] for of in counts)}
+  tables = {s: root / _table_name(layout, s) for s in SUBSETS if any(of[s] for of in counts)}
   if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
     return root
 
   files.write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
   if layout == 'semantic':
-    indices = {name: class_id + 1 for class_id, name in enumerate(labels.CLASS_NAMES)}
+    indices = {name: class_id + 1 for class_id, name in enumerate(avsbench.CLASSES)}
     files.write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
   jobs = [
     (split, subset, index)
     for split in SPLITS
-    for subset in FRAMES
+    for subset in SUBSETS
     for index in range(settings['clips'][split][subset])
   ]
   rows = {path: [] for path in tables.values()}
@@ -126,28 +128,28 @@ def _digest(folder: pathlib.Path) -> str:
 
 def _check_settings(clips, num_classes, size, seed, layout) -> None:
   for split, counts in clips.items():
-    if split not in SPLITS or not set(counts) <= set(FRAMES):
+    if split not in SPLITS or not set(counts) <= set(SUBSETS):
       raise errors.UserError(
-        f'clips names {split!r} with {sorted(counts)}; use the splits {list(SPLITS)} and the '
-        f'subsets {list(FRAMES)}.'
+        f'clips names {split!r} with {sorted(counts)}: use the splits {list(SPLITS)} and the '
+        f'subsets {list(SUBSETS)}'
       )
     if layout == 'object' and counts.get('v2'):
       raise errors.UserError(
-        f"clips[{split!r}]['v2'] is {counts['v2']!r}, but AVSBench-object has no v2; use 0."
+        f"clips[{split!r}]['v2'] is {counts['v2']!r}, but AVSBench-object has no v2: use 0"
       )
     for subset, count in counts.items():
       if not isinstance(count, int) or count < 0:
-        raise errors.UserError(f'clips[{split!r}][{subset!r}] is {count!r}; use an integer >= 0.')
+        raise errors.UserError(f'clips[{split!r}][{subset!r}] is {count!r}: use an integer >= 0')
   if not any(sum(counts.values()) for counts in clips.values()):
-    raise errors.UserError(f'clips is {clips}; ask for at least one clip.')
+    raise errors.UserError(f'clips is {clips}: ask for at least one clip')
   if not 2 <= num_classes <= len(CLASSES):
-    raise errors.UserError(f'num_classes is {num_classes}; use a number from 2 to {len(CLASSES)}.')
+    raise errors.UserError(f'num_classes is {num_classes}: use a number from 2 to {len(CLASSES)}')
   if len(size) != 2 or min(size) < 32:
-    raise errors.UserError(f'size is {size}; use a width and a height of at least 32 pixels.')
+    raise errors.UserError(f'size is {size}: use a width and a height of at least 32 pixels')
   if seed < 0:
-    raise errors.UserError(f'seed is {seed}; use an integer >= 0.')
+    raise errors.UserError(f'seed is {seed}: use an integer >= 0')
   if layout not in _LAYOUTS:
-    raise errors.UserError(f'layout is {layout!r}; use one of {", ".join(_LAYOUTS)}.')
+    raise errors.UserError(f'layout is {layout!r}: use one of {", ".join(_LAYOUTS)}')
 
 
 def _is_ours(root: pathlib.Path, settings: dict) -> bool:
@@ -163,15 +165,15 @@ def _is_ours(root: pathlib.Path, settings: dict) -> bool:
       root.is_dir() and all(path.suffix == files.UNFINISHED for path in root.iterdir())
     ):
       raise errors.UserError(
-        f'{root} holds something that was not composed here (it has no readable compose.json); '
-        f'choose another folder for the composed set.'
+        f'{root} holds something that was not composed here (it has no readable compose.json): '
+        'choose another folder for the composed set'
       ) from None
     return False
   differing = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
   if differing:
     raise errors.UserError(
       f'{root} holds a set composed with other settings ({", ".join(differing)} differ, see its '
-      f'compose.json); choose another folder or delete this one.'
+      'compose.json): choose another folder or delete this one'
     )
   return True
 
@@ -216,7 +218,7 @@ def _write_clip(root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, 
       jpeg = cv2.imencode('.jpg', frame[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
       jpeg.tofile(folder / 'frames' / f'{t}.jpg')
       if t < labelled:
-        colours = labels.PALETTE.take(targets[t], axis=0)[..., ::-1]
+        colours = avsbench.PALETTE.take(targets[t], axis=0)[..., ::-1]
         cv2.imencode('.png', colours)[1].tofile(folder / 'labels_rgb' / f'{t}.png')
         cv2.imencode('.png', targets[t])[1].tofile(folder / 'labels_semantic' / f'{t}.png')
     _write_wav(folder / 'audio.wav', audio)
@@ -224,7 +226,7 @@ def _write_clip(root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, 
 
 def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
   category = '' if plan.subset == 'v1m' else plan.things[0].name
-  frames = FRAMES[plan.subset]
+  frames = SUBSETS[plan.subset]
   return ObjectClip(str(root), plan.uid, plan.subset, plan.split, frames, category)
 
 

@@ -159,15 +159,15 @@ def load_picture(path: pathlib.Path) -> Picture:
   """
   image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
   if image is None or image.dtype != np.uint8:
-    raise errors.UserError(f'{path} is not an 8-bit PNG image; replace or remove it.')
+    raise errors.UserError(f'{path} is not an 8-bit PNG image: replace or remove it')
   if image.ndim != 3 or image.shape[2] != 4:
     raise errors.UserError(
-      f'{path} has no alpha channel; save the object with a transparent background.'
+      f'{path} has no alpha channel: save the object with a transparent background'
     )
   image = cv2.cvtColor(image, cv2.COLOR_BGRA2RGBA)
   rows, columns = np.nonzero(image[..., 3] > 127)
   if not len(rows):
-    raise errors.UserError(f'{path} is transparent everywhere; replace or remove it.')
+    raise errors.UserError(f'{path} is transparent everywhere: replace or remove it')
   image = image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
   area_radius = math.sqrt(np.count_nonzero(image[..., 3] > 127) / math.pi)
   # Colours enter times alpha, so that those of transparent pixels do not bleed into the edges.

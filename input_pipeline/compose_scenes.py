@@ -5,15 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import compose_looks, compose_sounds, errors, labels
-
-SPLITS = ('train', 'val', 'test')
-FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}  # frames, and seconds, of a clip of each subset
+from . import avsbench, compose_looks, compose_sounds, errors
+from .avsbench import SUBSETS
+from .clips import SPLITS
 
 _FIRST = ('dog', 'guitar', 'car', 'bird', 'drum', 'violin', 'man', 'helicopter', 'cat', 'piano',
           'train', 'baby', 'trumpet', 'horse', 'clock', 'woman')  # fmt: skip
 # The 70 classes, varied ones first: a set of n classes has the first n.
-CLASSES = _FIRST + tuple(name for name in labels.CLASS_NAMES[1:] if name not in _FIRST)
+CLASSES = _FIRST + tuple(name for name in avsbench.CLASSES[1:] if name not in _FIRST)
 
 _VARIANTS, _TEST_VARIANTS = 6, 2  # of each class's look and sound; the last ones only in test
 _SOUND_START = int(0.02 * compose_sounds.RATE)  # see _mix
@@ -61,20 +60,20 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
     UserError: a class is unknown or incomplete, a file is unusable, or there are too few classes.
   """
   if not folder.is_dir():
-    raise errors.UserError(f'The sprites folder {folder} does not exist; name one that does.')
+    raise errors.UserError(f'the sprites folder {folder} does not exist: name one that does')
   things = []
   for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')):
     if path.name not in CLASSES:
       raise errors.UserError(
-        f'{path} is not named after a class; use one of the names in labels.CLASS_NAMES, such as '
-        f'"dog".'
+        f'{path} is not named after a class: use one of the names in avsbench.CLASSES, such as '
+        '"dog"'
       )
     images = sorted(path.glob('*.png'))
     recordings = sorted(p for e in ('wav', 'ogg', 'flac') for p in path.glob(f'*.{e}'))
     if not images or not recordings:
       raise errors.UserError(
-        f'{path} holds {len(images)} *.png and {len(recordings)} *.wav, *.ogg or *.flac; a class '
-        f'needs at least one of each.'
+        f'{path} holds {len(images)} *.png and {len(recordings)} *.wav, *.ogg or *.flac: a class '
+        'needs at least one of each'
       )
     pictures = tuple(compose_looks.load_picture(p) for p in images)
     sounds = tuple(compose_sounds.load_recording(p) for p in recordings)
@@ -83,23 +82,23 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
     )
   if len(things) < 2:
     raise errors.UserError(
-      f'The sprites folder {folder} holds {len(things)} class folders; at least 2 are needed.'
+      f'the sprites folder {folder} holds {len(things)} class folders: at least 2 are needed'
     )
   return things
 
 
 def plan_clip(things: list[Thing], seed: int, split: str, subset: str, index: int) -> Plan:
   """What happens in one clip; depends on the arguments alone, not on the clips made before."""
-  numbers = [seed, SPLITS.index(split), list(FRAMES).index(subset), index]
+  numbers = [seed, SPLITS.index(split), list(SUBSETS).index(subset), index]
   rng = np.random.default_rng(np.random.SeedSequence(numbers))
   count = 1 if subset == 'v1s' else int(rng.integers(2, min(3, len(things)) + 1))
   chosen = [things[i] for i in rng.choice(len(things), count, replace=False)]
   return Plan(
-    uid=_draw_uid(rng, index, FRAMES[subset]),
+    uid=_draw_uid(rng, index, SUBSETS[subset]),
     split=split,
     subset=subset,
     things=chosen,
-    sounding=_draw_schedule(rng, count, FRAMES[subset]),
+    sounding=_draw_schedule(rng, count, SUBSETS[subset]),
     rng=rng,
   )
 
@@ -115,7 +114,7 @@ def render_clip(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
   (width, height), test = size, plan.split == 'test'
   pictures = [_pick(rng, t.test_pictures if test else t.pictures) for t in plan.things]
   sounds = [_pick(rng, t.test_sounds if test else t.sounds) for t in plan.things]
-  ids = [labels.CLASS_NAMES.index(t.name) for t in plan.things]
+  ids = [avsbench.CLASSES.index(t.name) for t in plan.things]
   # An area of pi * radius^2 covers about 6 to 14 % of a 4:3 frame.
   radii = rng.uniform(0.16, 0.245, count) * min(size)
   turn = rng.uniform(-0.1, 0.1, count)  # radians a second

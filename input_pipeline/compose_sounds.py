@@ -133,13 +133,13 @@ def load_recording(path: pathlib.Path) -> Sound:
     samples, rate = soundfile.read(path, dtype='float32', always_2d=True)
   except soundfile.LibsndfileError as error:
     raise errors.UserError(
-      f'{path} cannot be read as sound ({error.error_string}); replace or remove it.'
+      f'{path} cannot be read as sound ({error.error_string}): replace or remove it'
     ) from error
   wave = samples.mean(1)
   if len(wave) and rate != RATE:
     wave = librosa.resample(wave, orig_sr=rate, target_sr=RATE)
   if not len(wave) or np.sqrt(np.mean(wave**2)) < _MIN_RMS:
-    raise errors.UserError(f'{path} is silent; replace or remove it.')
+    raise errors.UserError(f'{path} is silent: replace or remove it')
   if len(wave) < LENGTH:
     wave = np.tile(wave, math.ceil(LENGTH / len(wave)))
   windows = [wave[i : i + LENGTH] for i in range(0, len(wave) - LENGTH + 1, LENGTH // 2)]

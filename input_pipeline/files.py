@@ -58,10 +58,10 @@ def read_file(path: str, limit: int, what: str, advice: str) -> bytes:
   try:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-      raise UserError(f'{path}: not a file; put {what} in this place.')
+      raise UserError(f'{path} is not a file: put {what} in this place')
     if found.st_size > limit:
       raise UserError(
-        f'{path}: {found.st_size} bytes, too many for {what} (at most {limit}); {advice}.'
+        f'{path} has {found.st_size} bytes, too many for {what} (at most {limit}): {advice}'
       )
     with open(path, 'rb') as file:
       return file.read()
@@ -69,7 +69,7 @@ def read_file(path: str, limit: int, what: str, advice: str) -> bytes:
     if isinstance(error, UserError) or of_disk(error):
       raise
     reason = getattr(error, 'strerror', None) or error
-    raise UserError(f'{path}: {what} cannot be read ({reason}); {advice}.') from error
+    raise UserError(f'{path}: {what} cannot be read ({reason}): {advice}') from error
 
 
 def read_json(path: os.PathLike, shape: Any, advice: str) -> Any:

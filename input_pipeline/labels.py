@@ -1,35 +1,24 @@
-"""Class names, the palette, and the label images of AVSBench."""
+"""Label images as arrays: colours, class ids, binary masks, and their sizes."""
+
+import functools
 
 import cv2
 import numpy as np
 
-CLASS_NAMES = (
-  'background', 'accordion', 'airplane', 'axe', 'baby', 'bassoon', 'bell', 'bird', 'boat', 'boy',
-  'bus', 'car', 'cat', 'cello', 'clarinet', 'clipper', 'clock', 'dog', 'donkey', 'drum', 'duck',
-  'elephant', 'emergency-car', 'erhu', 'flute', 'frying-food', 'girl', 'goose', 'guitar', 'gun',
-  'guzheng', 'hair-dryer', 'handpan', 'harmonica', 'harp', 'helicopter', 'hen', 'horse', 'keyboard',
-  'leopard', 'lion', 'man', 'marimba', 'missile-rocket', 'motorcycle', 'mower', 'parrot', 'piano',
-  'pig', 'pipa', 'saw', 'saxophone', 'sheep', 'sitar', 'sorna', 'squirrel', 'tabla', 'tank',
-  'tiger', 'tractor', 'train', 'trombone', 'truck', 'trumpet', 'tuba', 'ukulele', 'utv',
-  'vacuum-cleaner', 'violin', 'wolf', 'woman',
-)  # fmt: skip
-NUM_CLASSES = len(CLASS_NAMES)
 IGNORE = 255  # label value that belongs to no target
 
 
-def _make_palette() -> np.ndarray:
-  palette = np.zeros((NUM_CLASSES, 3), np.uint8)
-  for class_id in range(NUM_CLASSES):
+def colour_map(classes: int) -> np.ndarray:
+  """The palette of AVSBench, PASCAL VOC's, for up to 256 classes: uint8 [C, 3], RGB."""
+  colours = np.zeros((classes, 3), np.uint8)
+  for class_id in range(classes):
     digits, bit = class_id, 7
     while digits:
       for channel in range(3):
-        palette[class_id, channel] |= (digits >> channel & 1) << bit
+        colours[class_id, channel] |= (digits >> channel & 1) << bit
       digits >>= 3
       bit -= 1
-  return palette
-
-
-PALETTE = _make_palette()  # uint8 [71, 3], RGB
+  return colours
 
 
 def _pack(rgb: np.ndarray) -> np.ndarray:
@@ -40,23 +29,30 @@ def _pack(rgb: np.ndarray) -> np.ndarray:
   return packed
 
 
-# By packed colour: id + 1, or 0 where no class has the colour. Of these 16 MB only the pages in
-# which a colour has been looked up are ever in memory.
-_BY_COLOUR = np.zeros(1 << 24, np.uint8)
-_BY_COLOUR[_pack(PALETTE)] = np.arange(1, NUM_CLASSES + 1)
+@functools.cache
+def _by_colour(palette: bytes) -> np.ndarray:
+  """By packed colour: id + 1, or 0 where no class has the colour.
+
+  Of these 16 MB only the pages in which a colour has been looked up are ever in memory.
+  """
+  colours = np.frombuffer(palette, np.uint8).reshape(-1, 3)
+  table = np.zeros(1 << 24, np.uint8)
+  table[_pack(colours)] = np.arange(1, len(colours) + 1)
+  return table
 
 
-def colours_to_ids(rgb: np.ndarray) -> tuple[np.ndarray, int]:
+def colours_to_ids(rgb: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, int]:
   """Class ids of a palette-coloured label image.
 
   Args:
     rgb: uint8 [H, W, 3].
+    palette: uint8 [C, 3], the colour of each class.
 
   Returns:
     ids uint8 [H, W], and the number of pixels whose colour is not in the palette; those count as
     background, as in the released loader.
   """
-  found = _BY_COLOUR[_pack(rgb)]
+  found = _by_colour(palette.tobytes())[_pack(rgb)]
   known = found > 0
   return found - known, int(known.size - np.count_nonzero(known))
 
@@ -76,9 +72,9 @@ def mask_to_ids(rgb: np.ndarray) -> tuple[np.ndarray, int]:
   return sounding.astype(np.uint8), int(np.count_nonzero(sounding & (bright < bright.max())))
 
 
-def ids_to_colours(ids: np.ndarray) -> np.ndarray:
-  """Palette colours, uint8 [..., 3], of class ids, integers [...] in 0..70 (255 becomes black)."""
-  return PALETTE[np.where(ids == IGNORE, 0, ids)]
+def ids_to_colours(ids: np.ndarray, palette: np.ndarray) -> np.ndarray:
+  """Colours uint8 [..., 3] of class ids, integers [...]; 255 becomes the background's."""
+  return palette[np.where(ids == IGNORE, 0, ids)]
 
 
 def values(ids: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Stage 1's masks on disk, the prior of stage 2: MASKS/{v1s,v1m,v2}/UID/{0..}.png, 0 or 255."""
+"""Stage 1's masks on disk, the prior of stage 2: MASKS/SUBSET/UID/{0..}.png, 0 or 255."""
 
 import io
 import os
@@ -9,8 +9,8 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from . import files
-from .avsbench import Clip
+from . import files, index
+from .clips import Clip, tables_in
 from .errors import UserError, of_disk
 
 SOURCE = 'source.json'  # in a folder of masks: which model wrote them
@@ -30,9 +30,9 @@ def refuse_bucket(root: str | os.PathLike) -> None:
 def refuse_data_set(root: str | os.PathLike) -> None:
   """Raises UserError if maps below root would replace a data set's clips, or are in a bucket."""
   refuse_bucket(root)
-  index = os.path.join(root, 'metadata.csv')
-  if os.path.exists(index):
-    raise UserError(f'{index} says that {root} is a data set: name another folder for the maps')
+  tables = [table for kind in index.KINDS for table in tables_in(root, kind.data_set)]
+  if tables:
+    raise UserError(f'{tables[0]} says that {root} is a data set: name another folder for the maps')
 
 
 def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:

@@ -12,6 +12,7 @@ image_size and at eval_size, uint8, and the binary metric's ground truth, one bi
 image, see encode_frame.
 """
 
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -27,14 +28,16 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from . import audio, avsbench_object, files, memory
-from .clips import FRAMES, Clip, check_name, check_split
+from . import audio, files
+from .clips import Clip, DataSet, check_name, check_split, check_subset
 from .errors import UserError, of_disk
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of the shards; to be raised when the raw path gives other pixels, ids or log-mel
 LOSSLESS = 'lossless'
 MAX_SIZE = 4096  # of a side, in pixels
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 _SHARD = r'(train|val|test)-\d{5}-of-\d{5}\.array_record'
 _FRAMES = r'lossless|jpeg ([1-9]\d?|100)'
@@ -86,24 +89,33 @@ class PreparedClip(Clip):
   """One clip of a prepared data set. It has no files of its own.
 
   Attributes:
-    label_kind: 'semantic' or 'binary', as that of the clip it was made of.
-    category: as in avsbench_object.ObjectClip; '' elsewhere.
+    raw: the clip as if it had been read from the tables in this folder.
     shard: name of the file that holds it.
     position: of its first record there.
     settings: of the whole folder.
   """
 
-  label_kind: str = 'semantic'
-  category: str = ''
-  shard: str = ''
-  position: int = 0
-  settings: Settings = Settings(0, 0)
+  _: dataclasses.KW_ONLY
+  raw: Clip
+  shard: str
+  position: int
+  settings: Settings
+
+  @property
+  def data_set(self) -> DataSet:
+    return self.raw.data_set
 
   @property
   def table(self) -> str:
-    if self.label_kind == 'binary':
-      return avsbench_object.table_path(self.root, self.subset)
-    return super().table
+    return self.raw.table
+
+  @property
+  def labelled_frames(self) -> tuple[int, ...]:
+    return self.raw.labelled_frames
+
+  @property
+  def skipped_if_silent(self) -> bool:
+    return self.raw.skipped_if_silent
 
   @property
   def folder(self) -> str:
@@ -140,8 +152,8 @@ def is_prepared(root: str) -> bool:
   return files.is_there(os.path.join(root, MANIFEST))
 
 
-def read_manifest(root: str) -> dict:
-  """What prepared.json holds, every field of it checked.
+def read_manifest(root: str, kinds: Sequence[type[Clip]]) -> tuple[dict, type[Clip]]:
+  """What prepared.json holds, every field of it checked, and which of `kinds` its clips are.
 
   Raises:
     UserError: it is damaged or of another version.
@@ -159,6 +171,10 @@ def read_manifest(root: str) -> dict:
     if not ok:
       raise UserError(f'{path}: {key} is {value!a}, not {expected}: {_AGAIN}')
 
+  tables = manifest['tables']
+  kind = next((kind for kind in kinds if tables and {*tables} <= {*kind.data_set.tables}), None)
+  known = ', '.join(name for kind in kinds for name in kind.data_set.tables)
+  need(kind, 'tables', tables, f'those of one data set ({known})')
   settings = manifest['settings']
   for key in ('image_size', 'eval_size'):
     need(1 <= settings[key] <= MAX_SIZE, f'settings.{key}', settings[key], f'1 to {MAX_SIZE}')
@@ -172,39 +188,46 @@ def read_manifest(root: str) -> dict:
   seen = set()
   for i, clip in enumerate(manifest['clips']):
     key, subset = f'clips[{i}]', clip['subset']
-    need(subset in FRAMES, f'{key}.subset', subset, f'one of {", ".join(FRAMES)}')
+    check_subset(f'{path}: {key}', 'subset', subset, kind.data_set)
     check_name(f'{path}: {key}', 'uid', clip['uid'])
     need((subset, clip['uid']) not in seen, f'{key}.uid', clip['uid'], 'a uid of its own')
     seen.add((subset, clip['uid']))
     check_split(f'{path}: {key}', clip['split'])
-    length = clip['num_frames']
-    need(length == FRAMES[subset], f'{key}.num_frames', length, FRAMES[subset])
-    kind = clip['label_kind']
-    need(kind in ('semantic', 'binary'), f'{key}.label_kind', kind, 'semantic or binary')
+    for name, value in (
+      ('num_frames', kind.data_set.subsets[subset]),
+      ('label_kind', kind.data_set.label_kind),
+    ):
+      need(clip[name] == value, f'{key}.{name}', clip[name], value)
     if clip['category']:
       check_name(f'{path}: {key}', 'category', clip['category'])
     shard = clip['shard']
     own = shard in end and shard.startswith(f'{clip["split"]}-')
     need(own, f'{key}.shard', shard, f'a shard of {clip["split"]}')
     need(clip['position'] == end[shard], f'{key}.position', clip['position'], end[shard])
-    end[shard] += 1 + length
-  return manifest
+    end[shard] += 1 + clip['num_frames']
+  return manifest, kind
 
 
-def read_index(root: str) -> list[PreparedClip]:
+def read_index(root: str, kinds: Sequence[type[Clip]]) -> list[PreparedClip]:
   """All clips of a prepared data set, in the order of the tables of the one it was made of.
 
   Raises:
     UserError: prepared.json is damaged, or a shard is missing or of another length than it says.
   """
-  manifest = read_manifest(root)
+  manifest, kind = read_manifest(root, kinds)
   for shard in manifest['shards']:
     path = os.path.join(root, shard['file'])
     length = os.path.getsize(path) if files.is_there(path) else 'no'
     if length != shard['bytes']:
       raise UserError(f'{path} has {length} of {shard["bytes"]} bytes: {_AGAIN}')
   settings = Settings(**manifest['settings'])
-  return [PreparedClip(root=root, settings=settings, **row) for row in manifest['clips']]
+  fields = [field.name for field in dataclasses.fields(Clip) if field.name != 'root']
+  clips = []
+  for row in manifest['clips']:
+    raw = kind(root, **{name: row[name] for name in fields})
+    place = {'shard': row['shard'], 'position': row['position'], 'settings': settings}
+    clips.append(PreparedClip(**vars(raw), raw=raw, **place))
+  return clips
 
 
 def encode_frame(frame: np.ndarray, frames: str) -> bytes:
@@ -322,12 +345,25 @@ def _decode(clip: PreparedClip, decode: Callable, data):
 def _damaged(clip: PreparedClip, error: Exception) -> UserError:
   reason = ' '.join(str(error).split())[:200]
   return UserError(
-    f'{clip.shard_path}: {clip.subset}/{clip.uid} cannot be read ({reason}); {_AGAIN}'
+    f'{clip.shard_path}: {clip.subset}/{clip.uid} cannot be read ({reason}): {_AGAIN}'
   )
+
+
+@functools.cache
+def _keep_freed() -> None:
+  """Lets this process keep up to 64 MB of freed memory for what it reads next.
+
+  By default glibc gives an image's memory back to the system as soon as it is freed, and the next
+  one pays for fresh pages: of a record of a shard that was 1.4 of 2.1 ms.
+  """
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+  if mallopt is not None:  # other C libraries have none
+    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 @functools.lru_cache(maxsize=256)
 def _open(path: str) -> ArrayRecordReader:
-  memory.keep_freed()
+  _keep_freed()
   # Threads may share it. Clips are read in random order: what comes after one is not wanted.
   return ArrayRecordReader(path, 'readahead_buffer_size:0')

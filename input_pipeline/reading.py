@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from . import avsbench, labels, prepared
+from . import audio, images, labels, prepared
 from .clips import Clip
 
 
@@ -43,14 +43,12 @@ def read_clip(clip: Clip, image_size: int, eval_size: int) -> Reader:
 
 
 def _of_files(clip: Clip, image_size: int, eval_size: int) -> Reader:
-  whole_ids = functools.lru_cache(1)(functools.partial(avsbench.load_label_ids, clip))
+  whole_ids = functools.lru_cache(1)(functools.partial(images.load_label_ids, clip))
   return Reader(
-    frame=lambda t: avsbench.load_frame(clip, t, image_size),
+    frame=lambda t: images.load_frame(clip, t, image_size),
     label_ids=lambda t, size: labels.resize_ids(whole_ids(t), size),
-    metric_target=lambda t: labels.binary_metric_target(
-      avsbench.load_label_rgb(clip, t), eval_size
-    ),
-    label_name=functools.partial(avsbench.label_path, clip),
+    metric_target=lambda t: labels.binary_metric_target(images.load_label_rgb(clip, t), eval_size),
+    label_name=functools.partial(images.label_path, clip),
   )
 
 
@@ -65,7 +63,11 @@ def _of_shard(clip: prepared.PreparedClip) -> Reader:
 
 
 def load_log_mel(clip: Clip) -> np.ndarray:
-  """A clip's sound, float32 [num_frames, 96, 64]. Raises UserError as avsbench.load_log_mel."""
+  """A clip's sound, float32 [num_frames, 96, 64], one example a frame.
+
+  Raises:
+    UserError: see audio.clip_log_mel and prepared.read_log_mel.
+  """
   if isinstance(clip, prepared.PreparedClip):
     return prepared.read_log_mel(clip)
-  return avsbench.load_log_mel(clip)
+  return audio.clip_log_mel(clip.audio_path, clip.num_frames)

@@ -22,9 +22,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from . import avsbench, files, prepared, reading
+from . import files, prepared, reading
 from .clips import SPLITS, Clip
 from .errors import UserError
+from .index import read_index
 from .prepared import MANIFEST, Settings
 
 _CLAIM = 'preparing.json'  # what a folder is for, until the manifest says so
@@ -104,7 +105,7 @@ def prepare(
       raise UserError(f'{name} is {value}: use {low} to {high}')
   if on_bad_clip not in ('error', 'skip'):
     raise UserError(f"on_bad_clip is {on_bad_clip!r}: use 'error' or 'skip'")
-  clips = avsbench.read_index(root)
+  clips = read_index(root)
   prepared.require_files(clips)
   out = epath.Path(out)
   settings = Settings(image_size, eval_size, f'jpeg {jpeg}' if jpeg else prepared.LOSSLESS)
@@ -292,8 +293,8 @@ def _contents(clips: Sequence[Clip], shards: Sequence[dict]) -> dict:
         'uid': clip.uid,
         'split': clip.split,
         'num_frames': clip.num_frames,
-        'label_kind': clip.label_kind,
-        'category': getattr(clip, 'category', ''),
+        'label_kind': clip.data_set.label_kind,
+        'category': clip.category,
         'shard': place[_name(clip)][0],
         'position': place[_name(clip)][1],
       }

@@ -18,7 +18,7 @@ Sound = Clip | str  # a clip whose audio is heard, 'silence' or 'noise'
 
 
 def load_sound(clip: Clip, sound: Sound) -> np.ndarray:
-  """What a clip hears, float32 [num_frames, 96, 64]. Raises UserError as avsbench.load_log_mel."""
+  """What a clip hears, float32 [num_frames, 96, 64]. Raises UserError as reading.load_log_mel."""
   if sound == 'silence':
     shape = (clip.num_frames, audio.EXAMPLE_FRAMES, audio.MEL_BANDS)
     return np.full(shape, SILENCE, np.float32)
@@ -120,7 +120,7 @@ def _read_objects(split: Sequence[Clip]) -> dict[Clip, tuple[set[str], set[str]]
     UserError: a clip's table does not tell.
   """
   rows = {}
-  for table in {clip.table for clip in split if not _category(clip)}:
+  for table in {clip.table for clip in split if not clip.category}:
     columns = ('label', 'uid', 'a_obj')
     try:  # what is wrong beside the last column is found again without it
       read = clips.read_table(table, (*columns, 'visible'))
@@ -129,14 +129,10 @@ def _read_objects(split: Sequence[Clip]) -> dict[Clip, tuple[set[str], set[str]]
     rows |= {(table, row['label'], row['uid']): row for _, row in read}
 
   def objects(clip):
-    if _category(clip):
-      return {_category(clip)}, {_category(clip)}
+    if clip.category:
+      return {clip.category}, {clip.category}
     row = rows[clip.table, clip.subset, clip.uid]
     sounding, visible = row['a_obj'], row.get('visible', row['a_obj'])
     return tuple({name for name in names.split('_') if name} for names in (sounding, visible))
 
   return {clip: objects(clip) for clip in split}
-
-
-def _category(clip: Clip) -> str:
-  return getattr(clip, 'category', '')  # of S4 alone

@@ -14,8 +14,11 @@ import zlib
 
 import numpy as np
 
-from aavs_jax.input_pipeline import audio, avsbench
+from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids, read_mask
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reading import load_log_mel
 
 _SECONDS, _MEMORY = 20, 1 << 30
 
@@ -48,30 +51,30 @@ def _renew_checksums(png: bytearray) -> None:
 
 
 def _check_frame(clip):
-  frame = avsbench.load_frame(clip, 1, 32)
+  frame = load_frame(clip, 1, 32)
   assert frame.dtype == np.uint8 and frame.shape == (32, 32, 3)
 
 
 def _check_ids(clip):
-  ids = avsbench.load_label_ids(clip, 0)
+  ids = load_label_ids(clip, 0)
   assert ids.dtype == np.uint8 and ids.ndim == 2 and ids.size
   assert ((ids <= 70) | (ids == 255)).all()
 
 
 def _check_mask(path):
-  ids, doubtful = avsbench.read_mask(path)
+  ids, doubtful = read_mask(path)
   assert ids.dtype == np.uint8 and ids.ndim == 2 and set(np.unique(ids)) <= {0, 1}
   assert 0 <= doubtful <= ids.size / 2
 
 
 def _check_sound(clip):
-  log_mel = avsbench.load_log_mel(clip)
+  log_mel = load_log_mel(clip)
   assert log_mel.dtype == np.float32 and log_mel.shape == (clip.num_frames, 96, 64)
   assert np.isfinite(log_mel).all()
 
 
 def _check_index(root):
-  for clip in avsbench.read_index(root):
+  for clip in read_index(root):
     assert clip.subset in ('v1s', 'v1m', 'v2') and clip.split in ('train', 'val', 'test')
     assert clip.num_frames == (10 if clip.subset == 'v2' else 5)
     home = pathlib.PurePath(root, clip.subset)
@@ -96,7 +99,7 @@ def _fuzz(rng, path, read, rounds):
 
 
 def main(root: str, rounds: int) -> None:
-  clip = avsbench.read_index(root)[0]
+  clip = read_index(root)[0]
   audio.resample(np.zeros(100, np.float32), 8000)  # imports the resampler before memory is limited
   size = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
   resource.setrlimit(resource.RLIMIT_AS, (size + _MEMORY, size + _MEMORY))

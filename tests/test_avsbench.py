@@ -12,6 +12,9 @@ from PIL import Image
 
 from aavs_jax.input_pipeline import audio, avsbench, labels
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids, load_label_rgb
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reading import load_log_mel
 
 ROWS = [  # uid, subset, split
   ('-aldtLqTVYI_1000_11000', 'v2', 'train'),
@@ -53,7 +56,9 @@ def write_clip(root, uid, subset, split):
     if (subset, split) != ('v1s', 'train') or t == 0:
       ids = label_pixels(t)
       Image.fromarray(ids).save(folder / 'labels_semantic' / f'{t}.png')
-      Image.fromarray(labels.ids_to_colours(ids)).save(folder / 'labels_rgb' / f'{t}.png')
+      Image.fromarray(labels.ids_to_colours(ids, avsbench.PALETTE)).save(
+        folder / 'labels_rgb' / f'{t}.png'
+      )
   samples = np.random.default_rng(0).normal(0, 0.1, num_frames * 16000)
   soundfile.write(folder / 'audio.wav', samples, 16000, subtype='PCM_16')
 
@@ -68,12 +73,12 @@ def root(tmp_path):
 
 @pytest.fixture
 def clip(root):
-  return avsbench.read_index(root, 'test', ['v1s'])[0]
+  return read_index(root, 'test', ['v1s'])[0]
 
 
 def index_error(root, *found, **arguments):
   with pytest.raises(UserError) as caught:
-    avsbench.read_index(root, **arguments)
+    read_index(root, **arguments)
   message = str(caught.value)
   for part in found:
     assert part in message, message
@@ -91,34 +96,36 @@ def file_error(function, path, *found):
 
 
 def test_index_keeps_the_order_of_the_file(root):
-  clips = avsbench.read_index(root)
+  clips = read_index(root)
   assert [(clip.uid, clip.subset, clip.split) for clip in clips] == ROWS
   assert [clip.num_frames for clip in clips] == [10, 5, 5, 5, 10]
   assert {clip.root for clip in clips} == {str(root)}
 
 
 def test_index_chooses_split_and_subsets(root):
-  train = avsbench.read_index(root, 'train')
+  train = read_index(root, 'train')
   assert [clip.subset for clip in train] == ['v2', 'v1s']
-  singles = avsbench.read_index(root, subsets=('v1s', 'v1m'))
+  singles = read_index(root, subsets=('v1s', 'v1m'))
   assert [clip.uid for clip in singles] == ['_b0', '-c=x', 'd, with "commas"']
 
 
 def test_index_without_mark_and_with_plain_newlines(tmp_path):
   (tmp_path / 'metadata.csv').write_text('uid,label,split\na,v2,val\n\nb,v2,val')
-  assert [clip.uid for clip in avsbench.read_index(tmp_path)] == ['a', 'b']
+  assert [clip.uid for clip in read_index(tmp_path)] == ['a', 'b']
 
 
 def test_only_the_first_frame_of_v1s_train_is_labelled(root):
   want = {('v1s', 'train'): 1, ('v1s', 'test'): 5, ('v1m', 'val'): 5}
-  for clip in avsbench.read_index(root):
+  for clip in read_index(root):
     count = want.get((clip.subset, clip.split), 10)
     assert clip.labelled_frames == tuple(range(count))
     for t in clip.labelled_frames:
-      avsbench.load_label_ids(clip, t)
+      load_label_ids(clip, t)
 
 
 def test_missing_index(tmp_path):
+  index_error(tmp_path, str(tmp_path), 'metadata.csv')
+  (tmp_path / 'metadata.csv').symlink_to('moved.csv')
   index_error(tmp_path, str(tmp_path / 'metadata.csv'), 'No such file')
 
 
@@ -189,7 +196,7 @@ def test_frame_is_the_antialiased_bilinear_of_pillow(clip, size):
   with Image.open(clip.frame_path(3)) as image:
     whole = Image.fromarray(np.array(image.convert('RGB')))
   want = np.array(whole.resize((size, size), Image.Resampling.BILINEAR))
-  got = avsbench.load_frame(clip, 3, size)
+  got = load_frame(clip, 3, size)
   np.testing.assert_array_equal(got, want)
   assert got.dtype == np.uint8 and got.shape == (size, size, 3)
   got[0] = 0  # the caller may write into it
@@ -202,29 +209,29 @@ def test_large_jpeg_is_decoded_whole(clip):
   with Image.open(clip.frame_path(0)) as image:
     whole = Image.fromarray(np.array(image))
   want = np.array(whole.resize((32, 32), Image.Resampling.BILINEAR))
-  np.testing.assert_array_equal(avsbench.load_frame(clip, 0, 32), want)
+  np.testing.assert_array_equal(load_frame(clip, 0, 32), want)
 
 
 def test_grey_frame_becomes_rgb(clip):
   Image.fromarray(np.full((9, 9), 77, np.uint8)).save(clip.frame_path(0))
-  assert (avsbench.load_frame(clip, 0, 4) == 77).all()
+  assert (load_frame(clip, 0, 4) == 77).all()
 
 
 def test_missing_frame(clip):
-  file_error(lambda: avsbench.load_frame(clip, 5, 32), clip.frame_path(5), 'No such file')
+  file_error(lambda: load_frame(clip, 5, 32), clip.frame_path(5), 'No such file')
 
 
 def test_truncated_frame(clip):
   with open(clip.frame_path(1), 'r+b') as file:
     file.truncate(600 + 200)
-  file_error(lambda: avsbench.load_frame(clip, 1, 32), clip.frame_path(1), 'truncated')
+  file_error(lambda: load_frame(clip, 1, 32), clip.frame_path(1), 'truncated')
 
 
 @pytest.mark.parametrize('data', [b'', b'<html>not found</html>', b'GIF89a' + bytes(50)])
 def test_unreadable_frame(clip, data):
   with open(clip.frame_path(1), 'wb') as file:
     file.write(data)
-  file_error(lambda: avsbench.load_frame(clip, 1, 32), clip.frame_path(1), 'cannot identify')
+  file_error(lambda: load_frame(clip, 1, 32), clip.frame_path(1), 'cannot identify')
 
 
 def png_of(width, height, chunks=()):
@@ -244,15 +251,15 @@ def test_decompression_bomb(clip, size, found):
   # not there: had decoding begun, the error would speak of a truncated file.
   with open(clip.frame_path(1), 'wb') as file:
     file.write(png_of(*size))
-  file_error(lambda: avsbench.load_frame(clip, 1, 32), clip.frame_path(1), found)
+  file_error(lambda: load_frame(clip, 1, 32), clip.frame_path(1), found)
 
 
 def test_damaged_bytes_give_user_errors_only(clip):
   # Whatever the decoder stumbles over, the error names the file.
   rng = np.random.default_rng(0)
   for path, load in (
-    (clip.frame_path(0), lambda: avsbench.load_frame(clip, 0, 32)),
-    (clip.label_ids_path(0), lambda: avsbench.load_label_ids(clip, 0)),
+    (clip.frame_path(0), lambda: load_frame(clip, 0, 32)),
+    (clip.label_ids_path(0), lambda: load_label_ids(clip, 0)),
   ):
     with open(path, 'rb') as file:
       good = file.read()
@@ -275,23 +282,23 @@ def test_damaged_bytes_give_user_errors_only(clip):
 
 
 def test_ids_and_colours(clip):
-  ids = avsbench.load_label_ids(clip, 2)
+  ids = load_label_ids(clip, 2)
   np.testing.assert_array_equal(ids, label_pixels(2))
   assert ids.dtype == np.uint8
-  rgb = avsbench.load_label_rgb(clip, 2)
-  np.testing.assert_array_equal(rgb, labels.PALETTE[label_pixels(2)])
+  rgb = load_label_rgb(clip, 2)
+  np.testing.assert_array_equal(rgb, avsbench.PALETTE[label_pixels(2)])
   assert rgb.dtype == np.uint8
 
 
 def test_ids_win_over_colours(clip):
   Image.fromarray(np.full((45, 80, 3), 200, np.uint8)).save(clip.label_rgb_path(2))
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 2), label_pixels(2))
-  assert (avsbench.load_label_rgb(clip, 2) == 200).all()
+  np.testing.assert_array_equal(load_label_ids(clip, 2), label_pixels(2))
+  assert (load_label_rgb(clip, 2) == 200).all()
 
 
 def test_ids_come_from_colours_where_there_are_none(clip):
   os.remove(clip.label_ids_path(2))
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 2), label_pixels(2))
+  np.testing.assert_array_equal(load_label_ids(clip, 2), label_pixels(2))
 
 
 def test_colours_come_from_ids_where_there_are_none(clip):
@@ -299,21 +306,21 @@ def test_colours_come_from_ids_where_there_are_none(clip):
   ids[0] = 255
   Image.fromarray(ids).save(clip.label_ids_path(2))
   os.remove(clip.label_rgb_path(2))
-  want = labels.PALETTE[label_pixels(2)]
+  want = avsbench.PALETTE[label_pixels(2)]
   want[0] = 0
-  np.testing.assert_array_equal(avsbench.load_label_rgb(clip, 2), want)
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 2), ids)
+  np.testing.assert_array_equal(load_label_rgb(clip, 2), want)
+  np.testing.assert_array_equal(load_label_ids(clip, 2), ids)
 
 
 def test_grey_label_saved_in_colour_is_read(clip):
   Image.fromarray(label_pixels(2)).convert('RGB').save(clip.label_ids_path(2))
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 2), label_pixels(2))
+  np.testing.assert_array_equal(load_label_ids(clip, 2), label_pixels(2))
 
 
 def test_no_label(clip):
   os.remove(clip.label_ids_path(2))
   os.remove(clip.label_rgb_path(2))
-  for load in (avsbench.load_label_ids, avsbench.load_label_rgb):
+  for load in (load_label_ids, load_label_rgb):
     file_error(lambda load=load: load(clip, 2), clip.label_ids_path(2), clip.label_rgb_path(2))
 
 
@@ -323,26 +330,28 @@ def test_id_of_no_class(clip, value):
   ids[3, 4:6] = value
   Image.fromarray(ids).save(clip.label_ids_path(2))
   found = (f'class id {value} ', '2 pixels')
-  file_error(lambda: avsbench.load_label_ids(clip, 2), clip.label_ids_path(2), *found)
+  file_error(lambda: load_label_ids(clip, 2), clip.label_ids_path(2), *found)
   os.remove(clip.label_rgb_path(2))
-  file_error(lambda: avsbench.load_label_rgb(clip, 2), clip.label_ids_path(2), *found)
+  file_error(lambda: load_label_rgb(clip, 2), clip.label_ids_path(2), *found)
 
 
 def test_colours_where_ids_belong(clip):
-  Image.fromarray(labels.ids_to_colours(label_pixels(2))).save(clip.label_ids_path(2))
-  file_error(lambda: avsbench.load_label_ids(clip, 2), clip.label_ids_path(2), 'coloured')
+  Image.fromarray(labels.ids_to_colours(label_pixels(2), avsbench.PALETTE)).save(
+    clip.label_ids_path(2)
+  )
+  file_error(lambda: load_label_ids(clip, 2), clip.label_ids_path(2), 'coloured')
 
 
 def test_a_few_unknown_colours_are_background_and_logged_once(clip, caplog):
   os.remove(clip.label_ids_path(2))
-  rgb = labels.ids_to_colours(label_pixels(2))
+  rgb = labels.ids_to_colours(label_pixels(2), avsbench.PALETTE)
   rgb[15, 25:32] = (100, 50, 3)
   Image.fromarray(rgb).save(clip.label_rgb_path(2))
   want = label_pixels(2)
   want[15, 25:32] = 0
   with caplog.at_level(logging.INFO):
-    np.testing.assert_array_equal(avsbench.load_label_ids(clip, 2), want)
-    avsbench.load_label_ids(clip, 2)
+    np.testing.assert_array_equal(load_label_ids(clip, 2), want)
+    load_label_ids(clip, 2)
   messages = [record.getMessage() for record in caplog.records]
   assert len(messages) == 1
   assert clip.label_rgb_path(2) in messages[0] and '7 of 3600' in messages[0]
@@ -353,21 +362,21 @@ def test_a_wrong_palette(clip):
   rgb = np.zeros((45, 80, 3), np.uint8)
   rgb[:23] = (100, 50, 3)
   Image.fromarray(rgb).save(clip.label_rgb_path(2))
-  file_error(lambda: avsbench.load_label_ids(clip, 2), clip.label_rgb_path(2), '1840 of 3600')
+  file_error(lambda: load_label_ids(clip, 2), clip.label_rgb_path(2), '1840 of 3600')
 
 
 def test_truncated_label(clip):
   with open(clip.label_ids_path(1), 'r+b') as file:
     file.truncate(60)
-  file_error(lambda: avsbench.load_label_ids(clip, 1), clip.label_ids_path(1))
+  file_error(lambda: load_label_ids(clip, 1), clip.label_ids_path(1))
 
 
 # Sound
 
 
 def test_log_mel_has_an_example_a_frame(root):
-  for clip in avsbench.read_index(root):
-    got = avsbench.load_log_mel(clip)
+  for clip in read_index(root):
+    got = load_log_mel(clip)
     assert got.shape == (clip.num_frames, 96, 64) and got.dtype == np.float32
     want = audio.log_mel_examples(audio.read_wav(root / clip.subset / clip.uid / 'audio.wav')[0])
     np.testing.assert_array_equal(got, want)
@@ -375,4 +384,4 @@ def test_log_mel_has_an_example_a_frame(root):
 
 def test_missing_sound(clip):
   os.remove(clip.audio_path)
-  file_error(lambda: avsbench.load_log_mel(clip), clip.audio_path, 'No such file')
+  file_error(lambda: load_log_mel(clip), clip.audio_path, 'No such file')

@@ -12,8 +12,18 @@ import soundfile
 from PIL import Image
 
 from aavs_jax import cli
-from aavs_jax.input_pipeline import audio, avsbench, avsbench_object, check, labels, pipeline
+from aavs_jax.input_pipeline import audio, avsbench_object, check, labels, pipeline
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import (
+  load_frame,
+  load_label_ids,
+  load_label_rgb,
+  read_image,
+  read_mask,
+)
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.items import Item, Task, load_eval_item, load_training_item
+from aavs_jax.input_pipeline.reading import load_log_mel
 from aavs_jax.train import train
 from tests import tiny
 
@@ -81,7 +91,9 @@ def root(tmp_path):
 
 
 def rows_of(clips):
-  return [(clip.uid, clip.subset, clip.split, clip.num_frames, clip.label_kind) for clip in clips]
+  return [
+    (clip.uid, clip.subset, clip.split, clip.num_frames, clip.data_set.label_kind) for clip in clips
+  ]
 
 
 ROWS = [(name, 'v1s', split, 5, 'binary') for name, _, split in S4]
@@ -90,7 +102,7 @@ ROWS += [(name, 'v1m', split, 5, 'binary') for name, split in MS3]
 
 def index_error(root, *found, **arguments):
   with pytest.raises(UserError) as caught:
-    avsbench.read_index(root, **arguments)
+    read_index(root, **arguments)
   message = str(caught.value)
   for part in found:
     assert str(part) in message, message
@@ -101,30 +113,30 @@ def index_error(root, *found, **arguments):
 
 
 def test_both_tables_are_one_index(root):
-  assert rows_of(avsbench.read_index(root)) == ROWS
-  assert rows_of(avsbench.read_index(root, 'test')) == [ROWS[1], ROWS[4]]
-  assert rows_of(avsbench.read_index(root, 'train', ('v1m', 'v2'))) == [ROWS[3]]
+  assert rows_of(read_index(root)) == ROWS
+  assert rows_of(read_index(root, 'test')) == [ROWS[1], ROWS[4]]
+  assert rows_of(read_index(root, 'train', ('v1m', 'v2'))) == [ROWS[3]]
 
 
 def test_either_table_alone_is_an_index(tmp_path):
   write_s4(tmp_path / 'one')
   write_ms3(tmp_path / 'two')
-  assert rows_of(avsbench.read_index(tmp_path / 'one')) == ROWS[:3]
-  assert rows_of(avsbench.read_index(tmp_path / 'two')) == ROWS[3:]
+  assert rows_of(read_index(tmp_path / 'one')) == ROWS[:3]
+  assert rows_of(read_index(tmp_path / 'two')) == ROWS[3:]
   index_error(tmp_path / 'two', tmp_path / 'two' / 'ms3_meta_data.csv', 'v1s', subsets=['v1s'])
 
 
 def test_the_folders_in_which_it_is_distributed(tmp_path):
   write_s4(tmp_path / 'Single-source')
   write_ms3(tmp_path / 'Multi-sources')
-  clips = avsbench.read_index(tmp_path)
+  clips = read_index(tmp_path)
   assert rows_of(clips) == ROWS
   for clip in clips:
-    assert avsbench.load_log_mel(clip).shape == (5, 96, 64)
+    assert load_log_mel(clip).shape == (5, 96, 64)
   write_s4(tmp_path / 'copy')
   index_error(tmp_path, tmp_path / 'copy', tmp_path / 'Single-source', 'twice')
   write_s4(tmp_path)  # what is named itself comes first
-  assert {clip.root for clip in avsbench.read_index(tmp_path, subsets=['v1s'])} == {str(tmp_path)}
+  assert {clip.root for clip in read_index(tmp_path, subsets=['v1s'])} == {str(tmp_path)}
 
 
 def test_two_layouts_in_one_folder(root):
@@ -137,11 +149,11 @@ def test_a_semantic_set_may_have_the_other_in_a_folder(root, tmp_path):
     shutil.copytree(root / 's4_data', tmp_path / 'set' / copy / 's4_data')
     shutil.copy(root / 's4_meta_data.csv', tmp_path / 'set' / copy)
   (tmp_path / 'set' / 'metadata.csv').write_text('uid,label,split\na,v2,val\n')
-  assert [clip.uid for clip in avsbench.read_index(tmp_path / 'set')] == ['a']
+  assert [clip.uid for clip in read_index(tmp_path / 'set')] == ['a']
 
 
 def test_neither_layout(tmp_path):
-  index_error(tmp_path, tmp_path / 'metadata.csv', 's4_meta_data.csv', 'ms3_meta_data.csv')
+  index_error(tmp_path, tmp_path, 'metadata.csv', 's4_meta_data.csv', 'ms3_meta_data.csv')
 
 
 def test_columns_in_another_order_and_a_spreadsheets_quirks(root):
@@ -149,14 +161,14 @@ def test_columns_in_another_order_and_a_spreadsheets_quirks(root):
   lines += [f'{split},"a, b",{category},{name}' for name, category, split in S4]
   text = '\ufeff' + '\r\n'.join(lines) + '\r\n'
   (root / 's4_meta_data.csv').write_bytes(text.encode())
-  assert rows_of(avsbench.read_index(root)) == ROWS
+  assert rows_of(read_index(root)) == ROWS
 
 
 def test_the_first_column_is_the_name_whatever_it_is_called(root):
   for table, name in (('s4_meta_data.csv', 'name'), ('ms3_meta_data.csv', 'video_id')):
     path = root / table
     path.write_text(path.read_text().replace(name, 'vid', 1))
-  assert rows_of(avsbench.read_index(root)) == ROWS
+  assert rows_of(read_index(root)) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -190,27 +202,27 @@ def test_missing_column(root, column):
 
 
 def test_frames_labels_and_sound_are_those_on_disk(root):
-  for index, clip in enumerate(avsbench.read_index(root)):
+  for index, clip in enumerate(read_index(root)):
     assert clip.labelled_frames == ((0,) if index == 0 else (0, 1, 2, 3, 4))
     for t in range(5):
-      np.testing.assert_array_equal(avsbench.load_frame(clip, t, 32), frame_pixels(t + 1))
+      np.testing.assert_array_equal(load_frame(clip, t, 32), frame_pixels(t + 1))
     for t in clip.labelled_frames:
-      ids = avsbench.load_label_ids(clip, t)
+      ids = load_label_ids(clip, t)
       np.testing.assert_array_equal(ids, mask_pixels(t + 1))
       assert ids.dtype == np.uint8
-      rgb = avsbench.load_label_rgb(clip, t)
+      rgb = load_label_rgb(clip, t)
       np.testing.assert_array_equal(rgb, np.stack([mask_pixels(t + 1) * 255] * 3, -1))
       assert rgb.dtype == np.uint8
     seed = index if index < 3 else 7 + index
     noise = np.random.default_rng(seed).normal(0, 0.1, 80000)
     pcm = np.round(noise * 32767) / 32768
     want = audio.log_mel_examples(pcm.astype(np.float32))
-    np.testing.assert_allclose(avsbench.load_log_mel(clip), want, atol=2e-2)
+    np.testing.assert_allclose(load_log_mel(clip), want, atol=2e-2)
 
 
 @pytest.fixture
 def clip(root):
-  return avsbench.read_index(root, 'test', ['v1m'])[0]
+  return read_index(root, 'test', ['v1m'])[0]
 
 
 def grey(top):
@@ -232,15 +244,15 @@ def grey(top):
 )
 def test_masks_in_other_guises(clip, image):
   image.save(clip.label_ids_path(0))
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 0), mask_pixels(1))
-  assert avsbench.read_mask(clip.label_ids_path(0))[1] == 0
+  np.testing.assert_array_equal(load_label_ids(clip, 0), mask_pixels(1))
+  assert read_mask(clip.label_ids_path(0))[1] == 0
 
 
 def test_soft_edges_sound_and_are_counted(clip):
   pixels = mask_pixels(1) * np.uint8(255)
   pixels[25, 3:9] = (1, 50, 127, 128, 200, 254)
   save(pathlib.Path(clip.label_ids_path(0)), pixels)
-  ids, doubtful = avsbench.read_mask(clip.label_ids_path(0))
+  ids, doubtful = read_mask(clip.label_ids_path(0))
   assert doubtful == 6
   np.testing.assert_array_equal(ids, pixels > 0)
 
@@ -248,14 +260,14 @@ def test_soft_edges_sound_and_are_counted(clip):
 def test_a_picture_is_no_mask(clip):
   shutil.copy(clip.frame_path(0), clip.label_ids_path(0))
   with pytest.raises(UserError, match=r'_b0_1\.png: 9\d\d of 1024 pixels .*no binary mask'):
-    avsbench.load_label_ids(clip, 0)
+    load_label_ids(clip, 0)
 
 
 @pytest.mark.parametrize('what', ['frame_path', 'label_ids_path'])
 def test_missing_files(clip, what):
   path = getattr(clip, what)(3)
   os.remove(path)
-  load = avsbench.load_label_ids if what == 'label_ids_path' else avsbench.read_image
+  load = load_label_ids if what == 'label_ids_path' else read_image
   with pytest.raises(UserError, match='No such file') as caught:
     load(clip, 3) if what == 'label_ids_path' else load(path)
   assert path in str(caught.value)
@@ -277,9 +289,9 @@ def test_pickles_are_not_read(root, tmp_path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(_Trap(sprung)))
   assert check.check_data(root)['ok']
-  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
-  for index, clip in enumerate(avsbench.read_index(root)):
-    pipeline.load_training_item(clip, pipeline.Item(index, 0, 5), task)
+  task = Task(False, 2, 32, 32, 2, False, '')
+  for index, clip in enumerate(read_index(root)):
+    load_training_item(clip, Item(index, 0, 5), task)
   assert not sprung.exists()
   pickle.loads(places[0].read_bytes())
   assert sprung.exists()  # the trap works
@@ -289,11 +301,11 @@ def test_pickles_are_not_read(root, tmp_path):
 
 
 def test_training_and_evaluation_items(root):
-  task = pipeline.Task(False, 2, 32, 64, 2, True, '')
-  clip = avsbench.read_index(root, 'test', ['v1s'])[0]
-  item = pipeline.Item(0, 0, 5)
-  training = pipeline.load_training_item(clip, item, task)
-  evaluation = pipeline.load_eval_item(clip, clip, item, task)
+  task = Task(False, 2, 32, 64, 2, True, '')
+  clip = read_index(root, 'test', ['v1s'])[0]
+  item = Item(0, 0, 5)
+  training = load_training_item(clip, item, task)
+  evaluation = load_eval_item(clip, clip, item, task)
   for t in range(5):
     np.testing.assert_array_equal(training['labels'][t], mask_pixels(t + 1))
     assert training['target_classes'][t].tolist() == [0, 1]
@@ -308,19 +320,19 @@ def test_training_and_evaluation_items(root):
 
 
 def test_the_semantic_task_is_refused(root):
-  clips = avsbench.read_index(root, 'test')
-  task = pipeline.Task(True, 71, 32, 32, 4, False, '')
+  clips = read_index(root, 'test')
+  task = Task(True, 71, 32, 32, 4, False, '')
   options = dict(item_frames=5, batch_items=1, seed=0, start=0, threads=1)
   for read in (
     lambda: pipeline.training_batches(clips, task, **options),
-    lambda: pipeline.load_eval_item(clips[0], clips[0], pipeline.Item(0, 0, 5), task),
+    lambda: load_eval_item(clips[0], clips[0], Item(0, 0, 5), task),
   ):
     with pytest.raises(UserError) as caught:
       read()
     message = str(caught.value)
     assert str(root / 's4_meta_data.csv') in message and "task 'binary'" in message
     assert '\n' not in message
-  binary = pipeline.Task(False, 2, 32, 32, 2, False, '')
+  binary = Task(False, 2, 32, 32, 2, False, '')
   assert next(pipeline.training_batches(clips, binary, **options))['frames'].shape == (5, 32, 32, 3)
 
 
@@ -365,7 +377,7 @@ def test_check_of_a_clean_set(root):
 
 
 def test_check_finds_every_fault_and_nothing_else(root):
-  first, second, third, fourth, fifth = avsbench.read_index(root)
+  first, second, third, fourth, fifth = read_index(root)
   save(pathlib.Path(first.label_ids_path(0)), mask_pixels(1)[:, :16] * 255)
   edges = mask_pixels(1) * np.uint8(255)
   edges[25, 3:9] = 77
@@ -399,13 +411,13 @@ def test_check_finds_every_fault_and_nothing_else(root):
   assert '6 pixels in 1 labels' in text_of(report, 'unknown colours')
   assert report['unknown_colours'] == {'pixels': 6, 'clips': 1}
   assert 'class 1 (sounding) occurs only as 5 regions' in text_of(report, 'stray specks')
-  assert 'ms3_meta_data.csv names this folder' in text_of(report, 'missing folder')
+  assert 'ms3_meta_data.csv names it' in text_of(report, 'missing folder')
   assert fifth.audio_path in text_of(report, 'missing file')
   assert 's4_meta_data.csv' in text_of(report, 'unlisted folder')
 
 
 def test_check_finds_the_same_clip_in_two_splits(root):
-  _, test, val, *_ = avsbench.read_index(root)
+  _, test, val, *_ = read_index(root)
   shutil.copy(test.audio_path, val.audio_path)  # their frames are the same
   report = check.check_data(root)
   assert kinds(report, 'problems') == [('duplicate across splits', 'v1s/_b0')]
@@ -446,4 +458,4 @@ def test_compose_and_check_data_on_the_command_line(tmp_path, capsys):
 
 def test_names_of_the_tables():
   assert avsbench_object.table_path('R', 'v1s') == os.path.join('R', 's4_meta_data.csv')
-  assert avsbench_object.find_tables('/nowhere/at/all') == {}
+  assert avsbench_object.ObjectClip.find_tables('/nowhere/at/all') == []

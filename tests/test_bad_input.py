@@ -39,11 +39,23 @@ from aavs_jax.input_pipeline import (
   pipeline,
   prepared,
 )
+from aavs_jax.input_pipeline.bad_clips import find_bad_clips, leave_out
+from aavs_jax.input_pipeline.clips import SPLITS
 from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.images import (
+  load_frame,
+  load_label_ids,
+  load_label_rgb,
+  read_image,
+  read_mask,
+)
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.items import Item, Task, load_training_item
+from aavs_jax.input_pipeline.reading import load_log_mel
 from aavs_jax.train import train
 from tests import tiny
 
-TASK = pipeline.Task(True, 71, 32, 32, 4, False, '')
+TASK = Task(True, 71, 32, 32, 4, False, '')
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -198,35 +210,35 @@ def test_an_image_of_60000_x_60000_takes_no_memory(tmp_path):
   path = tmp_path / 'bomb.png'
   path.write_bytes(png_header(60000, 60000) + bytes(4) + b'IDAT')
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  for read in (avsbench.read_image, avsbench.read_mask):
+  for read in (read_image, read_mask):
     assert 'shrink it' in refusal(lambda read=read: read(str(path)), path, '3600000000')
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kilobytes
 
 
 def test_grey_of_16_bits_is_scaled_in_frames_and_stays_in_labels(root):
-  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  clip = read_index(root, 'train', ['v1m'])[0]
   ramp = np.tile(np.arange(256, dtype=np.uint16), (64, 1))
   for dtype, scale in ((np.uint8, 1), (np.uint16, 257)):
     Image.fromarray((ramp * scale).astype(dtype)).save(clip.frame_path(0), format='PNG')
-    pixels = avsbench.read_image(clip.frame_path(0))
+    pixels = read_image(clip.frame_path(0))
     np.testing.assert_array_equal(pixels, np.repeat(ramp[..., None], 3, axis=2))
-    resized = avsbench.load_frame(clip, 0, 32)
+    resized = load_frame(clip, 0, 32)
     assert (np.diff(resized[0, :, 0].astype(int)) > 5).all() and resized.max() > 250
   Image.fromarray(ramp * 257 + 128).save(clip.frame_path(0), format='PNG')
-  assert np.abs(avsbench.read_image(clip.frame_path(0))[0, :255, 0] - ramp[0, :255]).max() == 0
+  assert np.abs(read_image(clip.frame_path(0))[0, :255, 0] - ramp[0, :255]).max() == 0
 
   ids = np.minimum(ramp, 70)
   ids[0] = labels.IGNORE
   Image.fromarray(ids).save(clip.label_ids_path(0))
-  np.testing.assert_array_equal(avsbench.load_label_ids(clip, 0), ids)
-  assert avsbench.load_label_ids(clip, 0).dtype == np.uint8
+  np.testing.assert_array_equal(load_label_ids(clip, 0), ids)
+  assert load_label_ids(clip, 0).dtype == np.uint8
   for wrong in (71, 256, 65535):  # none of them becomes 255, which is to be ignored
     ids[5, 5] = wrong
     Image.fromarray(ids).save(clip.label_ids_path(0))
-    refusal(lambda: avsbench.load_label_ids(clip, 0), clip.label_ids_path(0), f'class id {wrong} ')
+    refusal(lambda: load_label_ids(clip, 0), clip.label_ids_path(0), f'class id {wrong} ')
   for sounding in (1, 255, 65535):
     Image.fromarray((ramp > 99).astype(np.uint16) * sounding).save(clip.label_ids_path(0))
-    mask, doubtful = avsbench.read_mask(clip.label_ids_path(0))
+    mask, doubtful = read_mask(clip.label_ids_path(0))
     assert np.array_equal(mask, ramp > 99) and not doubtful
 
 
@@ -236,32 +248,32 @@ def test_a_truncated_image(tmp_path, kind, share):
   path = tmp_path / f'a.{kind}'
   Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)).save(path)
   cut(path, int(share * path.stat().st_size))
-  assert 'again' in refusal(lambda: avsbench.read_image(path), path)
+  assert 'again' in refusal(lambda: read_image(path), path)
 
 
 def test_a_chunk_that_claims_gigabytes(root, tmp_path):
   # Pillow asks the file for as many bytes as the chunk claims to have.
-  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  clip = read_index(root, 'train', ['v1m'])[0]
   path = tmp_path / clip.subset / clip.uid / '0.png'
   path.parent.mkdir(parents=True)
   data = png_header(64, 64) + struct.pack('>I', 0x7FFFFFF0) + b'IDAT' + zlib.compress(bytes(99))
   path.write_bytes(data)
   before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  refusal(lambda: avsbench.read_image(path), path)
+  refusal(lambda: read_image(path), path)
   refusal(lambda: masks.read_mask(str(tmp_path), clip, 0, 64), path, 'aavs masks')
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 def test_a_label_of_another_size_is_resized_on_its_own(root):
-  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
-  task = pipeline.Task(True, 71, 32, 32, 4, False, '')
-  whole = pipeline.load_training_item(clip, pipeline.Item(0, 0, 5), task)
+  clip = read_index(root, 'train', ['v1m'])[0]
+  task = Task(True, 71, 32, 32, 4, False, '')
+  whole = load_training_item(clip, Item(0, 0, 5), task)
   for t in range(5):
     for path in (clip.label_ids_path(t), clip.label_rgb_path(t)):
       with Image.open(path) as image:
         twice = image.resize((192, 144), Image.Resampling.NEAREST)
       twice.save(path)
-  item = pipeline.load_training_item(clip, pipeline.Item(0, 0, 5), task)
+  item = load_training_item(clip, Item(0, 0, 5), task)
   np.testing.assert_array_equal(item['frames'], whole['frames'])
   assert (item['labels'] == whole['labels']).mean() > 0.99  # nearest pixels of a finer grid
   notes = [note for note in check.check_data(root)['notes'] if note['kind'] == 'label size']
@@ -284,14 +296,14 @@ def test_a_label_of_another_size_is_resized_on_its_own(root):
 )
 def test_a_table_that_is_none(tmp_path, data, found):
   (tmp_path / 'metadata.csv').write_bytes(data)
-  refusal(lambda: avsbench.read_index(tmp_path), tmp_path / 'metadata.csv', found)
+  refusal(lambda: read_index(tmp_path), tmp_path / 'metadata.csv', found)
 
 
 names = st.text(
   st.characters(exclude_categories=('C', 'Z'), exclude_characters='/\\'), min_size=1, max_size=12
 ).filter(lambda name: name not in ('.', '..'))
 rows = st.lists(
-  st.tuples(names, st.sampled_from(['v1s', 'v1m', 'v2']), st.sampled_from(avsbench.SPLITS)),
+  st.tuples(names, st.sampled_from(['v1s', 'v1m', 'v2']), st.sampled_from(SPLITS)),
   min_size=1,
   max_size=8,
   unique_by=lambda row: row[:2],
@@ -313,7 +325,7 @@ def test_an_index_is_read_however_it_is_written(folder, rows, order, end, mark, 
   for uid, subset, split in rows:
     writer.writerow({'uid': uid, 'label': subset, 'split': split, 'a_obj': 'a, "b"\nc', '': ''})
   (folder / 'metadata.csv').write_bytes((('\ufeff' if mark else '') + text.getvalue()).encode())
-  clips = avsbench.read_index(folder)
+  clips = read_index(folder)
   assert [(clip.uid, clip.subset, clip.split) for clip in clips] == rows
   for clip in clips:
     place = pathlib.PurePath(clip.frame_path(0))
@@ -333,7 +345,7 @@ def test_a_uid_that_is_no_name_of_a_folder(folder, uid):
     [('uid', 'label', 'split'), (uid, 'v1s', 'val')]
   )
   (folder / 'metadata.csv').write_bytes(text.getvalue().encode('utf-8', 'ignore'))
-  refusal(lambda: avsbench.read_index(folder), folder / 'metadata.csv', 'uid is', 'folder')
+  refusal(lambda: read_index(folder), folder / 'metadata.csv', 'uid is', 'folder')
 
 
 # The palette
@@ -345,14 +357,16 @@ def test_a_uid_that_is_no_name_of_a_folder(folder, uid):
 )
 @FEW
 def test_colours_stand_for_one_class_or_none(ids, strange):
-  rgb = np.array([*labels.PALETTE[ids].tolist(), *strange], np.uint8)[None]
-  meaning = {tuple(colour): class_id for class_id, colour in enumerate(labels.PALETTE.tolist())}
+  rgb = np.array([*avsbench.PALETTE[ids].tolist(), *strange], np.uint8)[None]
+  meaning = {tuple(colour): class_id for class_id, colour in enumerate(avsbench.PALETTE.tolist())}
   want = [meaning.get(tuple(colour)) for colour in rgb[0].tolist()]
-  got, unknown = labels.colours_to_ids(rgb)
+  got, unknown = labels.colours_to_ids(rgb, avsbench.PALETTE)
   assert got[0].tolist() == [0 if class_id is None else class_id for class_id in want]
   assert unknown == want.count(None)
   assert got[0, : len(ids)].tolist() == ids
-  known, none = labels.colours_to_ids(labels.ids_to_colours(got))
+  known, none = labels.colours_to_ids(
+    labels.ids_to_colours(got, avsbench.PALETTE), avsbench.PALETTE
+  )
   assert none == 0 and (known == got).all()
 
 
@@ -373,16 +387,16 @@ def test_a_mask_sounds_where_it_is_not_black(values, channel):
 
 
 def test_links_are_followed_and_those_that_lead_out_are_named(root, tmp_path):
-  clip, other, *_ = avsbench.read_index(root, 'train', ['v1m'])
+  clip, other, *_ = read_index(root, 'train', ['v1m'])
   elsewhere = tmp_path / 'elsewhere'
   shutil.move(clip.folder, elsewhere)
   os.symlink(elsewhere, clip.folder)
   target = other.frame_path(0)
   os.rename(target, target + '.kept')
   os.symlink(os.path.basename(target) + '.kept', target)  # stays inside
-  avsbench.load_label_ids(clip, 0)
-  avsbench.load_log_mel(clip)
-  avsbench.load_frame(other, 0, 32)
+  load_label_ids(clip, 0)
+  load_log_mel(clip)
+  load_frame(other, 0, 32)
   report = check.check_data(root)
   assert report['ok']
   (note,) = (n for n in report['notes'] if n['kind'] == 'link out of the data set')
@@ -403,12 +417,12 @@ def test_a_subset_may_lie_on_another_disk(root, tmp_path):
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir], ids=['pipe', 'folder'])
 def test_what_is_no_file_is_not_waited_for(root, make):
-  clip = avsbench.read_index(root, 'test', ['v1m'])[0]
+  clip = read_index(root, 'test', ['v1m'])[0]
   for path, read in (
-    (clip.frame_path(0), lambda: avsbench.load_frame(clip, 0, 32)),
-    (clip.label_ids_path(0), lambda: avsbench.load_label_ids(clip, 0)),
-    (clip.audio_path, lambda: avsbench.load_log_mel(clip)),
-    (clip.table, lambda: avsbench.read_index(root)),
+    (clip.frame_path(0), lambda: load_frame(clip, 0, 32)),
+    (clip.label_ids_path(0), lambda: load_label_ids(clip, 0)),
+    (clip.audio_path, lambda: load_log_mel(clip)),
+    (clip.table, lambda: read_index(root)),
   ):
     os.remove(path)
     make(path)
@@ -471,19 +485,19 @@ def test_a_note_of_another_shape_is_refused(tmp_path, name, read, wrong, found):
 
 def _of(clip, root):
   return {
-    'frame': (clip.frame_path(0), lambda: avsbench.load_frame(clip, 0, 32)),
-    'ids': (clip.label_ids_path(0), lambda: avsbench.load_label_ids(clip, 0)),
-    'colours': (clip.label_rgb_path(0), lambda: avsbench.load_label_rgb(clip, 0)),
-    'sound': (clip.audio_path, lambda: avsbench.load_log_mel(clip)),
+    'frame': (clip.frame_path(0), lambda: load_frame(clip, 0, 32)),
+    'ids': (clip.label_ids_path(0), lambda: load_label_ids(clip, 0)),
+    'colours': (clip.label_rgb_path(0), lambda: load_label_rgb(clip, 0)),
+    'sound': (clip.audio_path, lambda: load_log_mel(clip)),
     'mask': (masks.mask_path(root, clip, 0), lambda: masks.read_mask(root, clip, 0, 32)),
-    'table': (clip.table, lambda: avsbench.read_index(root)),
-    'manifest': (f'{root}/prepared.json', lambda: avsbench.read_index(root)),
+    'table': (clip.table, lambda: read_index(root)),
+    'manifest': (f'{root}/prepared.json', lambda: read_index(root)),
   }
 
 
 @pytest.mark.parametrize('kind', ['frame', 'ids', 'colours', 'sound', 'mask', 'table', 'manifest'])
 def test_a_disk_that_fails_makes_no_file_bad(root, kind, capsys):
-  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  clip = read_index(root, 'train', ['v1m'])[0]
   path, read = _of(clip, str(root))[kind]
   pathlib.Path(path).unlink(missing_ok=True)
   os.symlink('/proc/self/mem', path)  # a file whose first byte cannot be read: EIO
@@ -492,13 +506,13 @@ def test_a_disk_that_fails_makes_no_file_bad(root, kind, capsys):
   assert failure.value.errno == errno.EIO and may_pass(failure.value)
   if kind in ('frame', 'ids', 'sound'):
     with pytest.raises(OSError, match='Input/output error'):
-      pipeline.find_bad_clips([clip], TASK, 1)
+      find_bad_clips([clip], TASK, 1)
     assert cli.main(['check-data', str(root)]) == 1
     assert 'Input/output error' in capsys.readouterr().err
 
 
 def test_nothing_is_missing_where_the_disk_fails(root, monkeypatch):
-  clip = avsbench.read_index(root, 'train', ['v1m'])[0]
+  clip = read_index(root, 'train', ['v1m'])[0]
   stat_ = os.stat
 
   def stale(path, *args, **options):
@@ -507,7 +521,7 @@ def test_nothing_is_missing_where_the_disk_fails(root, monkeypatch):
     return stat_(path, *args, **options)
 
   monkeypatch.setattr(os, 'stat', stale)
-  for read in (avsbench.load_label_ids, avsbench.load_label_rgb):
+  for read in (load_label_ids, load_label_rgb):
     with pytest.raises(OSError) as failure:
       read(clip, 0)
     assert failure.value.errno == errno.ESTALE
@@ -519,9 +533,9 @@ def test_nothing_is_missing_where_the_disk_fails(root, monkeypatch):
 @pytest.fixture
 def damaged(root):
   """A data set with three bad training clips, and what is bad about them, in order."""
-  single, _, third, _ = avsbench.read_index(root, 'train', ['v1s'])
-  multi = avsbench.read_index(root, 'train', ['v1m'])[2]
-  long = avsbench.read_index(root, 'train', ['v2'])[1]
+  single, _, third, _ = read_index(root, 'train', ['v1s'])
+  multi = read_index(root, 'train', ['v1m'])[2]
+  long = read_index(root, 'train', ['v2'])[1]
   cut(third.frame_path(0), 300)
   cut(multi.audio_path, 0)
   Image.fromarray(np.full((72, 96), 99, np.uint8)).save(long.label_ids_path(9))
@@ -535,29 +549,29 @@ def damaged(root):
 
 def test_bad_clips_are_found_and_named(damaged):
   root, faults = damaged
-  clips = avsbench.read_index(root, 'train')
+  clips = read_index(root, 'train')
   for threads in (1, 4):
-    bad = pipeline.find_bad_clips(clips, TASK, threads)
+    bad = find_bad_clips(clips, TASK, threads)
     assert [row['clip'] for row in bad] == [f'{clip.subset}/{clip.uid}' for clip, _ in faults]
     for row, (_, path) in zip(bad, faults):
       assert path in row['text'] and '\n' not in row['text']
-  good = pipeline.leave_out(clips, bad, 3)
+  good = leave_out(clips, bad, 3)
   left = {clip for clip, _ in faults}
   assert good == [clip for clip in clips if clip not in left]
-  refusal(lambda: pipeline.leave_out(clips, bad, 2), '3 of 10', 'max_bad_clips is 2', faults[0][1])
-  refusal(lambda: pipeline.leave_out(list(left), bad, 3), 'no training clip', faults[0][1])
+  refusal(lambda: leave_out(clips, bad, 2), '3 of 10', 'max_bad_clips is 2', faults[0][1])
+  refusal(lambda: leave_out(list(left), bad, 3), 'no training clip', faults[0][1])
 
 
 def test_the_stream_is_that_of_a_data_set_without_them(damaged):
   root, faults = damaged
-  clips = avsbench.read_index(root, 'train')
-  good = pipeline.leave_out(clips, pipeline.find_bad_clips(clips, TASK, 2), 3)
+  clips = read_index(root, 'train')
+  good = leave_out(clips, find_bad_clips(clips, TASK, 2), 3)
   table = root / 'metadata.csv'
   lines = table.read_text().splitlines()
   table.write_text('\n'.join(line for line in lines if not any(c.uid in line for c, _ in faults)))
-  without = avsbench.read_index(root, 'train')
+  without = read_index(root, 'train')
   assert len(without) == len(clips) - 3
-  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
+  task = Task(False, 2, 32, 32, 2, False, '')
 
   def stream(clips, start, threads):
     options = dict(item_frames=5, batch_items=2, seed=1, start=start, threads=threads)
@@ -571,9 +585,9 @@ def test_the_stream_is_that_of_a_data_set_without_them(damaged):
 
 
 def test_a_config_that_does_not_fit_is_no_bad_clip(data_root):
-  clips = avsbench.read_index(data_root, 'train', ['v1m'])
-  assert pipeline.find_bad_clips(clips, TASK, 1) == []
-  task = pipeline.Task(True, 71, 32, 32, 1, False, '')
+  clips = read_index(data_root, 'train', ['v1m'])
+  assert find_bad_clips(clips, TASK, 1) == []
+  task = Task(True, 71, 32, 32, 1, False, '')
   options = dict(item_frames=5, batch_items=1, seed=0, start=0, threads=1)
   stream = pipeline.training_batches(clips, task, **options)
   refusal(lambda: list(itertools.islice(stream, 4)), 'max_targets is 1')
@@ -601,7 +615,7 @@ def test_training_counts_bad_clips_before_it_begins(damaged, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_leaves_out_what_it_found_bad_when_it_began(root, tmp_path):
-  clip = avsbench.read_index(root, 'train', ['v1m'])[1]
+  clip = read_index(root, 'train', ['v1m'])[1]
   sound = pathlib.Path(clip.audio_path).read_bytes()
   cut(clip.audio_path, 0)
   config = tiny.get_config('stage1')

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from aavs_jax import cli
-from aavs_jax.input_pipeline import bench, pipeline, shards
+from aavs_jax.input_pipeline import bench, shards
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.items import Item, Task, load_training_item
 
-TASK = pipeline.Task(True, 71, 32, 32, 4, True, '')
+TASK = Task(True, 71, 32, 32, 4, True, '')
 LOADING = bench.Loading(item_frames=5, batch_items=2, threads=1, workers=0)
 
 
@@ -61,10 +62,8 @@ def test_more_clips_than_there_are_is_refused(data_root):
 
 
 def test_copies_are_clips_of_their_own(data_root, tmp_path):
-  made = bench._sample(bench.avsbench.read_index(data_root, 'train'), 3)
+  made = bench._sample(bench.read_index(data_root, 'train'), 3)
   copies = bench._multiply(made, tmp_path, 7)
   assert len({copy.folder for copy in copies}) == 7
-  first = [
-    pipeline.load_training_item(c, pipeline.Item(0, 0, 5), TASK) for c in (made[0], copies[3])
-  ]
+  first = [load_training_item(c, Item(0, 0, 5), TASK) for c in (made[0], copies[3])]
   assert all(np.array_equal(first[0][name], first[1][name]) for name in first[0])

@@ -9,8 +9,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from aavs_jax.input_pipeline import audio, avsbench, check, compose, labels
+from aavs_jax.input_pipeline import audio, avsbench, check, compose
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 
 CLIPS = {
   'train': {'v1s': 3, 'v1m': 3, 'v2': 1},
@@ -31,7 +32,7 @@ def root(clean, tmp_path):
 
 
 def clips_of(root, subset, split):
-  return avsbench.read_index(root, split, (subset,))
+  return read_index(root, split, (subset,))
 
 
 def name(clip):
@@ -97,14 +98,14 @@ def test_clean_set_is_ok(clean):
 
 
 def test_classes_count_labelled_frames(clean):
-  want = np.zeros((labels.NUM_CLASSES, 3), int)
-  for clip in avsbench.read_index(clean):
+  want = np.zeros((len(avsbench.CLASSES), 3), int)
+  for clip in read_index(clean):
     for t in clip.labelled_frames:
       with Image.open(clip.label_ids_path(t)) as image:
         for class_id in set(image.tobytes()):
           want[class_id, ('train', 'val', 'test').index(clip.split)] += 1
   report = check.check_data(clean)
-  assert [(r['id'], r['name']) for r in report['classes']] == list(enumerate(labels.CLASS_NAMES))
+  assert [(r['id'], r['name']) for r in report['classes']] == list(enumerate(avsbench.CLASSES))
   got = [[row['train'], row['val'], row['test']] for row in report['classes']]
   np.testing.assert_array_equal(got, want)
 
@@ -183,7 +184,7 @@ def test_every_fault_is_found_and_nothing_else(root):
     single_test[2].frame_path(3),
     single_test[2].label_rgb_path(2),
   ]
-  assert f'{multi[1].audio_path}: ends 60044 bytes before' in text_of(report, 'truncated file')
+  assert f'{multi[1].audio_path} ends 60044 bytes before' in text_of(report, 'truncated file')
   assert multi[2].audio_path in text_of(report, 'sound too short')
   assert multi_val[0].audio_path in text_of(report, 'short sound')
   wrong = f'{multi_val[1].label_rgb_path(0)}: 1600 of 3072 pixels'
@@ -210,7 +211,7 @@ def test_every_fault_is_found_and_nothing_else(root):
 
 @pytest.mark.parametrize('absent', ['labels_semantic', 'labels_rgb'])
 def test_one_kind_of_label_is_enough(root, clean, absent):
-  for clip in avsbench.read_index(root):
+  for clip in read_index(root):
     shutil.rmtree(f'{clip.folder}/{absent}')
   report, whole = check.check_data(root), check.check_data(clean)
   assert report['ok']
@@ -319,7 +320,7 @@ def test_bad_index_and_workers_raise(root, tmp_path):
 
 
 def test_text_shows_the_counts_and_ten_of_many(root):
-  for clip in avsbench.read_index(root):
+  for clip in read_index(root):
     shutil.rmtree(clip.folder)
   text = check.format_check(check.check_data(root))
   lines = text.splitlines()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from aavs_jax.input_pipeline import compose, compose_scenes, compose_sounds, labels
+from aavs_jax.input_pipeline import avsbench, compose, compose_scenes, compose_sounds, labels
 from aavs_jax.input_pipeline.errors import UserError
 
 SIZE = (64, 48)
@@ -81,7 +81,7 @@ def test_layout(root):
     assert len(read_audio(root, row)) == 16000 * seconds
     assert cv2.imread(str(folder / 'frames/0.jpg')).shape == (48, 64, 3)
     rgb = cv2.imread(str(folder / 'labels_rgb/0.png'))[..., ::-1]
-    ids, unknown = labels.colours_to_ids(rgb)
+    ids, unknown = labels.colours_to_ids(rgb, avsbench.PALETTE)
     assert unknown == 0
     np.testing.assert_array_equal(ids, read_ids(root, row, 0))
   indices = json.loads((root / 'label2idx.json').read_text())
@@ -103,7 +103,7 @@ def test_labels_show_who_sounds(root):
         continue
       ids = read_ids(root, row, t)
       present = set(np.unique(ids)) - {0}
-      assert {labels.CLASS_NAMES[i] for i in present} == names
+      assert {avsbench.CLASSES[i] for i in present} == names
       areas += [np.mean(ids == i) for i in present]
     assert set(row['a_obj'].split('_')) == set().union(*seconds)
     if row['label'] == 'v1s':
@@ -372,7 +372,7 @@ def test_sprites(tmp_path, sprites):
     audio = read_audio(root, row)
     for t, names in enumerate(seconds_of(row)):
       ids = read_ids(root, row, t)
-      assert {labels.CLASS_NAMES[i] for i in np.unique(ids) if i} == names
+      assert {avsbench.CLASSES[i] for i in np.unique(ids) if i} == names
       power = np.abs(np.fft.rfft(audio[16000 * t :][:10240] * np.hanning(10240))) ** 2
       hertz = np.fft.rfftfreq(10240, 1 / 16000)
       for name, pitch in (('lion', 440), ('tuba', 3000)):
@@ -380,9 +380,7 @@ def test_sprites(tmp_path, sprites):
         assert (near > 0.1) == (name in names)
       frame = cv2.imread(str(root / 'v1m' / row['uid'] / f'frames/{t}.jpg'))
       if 'tuba' in names:  # the last picture, red, is for test only
-        core = cv2.erode(
-          (ids == labels.CLASS_NAMES.index('tuba')).astype(np.uint8), np.ones((5, 5))
-        )
+        core = cv2.erode((ids == avsbench.CLASSES.index('tuba')).astype(np.uint8), np.ones((5, 5)))
         expected = (0, 0, 255) if row['split'] == 'test' else (255, 0, 0)
         assert np.abs(frame[core > 0].mean(0) - expected).max() < 40
   cv2.imwrite(str(sprites / 'lion' / '1.png'), np.full((9, 9, 4), 255, np.uint8))

@@ -27,8 +27,11 @@ from aavs_jax import (
   tables,
 )
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, files, labels, masks, sounds
+from aavs_jax.input_pipeline import files, labels, masks, sounds
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reading import load_log_mel
 from aavs_jax.predictor import Predictor
 from aavs_jax.state import create, digest, flat_shapes, unflatten
 from aavs_jax.work_folder import load_trained
@@ -88,7 +91,7 @@ def model1(stage1):
 
 @pytest.fixture(scope='module')
 def clips(data_root):
-  return avsbench.read_index(data_root, 'test')
+  return read_index(data_root, 'test')
 
 
 @pytest.fixture(scope='module')
@@ -117,8 +120,8 @@ def _directly(model, clip):
   """What a model says of a clip, five frames at a time, read without the pipeline."""
   config, params, predictor = model
   size = config.data.image_size
-  frames = np.stack([avsbench.load_frame(clip, t, size) for t in range(clip.num_frames)])
-  batch = {'frames': frames, 'log_mel': avsbench.load_log_mel(clip)}
+  frames = np.stack([load_frame(clip, t, size) for t in range(clip.num_frames)])
+  batch = {'frames': frames, 'log_mel': load_log_mel(clip)}
   parts = [
     predictor(params, {name: value[start : start + 5] for name, value in batch.items()})
     for start in range(0, clip.num_frames, 5)
@@ -140,7 +143,7 @@ def test_scores_do_not_depend_on_the_batch_and_are_those_of_the_predictions(mode
     scores = _directly(model1, clip)
     shares.append((scores.argmax(1) > 0).mean())
     target = np.stack([
-      labels.binary_metric_target(avsbench.load_label_rgb(clip, t), config.data.eval_size)
+      labels.binary_metric_target(load_label_rgb(clip, t), config.data.eval_size)
       for t in range(clip.num_frames)
     ])  # fmt: skip
     expected = tuple(metrics.binary_record(scores, target)['scores'])
@@ -279,9 +282,9 @@ def test_the_model_hears_what_it_should(model1, clips, audio):
   assert len(heard) == 5 * len(clips)
   others = {'other': sounds.other_sounds(clips), 'offscreen': sounds.offscreen_sounds(clips)}
   for (index, t), log_mel in heard.items():
-    own = avsbench.load_log_mel(clips[index])[t]
+    own = load_log_mel(clips[index])[t]
     if audio in others:
-      expected = avsbench.load_log_mel(others[audio][index])[t]
+      expected = load_log_mel(others[audio][index])[t]
       assert not np.array_equal(expected, own)
     elif audio == 'noise':
       expected = sounds.noise_log_mel(clips[index])[t]
@@ -294,11 +297,11 @@ def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_ro
   result = evaluate.evaluate(
     stage1, data=data_root, out=tmp_path / 'r.json', split='train', maps=tmp_path / 'maps'
   )
-  train = avsbench.read_index(data_root, 'train')
+  train = read_index(data_root, 'train')
   assert result['clips'] == len(train)
   assert result['frames'] == sum(1 if c.subset == 'v1s' else c.num_frames for c in train)
   clip = next(c for c in train if c.subset == 'v1s')
-  colours = avsbench.load_label_rgb(clip, 0)
+  colours = load_label_rgb(clip, 0)
   target = labels.binary_metric_target(colours, model1[0].data.eval_size)
   expected = tuple(metrics.binary_record(_directly(model1, clip)[:1], target[None])['scores'])
   row = next(r for r in result['per_clip'] if (r['subset'], r['uid']) == ('v1s', clip.uid))
@@ -375,7 +378,7 @@ def test_priors_that_make_no_sense_are_refused(stage1, stage2, data_root, tmp_pa
 class TestWriteMasks:
   def test_the_set_is_complete_and_the_models_own(self, handed_over, model1, data_root):
     out, count = handed_over
-    found = [c for split in ('val', 'test') for c in avsbench.read_index(data_root, split)]
+    found = [c for split in ('val', 'test') for c in read_index(data_root, split)]
     assert count == len(found)
     expected = {f'{c.subset}/{c.uid}/{t}.png' for c in found for t in range(c.num_frames)}
     assert set(_contents(out)) == expected | {'source.json'}
@@ -527,7 +530,7 @@ def test_devices_and_processes_change_no_score(stage1, handed_over, data_root, t
     assert {path.name for path in (folder / 'shared').iterdir()} == {'r.json', 'r.md'}
     assert json.loads((folder / 'shared' / 'r.json').read_text()) == alone
     assert _contents(folder / 'maps') == _contents(tmp_path / 'maps')
-    test = {f'{clip.subset}/{clip.uid}' for clip in avsbench.read_index(data_root, 'test')}
+    test = {f'{clip.subset}/{clip.uid}' for clip in read_index(data_root, 'test')}
     for name, content in _contents(folder / 'masks').items():
       assert name == 'source.json' or os.path.dirname(name) in test
       assert content == _contents(handed_over[0])[name]

@@ -19,8 +19,8 @@ RANK = {
   'wandb_run': 2, 'watch': 2, 'optimizer': 2, 'video': 3,
   'methods': 3, 'config': 4, 'state': 4, 'flops': 5, 'steps': 5, 'checkpoint': 5, 'phases': 6,
   'predictor': 6, 'start': 6, 'score': 7, 'work_folder': 8, 'evaluate': 9, 'hand_over': 9,
-  'predict': 9, 'train': 9, 'report': 11, 'html': 2, 'stepping_stones': 10, 'bench': 8, 'aot': 9, 'convert': 9, 'study': 12,
-  'reproduce': 11, 'recordings': 10, 'selftest': 11, 'cli': 13,
+  'predict': 9, 'train': 9, 'report': 11, 'html': 2, 'stepping_stones': 10, 'bench': 8, 'aot': 9,
+  'convert': 9,  'study': 12, 'reproduce': 11, 'recordings': 10, 'selftest': 11, 'cli': 13,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aavs_jax.input_pipeline import labels
+from aavs_jax.input_pipeline import avsbench, labels
 
 
 def test_palette_bit_by_bit():
@@ -14,10 +14,10 @@ def test_palette_bit_by_bit():
     want = [
       sum((digit >> c & 1) * 2 ** (7 - i) for i, digit in enumerate(digits)) for c in range(3)
     ]
-    assert labels.PALETTE[class_id].tolist() == want
-  assert labels.PALETTE.shape == (71, 3)
-  assert labels.PALETTE.dtype == np.uint8
-  assert labels.PALETTE[[0, 1, 2, 4, 8, 64, 70]].tolist() == [
+    assert avsbench.PALETTE[class_id].tolist() == want
+  assert avsbench.PALETTE.shape == (71, 3)
+  assert avsbench.PALETTE.dtype == np.uint8
+  assert avsbench.PALETTE[[0, 1, 2, 4, 8, 64, 70]].tolist() == [
     [0, 0, 0], [128, 0, 0], [0, 128, 0], [0, 0, 128], [64, 0, 0], [32, 0, 0], [32, 128, 128],
   ]  # fmt: skip
 
@@ -31,33 +31,36 @@ def test_values_are_those_of_np_unique():
 
 
 def test_class_names():
-  assert labels.NUM_CLASSES == len(set(labels.CLASS_NAMES)) == 71
+  assert len(avsbench.CLASSES) == len(set(avsbench.CLASSES)) == 71
   for class_id, name in ((0, 'background'), (28, 'guitar'), (41, 'man'), (70, 'woman')):
-    assert labels.CLASS_NAMES[class_id] == name
+    assert avsbench.CLASSES[class_id] == name
 
 
 def test_colours_and_ids_round_trip():
   ids = np.random.default_rng(0).permutation(np.arange(142) % 71).reshape(2, 71).astype(np.uint8)
-  rgb = labels.ids_to_colours(ids)
+  rgb = labels.ids_to_colours(ids, avsbench.PALETTE)
   assert rgb.shape == (2, 71, 3) and rgb.dtype == np.uint8
-  back, unknown = labels.colours_to_ids(rgb)
+  back, unknown = labels.colours_to_ids(rgb, avsbench.PALETTE)
   np.testing.assert_array_equal(back, ids)
   assert back.dtype == np.uint8
   assert unknown == 0
 
 
 def test_unknown_colours_are_counted_and_become_background():
-  rgb = labels.ids_to_colours(np.full((4, 5), 41))
+  rgb = labels.ids_to_colours(np.full((4, 5), 41), avsbench.PALETTE)
   strange = [[1, 0, 0], [255, 255, 255], [129, 128, 0], [0, 0, 1], [64, 64, 65]]
   rgb[2] = strange
-  ids, unknown = labels.colours_to_ids(rgb)
+  ids, unknown = labels.colours_to_ids(rgb, avsbench.PALETTE)
   assert unknown == 5
   assert (ids[2] == 0).all()
   assert (np.delete(ids, 2, axis=0) == 41).all()
 
 
 def test_ignored_pixels_become_black():
-  assert labels.ids_to_colours(np.array([255, 1])).tolist() == [[0, 0, 0], [128, 0, 0]]
+  assert labels.ids_to_colours(np.array([255, 1]), avsbench.PALETTE).tolist() == [
+    [0, 0, 0],
+    [128, 0, 0],
+  ]
 
 
 @pytest.mark.parametrize('target', [1, 7, 56, 224, 384])
@@ -74,7 +77,7 @@ def object_label():
   ids = np.zeros((60, 100), np.uint8)
   ids[20:41, 30:71] = 41
   ids[50:, :7] = 1
-  return labels.ids_to_colours(ids)
+  return labels.ids_to_colours(ids, avsbench.PALETTE)
 
 
 @pytest.mark.parametrize('size', [24, 60, 224])

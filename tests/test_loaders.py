@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline import avsbench, pipeline
+from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.items import Task
 
 ROOT = Path(__file__).parents[1]
-TASK = pipeline.Task(True, 71, 32, 32, 4, True, '')
+TASK = Task(True, 71, 32, 32, 4, True, '')
 
 
 def _open(clips, workers, **changes):
@@ -27,7 +29,7 @@ def _open(clips, workers, **changes):
 
 @pytest.mark.parametrize('workers', [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_stream_is_the_same_for_any_number_of_workers(data_root, workers):
-  clips = avsbench.read_index(data_root, 'train')
+  clips = read_index(data_root, 'train')
   expected = list(itertools.islice(_open(clips, 0), 9))
   stream = _open(clips, workers)
   found = list(itertools.islice(stream, 9))
@@ -38,7 +40,7 @@ def test_the_stream_is_the_same_for_any_number_of_workers(data_root, workers):
 
 
 def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp_path):
-  clip = avsbench.read_index(data_root, 'train', ['v1m'])[0]
+  clip = read_index(data_root, 'train', ['v1m'])[0]
   shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)
   clip = dataclasses.replace(clip, root=str(tmp_path))
   Path(clip.frame_path(2)).write_bytes(b'no image')
@@ -52,14 +54,14 @@ def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp
 
 _READER = """
 import itertools, multiprocessing, os, signal, sys, time
-from aavs_jax.input_pipeline import avsbench
+from aavs_jax.input_pipeline.index import read_index
 from tests.test_loaders import _open
 
 if __name__ == '__main__':
   noted = []
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: noted.append(number))
-  stream = _open(avsbench.read_index(sys.argv[1], 'train'), 2)
+  stream = _open(read_index(sys.argv[1], 'train'), 2)
   next(stream)
   print(*[child.pid for child in multiprocessing.active_children()], flush=True)
   while len(noted) < 2:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline.labels import NUM_CLASSES
+from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.overlay import SOUNDING_COLOUR, legend_colour, overlay, overlay_binary
 
 
@@ -14,8 +14,8 @@ def square(size=20, value=1):
 
 
 def test_legend_colours_are_distinct_and_bright():
-  colours = [legend_colour(class_id) for class_id in range(1, NUM_CLASSES)]
-  assert len(set(colours)) == NUM_CLASSES - 1
+  colours = [legend_colour(class_id) for class_id in range(1, len(CLASSES))]
+  assert len(set(colours)) == len(CLASSES) - 1
   assert min(max(colour) for colour in colours) >= 110
   assert legend_colour(8) != legend_colour(1)  # palette (64, 0, 0) and (128, 0, 0)
   assert legend_colour(1)[0] > legend_colour(1)[1]  # still red
@@ -35,7 +35,7 @@ def test_blend_contour_and_rest():
 @pytest.mark.parametrize('grey', [0, 50, 128, 255])
 def test_every_class_stands_out_from_any_background(grey):
   frame = np.full((20, 20, 3), grey, np.uint8)
-  for class_id in range(1, NUM_CLASSES):
+  for class_id in range(1, len(CLASSES)):
     drawn = overlay(frame, square(value=class_id)).astype(int)
     # All along the outline, on its inner or its outer side.
     assert max(np.abs(drawn[row, 5:15] - grey).min() for row in (4, 5)) > 100

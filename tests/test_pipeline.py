@@ -14,7 +14,12 @@ from PIL import Image
 
 from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline import avsbench, labels, masks, pipeline, sounds
+from aavs_jax.input_pipeline.bad_clips import find_bad_clips
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.items import Item, Task, load_eval_item, load_training_item, make_items
+from aavs_jax.input_pipeline.reading import load_log_mel
 
 
 def _stream(clips, task, count, **changes):
@@ -30,7 +35,7 @@ def _same(a, b):
 
 @pytest.fixture
 def train_clips(data_root):
-  return avsbench.read_index(data_root, 'train')
+  return read_index(data_root, 'train')
 
 
 def test_the_stream_is_the_same_for_any_number_of_threads_and_from_any_start(
@@ -53,7 +58,7 @@ def test_processes_share_the_items_of_the_global_batch(tiny_stage1, train_clips)
 
 
 def test_an_epoch_takes_every_item_once(tiny_stage1, train_clips):
-  items = len(pipeline.make_items(train_clips, 5))
+  items = len(make_items(train_clips, 5))
   batches = _stream(train_clips, config_lib.task_of(tiny_stage1), items // 2)
   seen = np.concatenate([batch['clip'][::5] for batch in batches])
   expected = [2 if clip.subset == 'v2' else 1 for clip in train_clips]
@@ -84,8 +89,8 @@ def test_packed_batches_hold_whole_clips(tiny_stage2, train_clips, batch_items):
       assert frames[0] == 5 * group and (np.diff(frames) == 1).all()
       index = batch['clip'][frames[0]]
       clip = train_clips[index]
-      item = pipeline.Item(index, 0, clip.num_frames)
-      alone = pipeline.load_training_item(clip, item, task)
+      item = Item(index, 0, clip.num_frames)
+      alone = load_training_item(clip, item, task)
       full = len(frames) == clip.num_frames and batch['weight'][frames].all()
       assert full or (len(frames) == 5 and group == batch_items - 1)
       for name in alone:
@@ -131,8 +136,8 @@ def test_an_epoch_is_as_many_batches_as_its_clips_fill(train_clips):
 
 def test_v1s_training_repeats_its_labelled_frame_with_each_sound(tiny_stage1, train_clips):
   clip = next(clip for clip in train_clips if clip.subset == 'v1s')
-  item = pipeline.Item(0, 0, 5)
-  batch = pipeline.load_training_item(clip, item, config_lib.task_of(tiny_stage1))
+  item = Item(0, 0, 5)
+  batch = load_training_item(clip, item, config_lib.task_of(tiny_stage1))
   assert (batch['frames'] == batch['frames'][:1]).all()
   assert (batch['labels'] == batch['labels'][:1]).all()
   assert len(np.unique(batch['log_mel'][:, 0, 0])) == 5
@@ -141,24 +146,24 @@ def test_v1s_training_repeats_its_labelled_frame_with_each_sound(tiny_stage1, tr
 def test_labels_classes_and_prior_agree_with_the_files(tiny_stage2, train_clips):
   task = config_lib.task_of(tiny_stage2)
   for index, clip in enumerate(train_clips):
-    item = pipeline.Item(index, clip.num_frames - 5, 5)
-    batch = pipeline.load_training_item(clip, item, task)
+    item = Item(index, clip.num_frames - 5, 5)
+    batch = load_training_item(clip, item, task)
     for i in range(5):
       t = 0 if clip.subset == 'v1s' else item.first + i
-      ids = labels.resize_ids(avsbench.load_label_ids(clip, t), task.image_size)
+      ids = labels.resize_ids(load_label_ids(clip, t), task.image_size)
       assert np.array_equal(batch['labels'][i], ids)
       classes = batch['target_classes'][i]
       assert list(classes[classes >= 0]) == list(np.unique(ids))
       assert np.array_equal(batch['prior'][i] == 255, ids > 0)  # both 32x32 here
-  binary = pipeline.Task(False, 2, 32, 32, 2, False, '')
-  batch = pipeline.load_training_item(train_clips[-1], pipeline.Item(0, 0, 5), binary)
+  binary = Task(False, 2, 32, 32, 2, False, '')
+  batch = load_training_item(train_clips[-1], Item(0, 0, 5), binary)
   assert set(np.unique(batch['labels'])) <= {0, 1}
 
 
 def test_more_label_values_than_targets_is_refused(train_clips):
-  task = pipeline.Task(True, 71, 32, 32, 1, False, '')
+  task = Task(True, 71, 32, 32, 1, False, '')
   with pytest.raises(UserError, match=r'labels_semantic.*max_targets is 1'):
-    pipeline.load_training_item(train_clips[0], pipeline.Item(0, 0, 5), task)
+    load_training_item(train_clips[0], Item(0, 0, 5), task)
 
 
 @pytest.mark.parametrize('colours', [False, True])
@@ -171,15 +176,15 @@ def test_a_class_that_the_model_lacks_is_refused_by_name(train_clips, tmp_path, 
   if colours:  # which are read where there are no ids
     os.remove(path)
     path = clip.label_rgb_path(6)
-    Image.fromarray(np.broadcast_to(labels.PALETTE[70], (72, 96, 3))).save(path)
-  item, lacking = pipeline.Item(0, 5, 5), pipeline.Task(True, 70, 32, 32, 4, False, '')
+    Image.fromarray(np.broadcast_to(avsbench.PALETTE[70], (72, 96, 3))).save(path)
+  item, lacking = Item(0, 5, 5), Task(True, 70, 32, 32, 4, False, '')
   words = f'{path} holds class id 70, config.num_classes is 70: set it to at least 71'
   for task in (lacking, dataclasses.replace(lacking, num_classes=71)):
-    bad = pipeline.find_bad_clips([clip], task, 1)
+    bad = find_bad_clips([clip], task, 1)
     assert [row['clip'] for row in bad] == ([f'v2/{clip.uid}'] if task is lacking else [])
     for load in (
-      functools.partial(pipeline.load_training_item, clip, item, task),
-      functools.partial(pipeline.load_eval_item, clip, clip, item, task),
+      functools.partial(load_training_item, clip, item, task),
+      functools.partial(load_eval_item, clip, clip, item, task),
     ):
       if task is lacking:
         assert bad[0]['text'].startswith(words)
@@ -191,9 +196,9 @@ def test_a_class_that_the_model_lacks_is_refused_by_name(train_clips, tmp_path, 
 
 @pytest.mark.parametrize('batch_items', [1, 3, 4])
 def test_evaluation_sees_every_frame_once(data_root, tiny_stage1, batch_items):
-  clips = avsbench.read_index(data_root, 'test')
+  clips = read_index(data_root, 'test')
   task = config_lib.task_of(tiny_stage1)
-  load = lambda item: pipeline.load_eval_item(clips[item.clip], clips[item.clip], item, task)  # noqa: E731
+  load = lambda item: load_eval_item(clips[item.clip], clips[item.clip], item, task)  # noqa: E731
   seen = []
   for batch in pipeline.eval_batches(clips, load, batch_items=batch_items, threads=1):
     assert len(batch['frames']) == batch_items * 5
@@ -210,18 +215,17 @@ def test_large_batches_and_lengths_that_do_not_divide_a_clip_are_refused(tiny_st
       _stream(train_clips, task, 1, batch_items=99, item_frames=item_frames)
     with pytest.raises(UserError, match='cannot be shared by 2 processes'):
       _stream(train_clips, task, 1, batch_items=3, item_frames=item_frames, processes=2)
-  with pytest.raises(UserError, match='item_frames=3'):
-    pipeline.make_items(train_clips, 3)
-  # Ten divides v2's clips, but no others.
-  with pytest.raises(UserError, match='use 5, 1 or 0'):
-    pipeline.make_items([clip for clip in train_clips if clip.subset == 'v2'], 10)
+  for item_frames in (3, 10):  # ten divides v2's clips, but no others
+    for use in (_stream, lambda clips, _, __, **sizes: pipeline.epoch_size(clips, **sizes)):
+      with pytest.raises(UserError, match=f'config.data.item_frames is {item_frames}'):
+        use(train_clips, task, 1, item_frames=item_frames, batch_items=1)
 
 
 def test_frames_without_a_label_do_not_count_in_evaluation(train_clips, tmp_path):
   clip = next(clip for clip in train_clips if clip.subset == 'v1s')
   for semantic in (False, True):
-    task = pipeline.Task(semantic, 71 if semantic else 2, 32, 32, 4, semantic, '')
-    batch = pipeline.load_eval_item(clip, clip, pipeline.Item(0, 0, 5), task)
+    task = Task(semantic, 71 if semantic else 2, 32, 32, 4, semantic, '')
+    batch = load_eval_item(clip, clip, Item(0, 0, 5), task)
     assert batch['weight'].tolist() == [1, 0, 0, 0, 0]
     assert batch['target'][0].any() and not batch['target'][1:].any()
     assert batch['frame'].tolist() == [0, 1, 2, 3, 4]
@@ -231,46 +235,44 @@ def test_frames_without_a_label_do_not_count_in_evaluation(train_clips, tmp_path
 
 
 def test_the_prior_of_evaluation_is_that_of_the_masks_or_the_truth(data_root, tmp_path):
-  clip = avsbench.read_index(data_root, 'test', ['v2'])[0]
+  clip = read_index(data_root, 'test', ['v2'])[0]
   masks.write_clip_masks(str(tmp_path), clip, np.full((10, 24, 24), 255, np.uint8))
-  item = pipeline.Item(0, 5, 5)
+  item = Item(0, 5, 5)
   for folder in (str(tmp_path), ''):
-    task = pipeline.Task(True, 71, 32, 24, 4, True, folder)
-    batch = pipeline.load_eval_item(clip, clip, item, task)
-    truth = np.stack(
-      [labels.resize_ids(avsbench.load_label_ids(clip, t), 24) for t in range(5, 10)]
-    )
+    task = Task(True, 71, 32, 24, 4, True, folder)
+    batch = load_eval_item(clip, clip, item, task)
+    truth = np.stack([labels.resize_ids(load_label_ids(clip, t), 24) for t in range(5, 10)])
     assert np.array_equal(batch['target'], truth)
     assert (truth == 0).any() and (truth > 0).any()
     assert np.array_equal(batch['prior'], np.full_like(truth, 255) if folder else 255 * (truth > 0))
 
 
 def test_evaluation_hears_the_clip_it_is_given_or_silence(data_root):
-  clip, other = avsbench.read_index(data_root, 'test', ['v1m'])
-  task = pipeline.Task(False, 2, 32, 32, 2, False, '')
-  item = pipeline.Item(0, 0, 5)
-  sound = {c.uid: avsbench.load_log_mel(c) for c in (clip, other)}
+  clip, other = read_index(data_root, 'test', ['v1m'])
+  task = Task(False, 2, 32, 32, 2, False, '')
+  item = Item(0, 0, 5)
+  sound = {c.uid: load_log_mel(c) for c in (clip, other)}
   assert not np.array_equal(sound[clip.uid], sound[other.uid])
   for c in (clip, other):
-    heard = pipeline.load_eval_item(clip, c, item, task)
+    heard = load_eval_item(clip, c, item, task)
     assert np.array_equal(heard['log_mel'], sound[c.uid])
-    assert np.array_equal(heard['frames'][3], avsbench.load_frame(clip, 3, 32))
-  heard = pipeline.load_eval_item(clip, 'silence', item, task)
+    assert np.array_equal(heard['frames'][3], load_frame(clip, 3, 32))
+  heard = load_eval_item(clip, 'silence', item, task)
   assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == sounds.SILENCE).all()
 
 
 @pytest.mark.parametrize('item_frames', [1, 5])
 def test_only_a_clip_in_which_nothing_ever_sounds_has_no_weight(data_root, tmp_path, item_frames):
-  clip = avsbench.read_index(data_root, 'train', ['v1m'])[0]
+  clip = read_index(data_root, 'train', ['v1m'])[0]
   shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)
   clip = dataclasses.replace(clip, root=str(tmp_path))
 
   def weights(task):
-    items = pipeline.make_items([clip], item_frames)
-    parts = [pipeline.load_training_item(clip, item, task) for item in items]
+    items = make_items([clip], item_frames)
+    parts = [load_training_item(clip, item, task) for item in items]
     return np.concatenate([part['weight'] for part in parts]).tolist()
 
-  binary, semantic = (pipeline.Task(s, 71 if s else 2, 32, 32, 4, False, '') for s in (False, True))
+  binary, semantic = (Task(s, 71 if s else 2, 32, 32, 4, False, '') for s in (False, True))
   for t in range(5):
     _resave(clip.label_ids_path(t), lambda ids: np.zeros_like(ids))
   assert weights(binary) == [0] * 5
@@ -282,7 +284,7 @@ def test_only_a_clip_in_which_nothing_ever_sounds_has_no_weight(data_root, tmp_p
 class TestMasks:
   @pytest.fixture
   def clip(self, data_root):
-    return avsbench.read_index(data_root, 'test')[0]
+    return read_index(data_root, 'test')[0]
 
   @pytest.fixture
   def written(self, clip, tmp_path):

@@ -17,9 +17,9 @@ from PIL import Image
 from aavs_jax import checkpoint, cli, methods
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import write_json
-from aavs_jax.input_pipeline.labels import CLASS_NAMES
 from aavs_jax.mesh import make_mesh
 from aavs_jax.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.predict import load_models, predict
@@ -237,7 +237,7 @@ def test_summary_counts_the_pixels_of_the_files(answered, video, stage1, stage2)
     shares = [c['share'] for c in frame['classes']]
     assert shares == sorted(shares, reverse=True)
     for entry in frame['classes']:
-      assert entry['name'] == CLASS_NAMES[entry['id']]
+      assert entry['name'] == CLASSES[entry['id']]
       assert entry['share'] == pytest.approx((ids == entry['id']).mean())
 
 
@@ -309,9 +309,9 @@ def break_clip(clip, how):
   [
     ('folder', 'no folder named frames'),
     ('empty', 'no JPEG or PNG'),
-    ('gap', r'2\.png: comes after 0\.png'),
+    ('gap', r'2\.png comes after 0\.png'),
     ('twice', 'comes after'),
-    ('name', 'one.png: the name is not a number'),
+    ('name', 'one.png is not named by a number'),
     ('mute', 'audio.wav: the sound file cannot be read'),
     ('blip', 'lasts 0.006 s'),
   ],
@@ -377,7 +377,7 @@ def test_frames_of_other_sizes_are_answered_at_their_own(no_model, tmp_path):
 def test_sources_that_do_not_exist_or_are_no_video(stage1, tmp_path):
   junk = tmp_path / 'junk.mp4'
   junk.write_bytes(b'this is no video' * 100)
-  for source, words in ((tmp_path / 'none', 'no such file or folder'), (junk, 'cannot be read')):
+  for source, words in ((tmp_path / 'none', 'does not exist'), (junk, 'cannot be read')):
     with pytest.raises(UserError, match=words):
       predict(source, stage1=stage1, out=tmp_path / 'out')
   assert names(tmp_path) == ['junk.mp4']

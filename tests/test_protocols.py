@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 
 from aavs_jax import metrics, protocols
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, IGNORE
+from aavs_jax.input_pipeline.avsbench import CLASSES, SemanticClip
+from aavs_jax.input_pipeline.labels import IGNORE
 
 GOLDENS = np.load(Path(__file__).parent / 'goldens' / 'metrics.npz')
 SUBSETS = ('v1s', 'v1m', 'v2')
+
+
+def _clip(subset, uid):
+  return SemanticClip('', uid, subset, 'test', 10)
 
 
 def f_measure(hit, predicted, true):
@@ -20,7 +25,7 @@ def f_measure(hit, predicted, true):
 def binary_split(clips=6):
   """Scores, targets and records of clips of two subsets; one of them silent, one all wrong."""
   rng = np.random.default_rng(3)
-  keys = [(SUBSETS[i % 2], f'uid{i}') for i in range(clips)]
+  keys = [_clip(SUBSETS[i % 2], f'uid{i}') for i in range(clips)]
   target = rng.random((clips, 5, 6, 7)) < 0.3
   target[1] = False
   scores = rng.normal(size=(clips, 5, 2, 6, 7)).astype(np.float32)
@@ -33,7 +38,7 @@ def binary_split(clips=6):
 def semantic_split(clips=7, classes=9):
   """Maps, targets and records of clips; classes 7 and 8 never occur, some pixels are ignored."""
   rng = np.random.default_rng(4)
-  keys = [(SUBSETS[i % 3], f'uid{i}') for i in range(clips)]
+  keys = [_clip(SUBSETS[i % 3], f'uid{i}') for i in range(clips)]
   target = rng.integers(0, 7, (clips, 5, 6, 7)).astype(np.uint8)
   target[0, 0] = target[1, :, 2] = IGNORE
   guess = rng.integers(0, 7, target.shape)
@@ -47,7 +52,7 @@ def test_the_binary_result_of_the_release_is_the_mean_over_clips():
     metrics.binary_record(GOLDENS[f'binary/{k}/scores'], GOLDENS[f'binary/{k}/target'].astype(bool))
     for k in range(4)
   ]
-  summary = protocols.summarise([('v1m', str(k)) for k in range(4)], np.array(records))
+  summary = protocols.summarise([_clip('v1m', str(k)) for k in range(4)], np.array(records))
   expected = float(GOLDENS['binary/dataset_miou'])
   assert summary['overall']['miou'] == pytest.approx(expected, abs=1e-6)
 
@@ -57,7 +62,7 @@ def test_the_semantic_scores_of_the_release():
     metrics.semantic_record(GOLDENS[f'semantic/{k}/pred'], GOLDENS[f'semantic/{k}/target'], 71)
     for k in range(3)
   ]
-  summary = protocols.summarise([('v1s', str(k)) for k in range(3)], np.array(records))
+  summary = protocols.summarise([_clip('v1s', str(k)) for k in range(3)], np.array(records))
   for name in ('miou', 'miou_no_background', 'fscore', 'fscore_no_background'):
     expected = float(GOLDENS[f'semantic/{name}'])
     assert summary['overall'][name] == pytest.approx(expected, abs=1e-6)
@@ -66,7 +71,7 @@ def test_the_semantic_scores_of_the_release():
 def test_the_data_set_level_of_the_binary_task_counts_the_pixels_of_all_clips():
   keys, scores, target, records = binary_split()
   dataset = protocols.summarise(keys, records)['dataset']
-  subsets = np.array([subset for subset, _ in keys])
+  subsets = np.array([clip.subset for clip in keys])
   for found, chosen in [
     (dataset['overall'], subsets != ''),
     (dataset['subsets']['v1s'], subsets == 'v1s'),
@@ -97,7 +102,7 @@ def test_the_data_set_level_of_the_semantic_task_counts_the_pixels_of_all_clips(
     hit = (predicted & truth).sum()
     values[:, c] = hit / (predicted | truth).sum(), f_measure(hit, predicted.sum(), truth.sum())
   for c, row in enumerate(dataset['per_class']):
-    assert (row['id'], row['name']) == (c, CLASS_NAMES[c])
+    assert (row['id'], row['name']) == (c, CLASSES[c])
     if c < 7:
       expected = [*values[:, c], values[:, c].mean()]
       assert [row['iou'], row['fscore'], row['jf']] == pytest.approx(expected)
@@ -135,7 +140,7 @@ class TestFalsePositives:
   def _check(self, record):
     records = np.array([record, np.zeros_like(record)])
     records['pixels'][1, :, 0] = 32  # a second clip without any
-    keys = [('v1s', 'a'), ('v2', 'b')]
+    keys = [_clip('v1s', 'a'), _clip('v2', 'b')]
     scores = protocols.summarise(keys, records)
     assert scores['overall']['false_positive_rate'] == 6 / (24 + 32)
     assert scores['subsets']['v1s']['false_positive_rate'] == 6 / 24
@@ -150,7 +155,7 @@ class TestFalsePositives:
 class TestIntervals:
   def test_are_percentiles_of_the_scores_of_resampled_clips(self):
     keys, _, _, records = semantic_split()
-    order = np.argsort([SUBSETS.index(subset) for subset, _ in keys], kind='stable')
+    order = np.argsort([SUBSETS.index(clip.subset) for clip in keys], kind='stable')
     records = records[order]
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(records), size=(1000, len(records)))
@@ -188,7 +193,7 @@ class TestIntervals:
       hit = size * rng.beta(4, 2, clips)
       records['pixels'][:, 0, 1] = hit  # IoU of all pixels: 4 / (4 + 2)
       records['pixels'][:, 1:, 1] = ((size + hit) / 2)[:, None]
-      summary = protocols.summarise([('v2', str(i)) for i in range(clips)], records)
+      summary = protocols.summarise([_clip('v2', str(i)) for i in range(clips)], records)
       for i, (part, truth) in enumerate([(summary, 1 / 2), (summary['dataset'], 2 / 3)]):
         low, high = part['overall']['ci95']['miou_occurring']
         held[i] += low <= truth <= high
@@ -202,7 +207,7 @@ class TestIntervals:
     for i in range(clips):
       records['pixels'][i, :, i + 1] = 6, 10, 10
       records['frames'][i, :, i + 1] = 2.4, 3, 4
-    summary = protocols.summarise([('v2', str(i)) for i in range(clips)], records)
+    summary = protocols.summarise([_clip('v2', str(i)) for i in range(clips)], records)
     assert summary['overall']['miou'] == pytest.approx(0.6 * clips / 71)
     assert summary['overall']['ci95']['miou'] == pytest.approx([0.6 * clips / 71] * 2)
     assert summary['dataset']['overall']['ci95']['miou'] == pytest.approx([6 / 14 * clips / 71] * 2)
@@ -215,7 +220,9 @@ def test_semantic_summary_fields():
   records = [
     metrics.semantic_record(pred, half, 4) for pred in (half, silent, half)
   ]  # fmt: skip
-  summary = protocols.summarise([('v2', 'b'), ('v1s', 'z'), ('v1s', 'a')], np.array(records))
+  summary = protocols.summarise(
+    [_clip('v2', 'b'), _clip('v1s', 'z'), _clip('v1s', 'a')], np.array(records)
+  )
   assert [(c['subset'], c['uid']) for c in summary['per_clip']] == [
     ('v1s', 'a'), ('v1s', 'z'), ('v2', 'b')
   ]  # fmt: skip
@@ -232,7 +239,7 @@ def test_semantic_summary_fields():
   assert summary['subsets']['v1s']['miou_occurring'] == pytest.approx((1.5 / 2 + 1 / 2) / 2)
   assert summary['subsets']['v1s']['clips'] == 2
   assert summary['subsets']['v2']['miou'] == pytest.approx(0.5)
-  assert [row['name'] for row in summary['per_class']] == list(CLASS_NAMES[:4])
+  assert [row['name'] for row in summary['per_class']] == list(CLASSES[:4])
   assert [row['frames'] for row in summary['per_class']] == [3, 0, 3, 0]
   assert summary['per_class'][1]['iou'] is None
   assert summary['per_class'][2]['iou'] == pytest.approx(2 / 3)
@@ -241,7 +248,7 @@ def test_semantic_summary_fields():
 def test_clip_without_a_pixel_that_counts_scores_0():
   ignored = np.full((2, 4, 4), IGNORE, np.uint8)
   record = metrics.semantic_record(np.zeros_like(ignored), ignored, 4)
-  summary = protocols.summarise([('v2', 'a')], np.array([record]))
+  summary = protocols.summarise([_clip('v2', 'a')], np.array([record]))
   for scores in (summary['overall'], summary['dataset']['overall']):
     intervals = scores.pop('ci95')
     assert set(scores.values()) == {0}
@@ -252,7 +259,7 @@ def test_clip_without_a_pixel_that_counts_scores_0():
 def test_binary_summary_per_subset():
   records = np.zeros(2, metrics.record_type('binary', 2))
   records['scores'] = [(0.5, 0.0), (1.0, 0.5)]
-  summary = protocols.summarise([('v1m', 'a'), ('v1s', 'a')], records)
+  summary = protocols.summarise([_clip('v1m', 'a'), _clip('v1s', 'a')], records)
   assert (summary['overall']['miou'], summary['overall']['fscore']) == (0.75, 0.25)
   assert list(summary['subsets']) == ['v1s', 'v1m']
   v1m = summary['subsets']['v1m']

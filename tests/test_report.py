@@ -15,8 +15,9 @@ from PIL import Image
 from aavs_jax import config as config_lib
 from aavs_jax import configs
 from aavs_jax.configs import compose_bench
+from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import CLASS_NAMES, ids_to_colours
+from aavs_jax.input_pipeline.labels import ids_to_colours
 from aavs_jax.report import write_report
 from tests import tiny
 
@@ -43,7 +44,7 @@ def make_data(root, clips):
       image[disc] = (90, 140, 190)
       ids = np.where(disc & (t != 3), 8, 0).astype(np.uint8)
       Image.fromarray(image).save(folders[0] / f'{t}.jpg')
-      Image.fromarray(ids_to_colours(ids)).save(folders[1] / f'{t}.png')
+      Image.fromarray(ids_to_colours(ids, PALETTE)).save(folders[1] / f'{t}.png')
       Image.fromarray(ids).save(folders[2] / f'{t}.png')
 
 
@@ -55,7 +56,8 @@ def make_evaluation(task, clips, level, **more):
     means = {'': value / 2, '_no_background': value / 3, '_occurring': value}
     return {name + suffix: v for suffix, v in means.items() for name in ('miou', 'fscore')}
 
-  subsets = sorted({subset for subset, _ in clips})
+  there = {subset for subset, _ in clips}
+  subsets = [subset for subset in FRAMES if subset in there]
   result = {
     'task': task, 'split': 'test', 'audio': 'true', 'prior': None,
     'clips': len(clips), 'frames': sum(FRAMES[s] for s, _ in clips), 'overall': scores(level),
@@ -71,7 +73,7 @@ def make_evaluation(task, clips, level, **more):
     result['per_class'] = [
       {'id': i, 'name': name, 'iou': i / 71 if i % 3 == 0 else None,
        'fscore': i / 71 if i % 3 == 0 else None, 'frames': i if i % 3 == 0 else 0}
-      for i, name in enumerate(CLASS_NAMES)
+      for i, name in enumerate(CLASSES)
     ]  # fmt: skip
   return result
 
@@ -313,14 +315,14 @@ def test_few_clips_are_shown_once_each(tmp_path):
 
 def test_errors_name_the_file(run, clips, tmp_path):
   workdir, data = run
-  with pytest.raises(UserError, match='no such folder'):
+  with pytest.raises(UserError, match='is no folder'):
     write_report(workdir / 'nowhere', data)
   make_run(tmp_path / 'a', [*clips, ('v2', 'unknown')][::-1])
   with pytest.raises(UserError, match='no test clip unknown in v2'):
     write_report(tmp_path / 'a', data)
   log = tmp_path / 'a' / 'stage1' / 'metrics.jsonl'
   log.write_text('{"kind": "train", "step": 1}\nbroken\n')
-  with pytest.raises(UserError, match=r'metrics\.jsonl: line 2'):
+  with pytest.raises(UserError, match=r'metrics\.jsonl, line 2'):
     write_report(tmp_path / 'a', data)
   (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{')
   with pytest.raises(UserError, match=r'stage1_true\.json'):

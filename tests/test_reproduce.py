@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from aavs_jax import cli, evaluate
-from aavs_jax.input_pipeline import avsbench
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_label_ids
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.reproduce import ROWS, format_table, reproduce
 from tests import tiny
 from tests.released import random_released, random_vggish
@@ -44,8 +45,8 @@ def _config(stage):
 @pytest.fixture(scope='module')
 def files(data_root, tmp_path_factory):
   """Arguments of reproduce: five files, four of them in the release's format."""
-  clips = avsbench.read_index(data_root, 'test')
-  occurring = np.unique(np.concatenate([np.unique(avsbench.load_label_ids(c, 0)) for c in clips]))
+  clips = read_index(data_root, 'test')
+  occurring = np.unique(np.concatenate([np.unique(load_label_ids(c, 0)) for c in clips]))
   folder = tmp_path_factory.mktemp('released')
   result = {'vggish': folder / 'vggish.safetensors'}
   save_file(random_vggish(_config('stage1'), 0), result['vggish'])
@@ -76,7 +77,7 @@ def begun(files, data_root, tmp_path_factory):
   """
   data = shutil.copytree(data_root, tmp_path_factory.mktemp('data') / 'set')
   workdir = tmp_path_factory.mktemp('work') / 'run'
-  clip = avsbench.read_index(data, 'test')[0]
+  clip = read_index(data, 'test')[0]
   frame = data / clip.subset / clip.uid / 'frames' / '0.jpg'
   frame.rename(data / 'away.jpg')
   with pytest.raises(UserError, match=r'frames/0\.jpg'):

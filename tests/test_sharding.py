@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline import avsbench
+from aavs_jax.input_pipeline.index import read_index
 from tests.runs import DEEP, require_same
 from tests.stand_in import STAND_IN
 from tests.test_train import STOPPED
@@ -259,7 +259,7 @@ def test_an_error_of_one_process_keeps_its_status_and_ends_the_others(start, dat
 
 def test_bad_clips_found_by_any_process_count_for_all(start, data_root, tmp_path):
   copy = shutil.copytree(data_root, tmp_path / 'data')
-  clips = avsbench.read_index(str(copy), 'train')[:2]  # one of each process's share
+  clips = read_index(str(copy), 'train')[:2]  # one of each process's share
   for clip in clips:
     Path(clip.frame_path(0)).write_bytes(b'')
   processes = start(

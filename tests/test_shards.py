@@ -22,10 +22,20 @@ import pytest
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, masks, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline import masks, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline.bad_clips import find_bad_clips
 from aavs_jax.input_pipeline.clips import SPLITS
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.index import KINDS, read_index
+from aavs_jax.input_pipeline.items import (
+  Item,
+  Task,
+  load_eval_item,
+  load_training_item,
+  load_unlabelled_item,
+  make_items,
+)
 from aavs_jax.train import train
 
 SIZE, EVAL_SIZE = 32, 24
@@ -86,17 +96,17 @@ def refusal(function, *found):
   ],
 )
 def test_items_are_those_of_the_files(pairs, layout, semantic, prior):
-  task = pipeline.Task(semantic, 71 if semantic else 2, SIZE, EVAL_SIZE, 5, prior, '')
-  both = [avsbench.read_index(root) for root in pairs[layout]]
+  task = Task(semantic, 71 if semantic else 2, SIZE, EVAL_SIZE, 5, prior, '')
+  both = [read_index(root) for root in pairs[layout]]
   assert [(c.split, c.subset, c.uid) for c in both[0]] == [
     (c.split, c.subset, c.uid) for c in both[1]
   ]
   for clips in zip(*both):
     for item_frames in (0, 1):
-      for item in pipeline.make_items(clips[:1], item_frames):
-        assert same(*(pipeline.load_training_item(clip, item, task) for clip in clips))
-        assert same(*(pipeline.load_unlabelled_item(clip, item, task) for clip in clips))
-        assert same(*(pipeline.load_eval_item(clip, clip, item, task) for clip in clips))
+      for item in make_items(clips[:1], item_frames):
+        assert same(*(load_training_item(clip, item, task) for clip in clips))
+        assert same(*(load_unlabelled_item(clip, item, task) for clip in clips))
+        assert same(*(load_eval_item(clip, clip, item, task) for clip in clips))
 
 
 @pytest.mark.parametrize('layout', ['semantic', 'object'])
@@ -105,7 +115,7 @@ def test_every_sound_is_that_of_the_files(pairs, layout, choice):
   heard = []
   for root in pairs[layout]:
     # Of AVSBench-object S4 alone tells what sounds.
-    clips = avsbench.read_index(root, 'train', ['v1s'] if layout == 'object' else ('v1m', 'v2'))
+    clips = read_index(root, 'train', ['v1s'] if layout == 'object' else ('v1m', 'v2'))
     try:
       chosen = sounds.choose_sounds(clips, choice)
     except UserError as error:
@@ -117,10 +127,10 @@ def test_every_sound_is_that_of_the_files(pairs, layout, choice):
 
 
 def test_the_stream_is_that_of_the_files(pairs):
-  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
+  task = Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
   streams = [
     pipeline.training_batches(
-      avsbench.read_index(root, 'train'), task, item_frames=5, batch_items=2, seed=0, start=3,
+      read_index(root, 'train'), task, item_frames=5, batch_items=2, seed=0, start=3,
       threads=2,
     )
     for root in pairs['semantic']
@@ -130,28 +140,28 @@ def test_the_stream_is_that_of_the_files(pairs):
 
 
 def test_what_is_refused_of_a_label_names_its_shard(pairs):
-  clip = avsbench.read_index(pairs['semantic'][1], 'train', ['v2'])[0]
-  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 1, False, '')
-  item = pipeline.Item(0, 5, 5)
+  clip = read_index(pairs['semantic'][1], 'train', ['v2'])[0]
+  task = Task(True, 71, SIZE, EVAL_SIZE, 1, False, '')
+  item = Item(0, 5, 5)
   name = f'{clip.shard}: frame 5 of v2/{clip.uid} has'
-  refusal(lambda: pipeline.load_training_item(clip, item, task), name, 'max_targets is 1')
+  refusal(lambda: load_training_item(clip, item, task), name, 'max_targets is 1')
 
 
 def test_a_class_that_the_model_lacks_is_refused_by_name(pairs):
-  clips = avsbench.read_index(pairs['semantic'][1], 'train')
-  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
-  items = [pipeline.load_training_item(c, pipeline.Item(0, 0, 5), task) for c in clips]
+  clips = read_index(pairs['semantic'][1], 'train')
+  task = Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
+  items = [load_training_item(c, Item(0, 0, 5), task) for c in clips]
   highest = [item['labels'].max() for item in items]
   clip, top = clips[np.argmax(highest)], max(highest)
   lacking = dataclasses.replace(task, num_classes=int(top))
   words = f'of {clip.subset}/{clip.uid} holds class id {top}, config.num_classes is {top}:'
-  item = pipeline.Item(0, 0, 5)
-  refusal(lambda: pipeline.load_training_item(clip, item, lacking), clip.shard_path, words)
-  refusal(lambda: pipeline.load_eval_item(clip, clip, item, lacking), clip.shard_path, words)
-  bad = pipeline.find_bad_clips(clips, lacking, 2)
+  item = Item(0, 0, 5)
+  refusal(lambda: load_training_item(clip, item, lacking), clip.shard_path, words)
+  refusal(lambda: load_eval_item(clip, clip, item, lacking), clip.shard_path, words)
+  bad = find_bad_clips(clips, lacking, 2)
   assert f'{clip.subset}/{clip.uid}' in [row['clip'] for row in bad]
   assert all('config.num_classes is' in row['text'] for row in bad)
-  assert not pipeline.find_bad_clips(clips, dataclasses.replace(task, num_classes=int(top) + 1), 2)
+  assert not find_bad_clips(clips, dataclasses.replace(task, num_classes=int(top) + 1), 2)
 
 
 @pytest.mark.parametrize('size', [1, 2, 33])
@@ -190,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
 
   done = {path.name: path.stat().st_mtime_ns for path in out.glob('*-of-*.json')}
   assert 3 <= len(done) < 20 and not (out / 'prepared.json').exists()
-  refusal(lambda: avsbench.read_index(out), 'cannot be read')
+  refusal(lambda: read_index(out), 'is no folder of a data set')
   for note in (tmp_path / 'whole').glob('*-of-*.json'):
     if note.name not in done:
       left = out / f'.{note.stem}.array_record.writing'
@@ -245,8 +255,8 @@ def _flip(path, place):
 def test_damage_is_named_and_mended(own):
   root, out = own
   whole = files(out)
-  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
-  clips = avsbench.read_index(out, 'train')
+  task = Task(True, 71, SIZE, EVAL_SIZE, 5, True, '')
+  clips = read_index(out, 'train')
   first = [clip for clip in clips if clip.shard == clips[0].shard]
   path = out / first[0].shard
   for place in range(200, 20_000, 3000):
@@ -255,7 +265,7 @@ def test_damage_is_named_and_mended(own):
   for clip in first[:1]:
     refusal(
       lambda clip=clip: [
-        pipeline.load_training_item(clip, item, task) for item in pipeline.make_items([clip], 5)
+        load_training_item(clip, item, task) for item in make_items([clip], 5)
       ],
       path, f'v1s/{clip.uid} cannot be read', 'hash mismatch', 'run `aavs prepare` again',
     )  # fmt: skip
@@ -266,13 +276,13 @@ def test_damage_is_named_and_mended(own):
 
   with open(path, 'r+b') as file:
     file.truncate(path.stat().st_size // 2)
-  refusal(lambda: avsbench.read_index(out), path, 'bytes: run `aavs prepare` again')
+  refusal(lambda: read_index(out), path, 'bytes: run `aavs prepare` again')
   path.unlink()
-  refusal(lambda: avsbench.read_index(out), path, 'has no of')
+  refusal(lambda: read_index(out), path, 'has no of')
   shards.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
   assert files(out) == whole
   prepared._open.cache_clear()
-  assert pipeline.load_training_item(first[0], pipeline.Item(0, 0, 5), task)['weight'].all()
+  assert load_training_item(first[0], Item(0, 0, 5), task)['weight'].all()
 
 
 def test_a_manifest_of_another_kind_is_refused(own):
@@ -280,9 +290,9 @@ def test_a_manifest_of_another_kind_is_refused(own):
   path = out / prepared.MANIFEST
   manifest = json.loads(path.read_text())
   path.write_text(json.dumps(manifest | {'format': 99}))
-  refusal(lambda: avsbench.read_index(out), path, 'format 99')
+  refusal(lambda: read_index(out), path, 'format 99')
   path.write_text('{')
-  refusal(lambda: avsbench.read_index(out), path, 'is not valid JSON')
+  refusal(lambda: read_index(out), path, 'is not valid JSON')
 
 
 def _places(value, place=()):
@@ -325,7 +335,7 @@ def test_any_manifest_is_read_or_refused_by_key(own):
   for place, mutant in _mutants(manifest):
     path.write_text(json.dumps(mutant))
     try:
-      clips = prepared.read_index(str(out))
+      clips = prepared.read_index(str(out), KINDS)
     except UserError as error:
       counts['refused'] += 1
       key = next((step for step in reversed(place) if isinstance(step, str)), '')
@@ -360,7 +370,7 @@ def test_the_note_of_a_shard_is_not_trusted(own):
 
 def test_a_disk_that_fails_is_no_damaged_shard(pairs, monkeypatch):
   """ArrayRecord raises the same for both; only its words tell them apart."""
-  clip = avsbench.read_index(pairs['semantic'][1], 'train')[0]
+  clip = read_index(pairs['semantic'][1], 'train')[0]
 
   def failing(words):
     def read(_):
@@ -387,11 +397,11 @@ def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys)
     assert ('JPEG of quality 95' in said and 'not the same' in said) == (name == 'lossy')
   manifest = json.loads((tmp_path / 'lossy' / 'prepared.json').read_text())
   assert manifest['settings'] == {'image_size': 128, 'eval_size': 224, 'frames': 'jpeg 95'}
-  task = pipeline.Task(True, 71, 128, 224, 5, True, '')
-  lossy, exact = (avsbench.read_index(tmp_path / name, 'test') for name in ('lossy', 'exact'))
+  task = Task(True, 71, 128, 224, 5, True, '')
+  lossy, exact = (read_index(tmp_path / name, 'test') for name in ('lossy', 'exact'))
   for pair in zip(lossy, exact):
-    item = pipeline.Item(0, 0, 5)
-    a, b = (pipeline.load_training_item(clip, item, task) for clip in pair)
+    item = Item(0, 0, 5)
+    a, b = (load_training_item(clip, item, task) for clip in pair)
     difference = np.abs(a.pop('frames').astype(int) - b.pop('frames'))
     assert 0 < difference.mean() < 3
     assert same(a, b)
@@ -405,11 +415,11 @@ def test_a_config_of_other_sizes_is_refused(pairs, tiny_stage1, tmp_path):
   assert not (tmp_path / 'run').exists()
   tiny_stage1.data.eval_size = 24
   tiny_stage1.data.image_size = 64
-  clips = avsbench.read_index(out)
+  clips = read_index(out)
   refusal(lambda: config_lib.require_fit(clips, tiny_stage1), 'image_size is 64', 'with 32')
   task = config_lib.task_of(tiny_stage1)
-  item = pipeline.Item(0, 0, 5)
-  refusal(lambda: pipeline.load_unlabelled_item(clips[0], item, task), 'image_size is 64')
+  item = Item(0, 0, 5)
+  refusal(lambda: load_unlabelled_item(clips[0], item, task), 'image_size is 64')
 
 
 def test_what_needs_the_files_refuses_shards(pairs, tmp_path, capsys):
@@ -421,12 +431,12 @@ def test_what_needs_the_files_refuses_shards(pairs, tmp_path, capsys):
   ):
     assert cli.main(arguments) == 2
     assert out in capsys.readouterr().err
-  refusal(lambda: avsbench.read_index('gs://bucket/shards'), 'gs://bucket/shards is in a bucket')
+  refusal(lambda: read_index('gs://bucket/shards'), 'gs://bucket/shards is in a bucket')
 
 
 def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
   root = pathlib.Path(shutil.copytree(data_root, tmp_path / 'set'))
-  clips = avsbench.read_index(root)
+  clips = read_index(root)
   bad = [next(clip for clip in clips if clip.split == split) for split in ('train', 'test')]
   for clip in bad:
     os.truncate(clip.audio_path, 0)
@@ -439,14 +449,14 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
   names = {f'{clip.split}/{clip.subset}/{clip.uid}' for clip in bad}
   assert {row['clip'] for row in manifest['bad_clips']} == names
   assert sum(row['clips'] for row in manifest['counts']) == 18
-  found = avsbench.read_index(out)
+  found = read_index(out)
   assert [clip.uid for clip in found] == [clip.uid for clip in clips if clip not in bad]
-  task = pipeline.Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
+  task = Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
   by_name = {(clip.subset, clip.uid): clip for clip in clips}
   for clip in found:  # the places of those after a bad one as well
     raw = by_name[clip.subset, clip.uid]
-    item = pipeline.Item(0, 0, 5)
-    assert same(*(pipeline.load_training_item(c, item, task) for c in (raw, clip)))
+    item = Item(0, 0, 5)
+    assert same(*(load_training_item(c, item, task) for c in (raw, clip)))
 
   for clip in bad:
     shutil.copyfile(dataclasses.replace(clip, root=data_root).audio_path, clip.audio_path)

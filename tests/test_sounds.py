@@ -6,14 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline import audio, avsbench, sounds
+from aavs_jax.input_pipeline import audio, sounds
 from aavs_jax.input_pipeline.avsbench_object import ObjectClip
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reading import load_log_mel
 
 
 def test_other_sounds_come_from_another_clip_of_the_subset(data_root):
-  clips = avsbench.read_index(data_root, 'train')
+  clips = read_index(data_root, 'train')
   others = sounds.other_sounds(clips)
   assert all(o.subset == c.subset and o.uid != c.uid for c, o in zip(clips, others))
   assert sorted(o.uid for o in others) == sorted(c.uid for c in clips)
@@ -38,7 +40,7 @@ class TestOffscreen:
       return {(row['label'], row['uid']): row for row in csv.DictReader(file)}
 
   def test_nothing_that_sounds_is_in_the_picture(self, root, rows):
-    clips = avsbench.read_index(root, 'test')
+    clips = read_index(root, 'test')
     chosen = sounds.offscreen_sounds(clips)
     assert chosen == sounds.offscreen_sounds(clips)
     for clip, other in zip(clips, chosen):
@@ -54,25 +56,25 @@ class TestOffscreen:
   ):
     shutil.copytree(root, tmp_path / 'set')
     _write_table(tmp_path / 'set', rows.values(), without='visible')
-    clips = avsbench.read_index(tmp_path / 'set', 'test')
+    clips = read_index(tmp_path / 'set', 'test')
     chosen = sounds.offscreen_sounds(clips)
     sets = [
       [set(rows[c.subset, c.uid]['a_obj'].split('_')) for c in pair] for pair in zip(clips, chosen)
     ]
     assert not any(own & other for own, other in sets)
     assert [c.uid for c in chosen] != [
-      c.uid for c in sounds.offscreen_sounds(avsbench.read_index(root, 'test'))
+      c.uid for c in sounds.offscreen_sounds(read_index(root, 'test'))
     ]
 
   def test_a_table_without_the_column_is_refused(self, root, rows, tmp_path):
     _write_table(tmp_path, rows.values(), without='a_obj')
     with pytest.raises(UserError, match=r"metadata\.csv, line 1: no column 'a_obj'"):
-      sounds.offscreen_sounds(avsbench.read_index(tmp_path, 'test'))
+      sounds.offscreen_sounds(read_index(tmp_path, 'test'))
 
   def test_where_every_clip_shares_a_class_it_is_refused(self, root, rows, tmp_path):
     _write_table(tmp_path, [row | {'a_obj': 'dog_cat', 'visible': 'dog'} for row in rows.values()])
     with pytest.raises(UserError, match=r'shows dog, and every clip .* no off-screen audio'):
-      sounds.offscreen_sounds(avsbench.read_index(tmp_path, 'test'))
+      sounds.offscreen_sounds(read_index(tmp_path, 'test'))
 
   def test_in_s4_the_folder_tells_what_sounds(self):
     clips = [ObjectClip('r', str(i), 'v1s', 'test', 5, name) for i, name in enumerate('aabbb')]
@@ -80,12 +82,12 @@ class TestOffscreen:
     assert [clip.category for clip in chosen] == list('bbaaa')
 
   def test_sound_of_a_shorter_clip_is_made_to_fit(self, root):
-    long, short = (avsbench.read_index(root, 'test', [subset])[0] for subset in ('v2', 'v1s'))
+    long, short = (read_index(root, 'test', [subset])[0] for subset in ('v2', 'v1s'))
     heard = sounds.load_sound(long, short)
-    own = avsbench.load_log_mel(short)
+    own = load_log_mel(short)
     np.testing.assert_array_equal(heard[:5], own)
     np.testing.assert_array_equal(heard[5:], own[4:].repeat(5, axis=0))
-    np.testing.assert_array_equal(sounds.load_sound(short, long), avsbench.load_log_mel(long)[:5])
+    np.testing.assert_array_equal(sounds.load_sound(short, long), load_log_mel(long)[:5])
 
 
 def _write_table(root, rows, without=''):
@@ -97,7 +99,7 @@ def _write_table(root, rows, without=''):
 
 
 def test_noise_is_white_of_fixed_power_and_a_clips_own(data_root, monkeypatch):
-  clips = avsbench.read_index(data_root, 'test')
+  clips = read_index(data_root, 'test')
   waveforms = []
   log_mel_examples = audio.log_mel_examples
 
@@ -122,4 +124,4 @@ def test_noise_is_white_of_fixed_power_and_a_clips_own(data_root, monkeypatch):
 
 def test_an_unknown_audio_is_refused(data_root):
   with pytest.raises(UserError, match="the audio 'loud' is unknown: choose one of true, other"):
-    sounds.choose_sounds(avsbench.read_index(data_root, 'test'), 'loud')
+    sounds.choose_sounds(read_index(data_root, 'test'), 'loud')

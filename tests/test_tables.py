@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from aavs_jax import metrics, protocols, tables
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 
 
 def test_table_is_aligned_and_complete():
@@ -47,7 +48,8 @@ def test_table_of_semantic_files_shows_the_mean_over_classes_that_occur():
 def _evaluation(task, audio):
   """An evaluation file of random maps of three subsets."""
   rng = np.random.default_rng(0)
-  clips = [(subset, f'uid{i}') for subset in ('v1s', 'v1m', 'v2') for i in range(4)]
+  subsets = ('v1s', 'v1m', 'v2')
+  clips = [SemanticClip('', f'uid{i}', subset, 'test', 5) for subset in subsets for i in range(4)]
   records = []
   for _ in clips:
     target = rng.random((5, 8, 8)) < 0.3

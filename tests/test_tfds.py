@@ -21,7 +21,11 @@ sys.addaudithook(refuse)
 
 import numpy as np
 import tensorflow_datasets as tfds
-from aavs_jax.input_pipeline import avsbench, avsbench_tfds, labels
+from aavs_jax.input_pipeline import avsbench_tfds, labels
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import load_frame, load_label_ids, load_label_rgb
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reading import load_log_mel
 
 root, folder, name, subset, wrong = sys.argv[1:]
 tfds.disable_progress_bar()
@@ -29,7 +33,7 @@ builder = tfds.builder(f'avsbench/{name}', data_dir=folder)
 builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=root))
 splits = tfds.data_source(f'avsbench/{name}', data_dir=folder)
 for split in ('train', 'test'):
-  clips = avsbench.read_index(root, split, [subset])
+  clips = read_index(root, split, [subset])
   found = {example['uid'].decode(): example for example in splits[split]}
   assert found.keys() == {clip.uid for clip in clips}
   for clip in clips:
@@ -38,19 +42,19 @@ for split in ('train', 'test'):
       np.testing.assert_array_equal(got[key], np.stack(want))
       assert got[key].dtype == want[0].dtype, key
     times = clip.labelled_frames
-    equal('frames', *(avsbench.load_frame(clip, t, 384) for t in range(clip.num_frames)))
-    equal('log_mel', *avsbench.load_log_mel(clip))
+    equal('frames', *(load_frame(clip, t, 384) for t in range(clip.num_frames)))
+    equal('log_mel', *load_log_mel(clip))
     assert got['labelled'].tolist() == list(times)
-    ids = [avsbench.load_label_ids(clip, t) for t in times]
+    ids = [load_label_ids(clip, t) for t in times]
     equal('label_ids', *(labels.resize_ids(i, 384) for i in ids))
     equal('label_ids_eval', *(labels.resize_ids(i, 224) for i in ids))
-    colours = (avsbench.load_label_rgb(clip, t) for t in times)
+    colours = (load_label_rgb(clip, t) for t in times)
     equal('metric_target', *(labels.binary_metric_target(rgb, 224) for rgb in colours))
 assert not tried and 'tensorflow' not in sys.modules, tried
 wrong = tfds.builder(f'avsbench/{wrong}', data_dir=folder)
 try:
   wrong.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=root))
-except avsbench.UserError as error:
+except UserError as error:
   print(error)
 """
 

@@ -274,7 +274,7 @@ def test_the_sound_track_is_the_marked_one_if_it_can_be_decoded(tmp_path):
     path = write_tracks(tmp_path / 'v.mov', default)
     _, waves = read(without_codec(path, lost))
     assert dominant_frequency(waves[0]) == pytest.approx(hertz, abs=4)
-  with pytest.raises(UserError, match=r'v\.mov: its sound has a codec that is not known here'):
+  with pytest.raises(UserError, match=r'v\.mov has sound of a codec that is not known here'):
     read_windows(without_codec(write_tracks(tmp_path / 'v.mov', 0), (0, 1)))
 
 
@@ -306,7 +306,7 @@ def test_damaged_packets_are_left_out_with_a_word(kind, name, tmp_path, capsys):
   said = capsys.readouterr().out.splitlines()
   assert said == [f'{spoiled}: damaged packets of the {name} that are left out: 2']
   assert_colours_and_tones(copy_with_overlay(spoiled), [0, 1, 2])
-  with pytest.raises(UserError, match=r'all\.mkv: '):
+  with pytest.raises(UserError, match=r'all\.mkv has '):
     list(read_windows(spoil(source, tmp_path / 'all.mkv', kind, range(1000))))
 
 

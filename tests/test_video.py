@@ -155,7 +155,7 @@ def test_errors_name_the_file_at_the_call(tmp_path):
   junk = tmp_path / 'junk.mp4'
   junk.write_bytes(b'this is no video' * 100)
   cases = {
-    tmp_path / 'missing.mp4': 'no such file',
+    tmp_path / 'missing.mp4': 'does not exist',
     junk: 'cannot be read',
     write_video(tmp_path / 'mute.mp4', 1, sound=False): 'no sound',
     write_video(tmp_path / 'blind.mp4', 1, picture=False): 'no picture',

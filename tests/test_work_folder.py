@@ -9,8 +9,10 @@ from etils import epath
 
 from aavs_jax import checkpoint, methods, work_folder
 from aavs_jax.configs import base
-from aavs_jax.input_pipeline import avsbench, masks
+from aavs_jax.input_pipeline import masks
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.index import read_index
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.
@@ -28,7 +30,7 @@ FREE = {
   'train.log_every_steps': 3,
 }
 METHOD = methods.of(tiny.get_config())
-NO_CLIPS = work_folder.Clips([], [], [])
+ONE_CLIP = work_folder.Clips([SemanticClip('', 'a', 'v1s', 'train', 5)], [], [])
 
 
 def _keys(config, prefix=''):
@@ -52,15 +54,15 @@ def _other(value):
 def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
   folder = epath.Path(tmp_path)
   begun, now = tiny.get_config(), tiny.get_config()
-  work_folder.claim(folder, begun, NO_CLIPS, None)
+  work_folder.claim(folder, begun, ONE_CLIP, None)
   now.update_from_flattened_dict({key: FREE.get(key, _other(dict(_keys(begun))[key]))})
   if key in FREE:
-    work_folder.claim(folder, now, NO_CLIPS, 4)
+    work_folder.claim(folder, now, ONE_CLIP, 4)
   else:
     with pytest.raises(UserError, match=rf'was begun with another config \({key} is '):
-      work_folder.claim(folder, now, NO_CLIPS, 4)
+      work_folder.claim(folder, now, ONE_CLIP, 4)
   # Before the first checkpoint nothing is settled.
-  work_folder.claim(folder, now, NO_CLIPS, None)
+  work_folder.claim(folder, now, ONE_CLIP, None)
   assert json.loads((folder / 'config.json').read_text()) == json.loads(now.to_json())
 
 
@@ -68,7 +70,7 @@ def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
 def stage2(tiny_stage2, tmp_path):
   """A config of stage 2 and its clips of val, with masks of nothing."""
   tiny_stage2.data.masks = str(tmp_path / 'masks')
-  clips = avsbench.read_index(tiny_stage2.data.root, 'val')
+  clips = read_index(tiny_stage2.data.root, 'val')
   for clip in clips:
     empty = np.zeros((clip.num_frames, 32, 32), np.uint8)
     masks.write_clip_masks(tiny_stage2.data.masks, clip, empty)
@@ -118,7 +120,7 @@ def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1,
 
 
 def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, monkeypatch):
-  clips = avsbench.read_index(tiny_stage1.data.root, 'train')
+  clips = read_index(tiny_stage1.data.root, 'train')
   tiny_stage1.data.on_bad_clip = 'skip'
   tiny_stage1.data.max_bad_clips = 1
   folder = epath.Path(tmp_path)
@@ -128,7 +130,7 @@ def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, mo
     clip = clips[next(bad)]
     return [{'clip': f'{clip.subset}/{clip.uid}', 'text': 'cut short'}]
 
-  monkeypatch.setattr(work_folder.pipeline, 'find_bad_clips', find)
+  monkeypatch.setattr(work_folder.bad_clips, 'find_bad_clips', find)
   for i in range(2):  # in another data set the second time, and no checkpoint yet
     found = work_folder.read_clips(tiny_stage1, folder)
     assert found.train == [clip for clip in clips if clip != clips[i]]

@@ -1,0 +1,199 @@
+"""Items, the units that are shuffled and read: frames of a clip with their sound and labels."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import labels, masks, reading, sounds
+from .clips import Clip
+from .errors import UserError
+from .index import require_classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What a batch must hold; the plain values of a config that the readers need."""
+
+  semantic: bool
+  num_classes: int  # background included
+  image_size: int
+  eval_size: int
+  max_targets: int
+  use_prior: bool
+  masks: str  # folder of stage 1's masks, '' = ground truth as the prior
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """Consecutive frames of one clip."""
+
+  clip: int  # index into the list of clips
+  first: int
+  frames: int
+
+
+def make_items(clips: Sequence[Clip], item_frames: int) -> list[Item]:
+  """All clips cut into items of item_frames frames, or one item a clip if item_frames is 0.
+
+  The last item of a clip is shorter if item_frames does not divide it.
+  """
+  items = []
+  for index, clip in enumerate(clips):
+    length = item_frames or clip.num_frames
+    for first in range(0, clip.num_frames, length):
+      items.append(Item(index, first, min(length, clip.num_frames - first)))
+  return items
+
+
+def _times(item: Item) -> list[int]:
+  return list(range(item.first, item.first + item.frames))
+
+
+def _empty_frames(item: Item, task: Task) -> np.ndarray:
+  # Filled frame by frame: to stack them afterwards would touch twice the memory, which costs more
+  # than to decode a frame of a shard.
+  return np.empty((item.frames, task.image_size, task.image_size, 3), np.uint8)
+
+
+def _log_mel(clip: Clip, sound: sounds.Sound, item: Item) -> np.ndarray:
+  return sounds.load_sound(clip, sound)[item.first : item.first + item.frames]
+
+
+def _prior(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
+  """The ground truth as the prior, uint8 [eval_size, eval_size] of 0 and 255."""
+  ids = reader.label_ids(t, task.eval_size)
+  return ((ids > 0) & (ids != labels.IGNORE)).astype(np.uint8) * 255
+
+
+def targets_of(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
+  """Class ids at the model's size; in the binary task 1 stands for all that sound."""
+  ids = reader.label_ids(t, task.image_size)
+  return ids if task.semantic else np.where(ids == labels.IGNORE, ids, np.minimum(ids, 1))
+
+
+def classes_of(reader: reading.Reader, t: int, ids: np.ndarray, task: Task) -> np.ndarray:
+  """What occurs in the label of frame t, in order; UserError for a class that the model lacks."""
+  present = labels.values(ids)
+  present = present[present != labels.IGNORE]
+  if present.size and present[-1] >= task.num_classes:
+    raise UserError(
+      f'{reader.label_name(t)} holds class id {present[-1]}, config.num_classes is '
+      f'{task.num_classes}: set it to at least {present[-1] + 1}, or mend the label'
+    )
+  return present
+
+
+def _is_silent(
+  clip: Clip, reader: reading.Reader, known: dict[int, np.ndarray], task: Task
+) -> bool:
+  """Whether nothing sounds in any frame of a clip; `known` has the targets read already by time."""
+  unread = (t for t in clip.labelled_frames if t not in known)
+  maps = itertools.chain(known.values(), (targets_of(reader, t, task) for t in unread))
+  return not any((targets == 1).any() for targets in maps)
+
+
+def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
+  """One item of training: arrays with a leading axis of its frames (keys: aavs_jax.types.Batch).
+
+  v1s has one labelled frame a training clip: it stands five times, with the five sounds, as in the
+  release. The prior is the ground truth.
+
+  Raises:
+    UserError: a file is missing or damaged, or a frame has a class of num_classes or more, or more
+      than max_targets label values.
+  """
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times = [0] * item.frames if clip.labelled_frames == (0,) else _times(item)
+  frames = _empty_frames(item, task)
+  maps, priors = {}, {}
+  classes = np.full((item.frames, task.max_targets), -1, np.int32)
+  for i, t in enumerate(times):
+    if t in maps:
+      frames[i], classes[i] = frames[i - 1], classes[i - 1]
+      continue
+    frames[i] = reader.frame(t)
+    maps[t] = targets_of(reader, t, task)
+    if task.use_prior:
+      priors[t] = _prior(reader, t, task)
+    present = classes_of(reader, t, maps[t], task)
+    if len(present) > task.max_targets:
+      raise UserError(
+        f'{reader.label_name(t)} has {len(present)} label values, data.max_targets is '
+        f'{task.max_targets}: raise data.max_targets'
+      )
+    classes[i, : len(present)] = present
+  # In which nothing sounds at all, be the item all of it or one frame.
+  silent = not task.semantic and clip.skipped_if_silent and _is_silent(clip, reader, maps, task)
+  batch = {
+    'frames': frames,
+    'log_mel': _log_mel(clip, clip, item),
+    'labels': np.stack([maps[t] for t in times]),
+    'target_classes': classes,
+    'weight': np.full(item.frames, 0.0 if silent else 1.0, np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+  }
+  if task.use_prior:
+    batch['prior'] = np.stack([priors[t] for t in times])
+  return batch
+
+
+def load_eval_item(
+  clip: Clip, sound: sounds.Sound, item: Item, task: Task
+) -> dict[str, np.ndarray]:
+  """One item of evaluation: as in training, but with the metric's ground truth `target`.
+
+  The prior is stage 1's masks from task.masks, or the ground truth if that is ''. Frames without a
+  label (v1s/train) have weight 0, and zeros for what would come from the label.
+
+  Raises:
+    UserError: a file or mask is missing or damaged, or a label has a class of num_classes or more.
+  """
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times, frames = _times(item), _empty_frames(item, task)
+  targets, priors = [], []
+  nothing = np.zeros((task.eval_size, task.eval_size), np.uint8)
+  for i, t in enumerate(times):
+    frames[i] = reader.frame(t)
+    labelled = t in clip.labelled_frames
+    if not labelled:
+      targets.append(nothing)
+    elif task.semantic:
+      require_classes([clip])
+      targets.append(reader.label_ids(t, task.eval_size))
+      classes_of(reader, t, targets[-1], task)
+    else:
+      targets.append(reader.metric_target(t).astype(np.uint8))
+    if task.use_prior and task.masks:
+      priors.append(masks.read_mask(task.masks, clip, t, task.eval_size))
+    elif task.use_prior and labelled:
+      priors.append(_prior(reader, t, task))
+    elif task.use_prior:
+      priors.append(nothing)
+  batch = {
+    'frames': frames,
+    'log_mel': _log_mel(clip, sound, item),
+    'target': np.stack(targets),
+    'weight': np.isin(times, clip.labelled_frames).astype(np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+    'frame': np.asarray(times, np.int32),
+  }
+  if task.use_prior:
+    batch['prior'] = np.stack(priors)
+  return batch
+
+
+def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
+  """Frames and sound alone, for writing masks of clips whose labels are partial (v1s/train)."""
+  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  times, frames = _times(item), _empty_frames(item, task)
+  for i, t in enumerate(times):
+    frames[i] = reader.frame(t)
+  return {
+    'frames': frames,
+    'log_mel': _log_mel(clip, clip, item),
+    'weight': np.ones(item.frames, np.float32),
+    'clip': np.full(item.frames, item.clip, np.int32),
+    'frame': np.asarray(times, np.int32),
+  }
