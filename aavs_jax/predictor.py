@@ -1,7 +1,6 @@
 """A compiled model: batches in, clips out."""
 
 import collections
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -10,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from aavs_jax import distributed, steps
+from aavs_jax import distributed
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.items import Item
@@ -25,8 +24,13 @@ _T = TypeVar('_T')
 
 def compiled_predict(method: Method) -> jax.stages.Wrapped:
   """Jitted (variables, batch) -> predictions, for evaluation, benchmarks and `aavs aot` alike."""
+
+  def step(variables, batch):
+    outputs, _ = method.apply(variables, batch)
+    return method.predict(outputs)
+
   # What this variant of the model leaves unused is on the devices all the same.
-  return jax.jit(functools.partial(steps.predict_step, method=method), keep_unused=True)
+  return jax.jit(step, keep_unused=True)
 
 
 def seen(method: Method, batch: Batch) -> Batch:

@@ -1,7 +1,6 @@
-"""The jitted steps: pure functions of state and batch."""
+"""One optimiser step: a pure function of state and batch."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import optax
 
 from aavs_jax.methods.method import Method
 from aavs_jax.state import TrainState, flatten_statistics
-from aavs_jax.types import Batch, Variables
+from aavs_jax.types import Batch
 
 
 def train_step(
@@ -78,9 +77,3 @@ def _parts(leaf: jax.Array, count: int, unit: int) -> jax.Array:
   a sharded batch stays where it is."""
   units = leaf.reshape(-1, count, unit, *leaf.shape[1:]).swapaxes(0, 1)
   return units.reshape(count, -1, *leaf.shape[1:])
-
-
-def predict_step(variables: Variables, batch: Batch, *, method: Method) -> Any:
-  """Predictions of a batch, see Method.predict."""
-  outputs, _ = method.apply(variables, batch)
-  return method.predict(outputs)

@@ -40,7 +40,7 @@ def run_study(
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
   _refuse_foreign(workdir)
-  if fresh and workdir.exists():
+  if fresh:
     if data and Path(data).is_relative_to(workdir):
       raise UserError(
         f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
