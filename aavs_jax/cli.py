@@ -177,8 +177,8 @@ def _train_arguments(sub) -> None:
 
 def _train(args) -> None:
   from aavs_jax import config as config_lib
-  from aavs_jax import wandb_run
   from aavs_jax.train import train
+  from aavs_jax.training import wandb_run
 
   config = config_lib.load(args.config, args.overrides)
   if args.data:
@@ -238,7 +238,7 @@ def _eval_arguments(sub) -> None:
 def _eval(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.evaluate import evaluate
-  from aavs_jax.tables import format_evaluation
+  from aavs_jax.scoring.tables import format_evaluation
 
   result = evaluate(
     args.workdir,
@@ -284,7 +284,7 @@ def _convert_arguments(sub) -> None:
 
 def _convert(args) -> None:
   from aavs_jax.console import say
-  from aavs_jax.convert import convert
+  from aavs_jax.pytorch.convert import convert
 
   convert(args.source, args.out, args.vggish)
   say(f'written to {args.out}')
@@ -297,7 +297,7 @@ def _export_arguments(sub) -> None:
 
 def _export(args) -> None:
   from aavs_jax.console import say
-  from aavs_jax.convert import export
+  from aavs_jax.pytorch.convert import export
 
   say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
 
@@ -310,7 +310,7 @@ def _report_arguments(sub) -> None:
 
 def _report(args) -> None:
   from aavs_jax.console import say
-  from aavs_jax.report import write_report
+  from aavs_jax.studies.report import write_report
 
   say(f'open {write_report(args.workdir, args.data, args.out)}')
 
@@ -321,14 +321,14 @@ def _recipe_arguments(sub) -> None:
 
 def _recipe(args) -> None:
   from aavs_jax import config as config_lib
-  from aavs_jax import recipe
   from aavs_jax.console import say
+  from aavs_jax.studies import recipes
 
   if args.config:
-    changes = recipe.format_recipe(config_lib.load(args.config))
+    changes = recipes.format_recipe(config_lib.load(args.config))
     say(f'{args.config} is configs/base.py' + (f' with\n{changes}' if changes else ' itself'))
   else:
-    say(recipe.format_recipes(recipe.published()))
+    say(recipes.format_recipes(recipes.published()))
     say('NAME is configs/NAME.py, NAME:VARIANT configs/NAME.py:VARIANT; base is configs/base.py')
 
 
@@ -351,7 +351,7 @@ def _reproduce_arguments(sub) -> None:
 
 def _reproduce(args) -> None:
   from aavs_jax.console import say
-  from aavs_jax.reproduce import format_table, reproduce
+  from aavs_jax.studies.reproduce import format_table, reproduce
 
   result = reproduce(
     args.workdir,
@@ -388,9 +388,9 @@ def _bench_step_arguments(sub) -> None:
 
 
 def _bench(args) -> None:
-  from aavs_jax import bench
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
+  from aavs_jax.perf import bench
 
   config = config_lib.load(args.config, args.overrides)
   if args.what == 'compile':
@@ -467,9 +467,9 @@ def _aot(args) -> None:
   # is not cannot be read back from the cache.
   os.environ |= {'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   from aavs_jax import config as config_lib
-  from aavs_jax.aot import aot, format_report
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
+  from aavs_jax.perf.aot import aot, format_report
 
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')
@@ -486,7 +486,7 @@ def _selftest_arguments(sub) -> None:
 
 
 def _selftest(args) -> int:
-  from aavs_jax.selftest import selftest
+  from aavs_jax.pytorch.selftest import selftest
 
   return 0 if selftest(args.files) else 1
 
@@ -502,7 +502,7 @@ def _quickstart_arguments(sub) -> None:
 
 def _quickstart(args) -> None:
   from aavs_jax.config import load_study
-  from aavs_jax.study import run_study
+  from aavs_jax.studies.study import run_study
 
   config = load_study(args.config, args.overrides)
   run_study(config, args.workdir, data=args.data, fresh=args.fresh)
@@ -613,7 +613,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   before = signal.signal(signal.SIGTERM, end)
   try:
     if several:
-      from aavs_jax import distributed
+      from aavs_jax.devices import distributed
 
       distributed.start(several)
       if args.command != 'train':

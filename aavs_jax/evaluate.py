@@ -6,14 +6,16 @@ from pathlib import Path
 from etils import epath
 
 from aavs_jax import config as config_lib
-from aavs_jax import distributed, methods, tables
+from aavs_jax import methods
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files, masks
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.predictor import Predictor
-from aavs_jax.score import score
-from aavs_jax.state import digest
-from aavs_jax.work_folder import load_trained
+from aavs_jax.scoring import tables
+from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.scoring.score import score
+from aavs_jax.training.state import digest
+from aavs_jax.training.work_folder import load_trained
 
 
 def evaluate(

@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from aavs_jax import config as config_lib
-from aavs_jax import distributed, methods
+from aavs_jax import methods
 from aavs_jax.console import Progress
-from aavs_jax.distributed import share
+from aavs_jax.devices import distributed
+from aavs_jax.devices.distributed import share
 from aavs_jax.input_pipeline import files, items, masks
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.predictor import Predictor, ahead, predict_clips
-from aavs_jax.state import digest
-from aavs_jax.work_folder import load_trained
+from aavs_jax.scoring.predictor import Predictor, ahead, predict_clips
+from aavs_jax.training.state import digest
+from aavs_jax.training.work_folder import load_trained
 
 
 def write_masks(

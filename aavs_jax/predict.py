@@ -18,10 +18,10 @@ from aavs_jax.console import say
 from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import read_image, resize_frame
-from aavs_jax.overlay import overlay, overlay_binary
-from aavs_jax.predictor import Predictor
-from aavs_jax.video import Window, read_windows, write_overlay_video
-from aavs_jax.work_folder import class_names, load_trained
+from aavs_jax.media.overlay import overlay, overlay_binary
+from aavs_jax.media.video import Window, read_windows, write_overlay_video
+from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.training.work_folder import class_names, load_trained
 
 WINDOW_SECONDS = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once

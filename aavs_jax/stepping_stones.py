@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import ml_collections
 
-from aavs_jax import checkpoint, evaluate, hand_over
+from aavs_jax import evaluate, hand_over
 from aavs_jax.console import say
 from aavs_jax.input_pipeline.masks import source_digest
-from aavs_jax.state import digest, unflatten
 from aavs_jax.train import train
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import digest, unflatten
 
 
 class Evaluation(NamedTuple):

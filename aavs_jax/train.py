@@ -13,28 +13,20 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from aavs_jax import (
-  checkpoint,
-  distributed,
-  flops,
-  methods,
-  metric_log,
-  phases,
-  score,
-  start,
-  wandb_run,
-  work_folder,
-)
 from aavs_jax import config as config_lib
+from aavs_jax import methods
 from aavs_jax.console import duration, say
+from aavs_jax.devices import distributed
+from aavs_jax.devices.interrupt import Stopped, StopSignal
+from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh
+from aavs_jax.devices.profiling import Profiler
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.interrupt import Stopped, StopSignal
-from aavs_jax.lock import lock
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh
-from aavs_jax.predictor import Predictor
-from aavs_jax.profiling import Profiler
-from aavs_jax.watch import Watch
+from aavs_jax.scoring import score
+from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder
+from aavs_jax.training.lock import lock
+from aavs_jax.training.watch import Watch
 
 
 def train(

@@ -2,7 +2,7 @@
 
 import functools
 
-from aavs_jax import recordings, selftest
+from aavs_jax.pytorch import recordings, selftest
 
 
 @functools.cache

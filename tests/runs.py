@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aavs_jax import checkpoint
-from aavs_jax.metric_log import metrics_files
+from aavs_jax.training import checkpoint
+from aavs_jax.training.metric_log import metrics_files
 
 ROOT = Path(__file__).parents[1]
 _CLI = 'import sys; from aavs_jax import cli; sys.exit(cli.main())'

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aavs_jax import aot, cli, hlo, mesh
+from aavs_jax import cli
 from aavs_jax.configs import avss_stage2
+from aavs_jax.devices import mesh
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.state import count
+from aavs_jax.perf import aot, hlo
+from aavs_jax.training.state import count
 from tests import tiny
 
 needs_compiler = pytest.mark.skipif(

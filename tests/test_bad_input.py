@@ -27,7 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from aavs_jax import checkpoint, cli, wandb_run
+from aavs_jax import cli
 from aavs_jax.input_pipeline import (
   audio,
   avsbench,
@@ -53,6 +53,7 @@ from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Item, Task, load_training_item
 from aavs_jax.input_pipeline.reading import load_log_mel
 from aavs_jax.train import train
+from aavs_jax.training import checkpoint, wandb_run
 from tests import tiny
 
 TASK = Task(True, 71, 32, 32, 4, False, '')

@@ -8,8 +8,10 @@ import sys
 import jax
 import pytest
 
-from aavs_jax import bench, cli, flops, methods, peer
+from aavs_jax import cli, methods
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.perf import bench, peer
+from aavs_jax.training import flops
 from tests import tiny
 
 TINY = ['--config', 'tests/tiny.py:stage1', '--config.model.decoder_layers=0', '--frames', '2']

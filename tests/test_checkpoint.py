@@ -7,9 +7,9 @@ import optax
 import pytest
 from etils import epath
 
-from aavs_jax import checkpoint
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.state import create
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import create
 
 
 @pytest.fixture

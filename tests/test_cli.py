@@ -125,7 +125,7 @@ def test_a_device_with_too_little_memory_is_one_sentence(capsys, monkeypatch):
   def full(files):
     raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9')
 
-  monkeypatch.setattr('aavs_jax.selftest.selftest', full)
+  monkeypatch.setattr('aavs_jax.pytorch.selftest.selftest', full)
   line = _refusal(capsys, 'selftest')
   assert 'too little memory' in line and 'config.data.batch_items' in line
 
@@ -148,7 +148,7 @@ def test_an_error_without_words_is_explained_if_there_is_no_device(capsys, monke
   def wrong(*_):
     raise AssertionError
 
-  monkeypatch.setattr('aavs_jax.selftest.selftest', wrong)
+  monkeypatch.setattr('aavs_jax.pytorch.selftest.selftest', wrong)
   with pytest.raises(AssertionError):  # a fault of ours
     cli.main(['selftest'])
   monkeypatch.setattr(jax, 'devices', wrong)  # as without a plugin for JAX_PLATFORMS=cuda
@@ -190,7 +190,7 @@ def test_another_pipe_that_breaks_is_said(capfd, monkeypatch):
   def broken(files):
     raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
 
-  monkeypatch.setattr('aavs_jax.selftest.selftest', broken)
+  monkeypatch.setattr('aavs_jax.pytorch.selftest.selftest', broken)
   assert cli.main(['selftest']) == 1
   assert 'Broken pipe' in capfd.readouterr().err
 

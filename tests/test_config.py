@@ -8,12 +8,14 @@ import ml_collections
 import pytest
 from flax import traverse_util
 
-from aavs_jax import bench, methods, steps
 from aavs_jax import config as config_lib
+from aavs_jax import methods
 from aavs_jax.configs import avss_end_to_end, avss_stage1, avss_stage2, base
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.optimizer import make_optimizer
-from aavs_jax.state import create, flatten
+from aavs_jax.perf import bench
+from aavs_jax.training.optimizer import make_optimizer
+from aavs_jax.training.state import create, flatten
+from aavs_jax.training.step import train_step
 from tests import tiny
 
 VALUES = {
@@ -85,7 +87,7 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
   def step(batch):
     params = flatten(method.init(key))
     state = create(params, list(params), optimizer)
-    return steps.train_step(state, batch, key, method=method, optimizer=optimizer)
+    return train_step(state, batch, key, method=method, optimizer=optimizer)
 
   _, metrics = jax.eval_shape(step, bench.random_batch(config, 2))
   assert metrics['loss'].shape == ()

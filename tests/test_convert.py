@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from aavs_jax import checkpoint, cli, methods, recordings
+from aavs_jax import cli, methods
 from aavs_jax import config as config_lib
-from aavs_jax.convert import convert, export
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.start import fill, load_start, start_lacks
-from aavs_jax.state import flat_shapes, flatten, in_groups
-from aavs_jax.work_folder import load_trained
+from aavs_jax.pytorch import recordings
+from aavs_jax.pytorch.convert import convert, export
+from aavs_jax.training import checkpoint
+from aavs_jax.training.start import fill, load_start, start_lacks
+from aavs_jax.training.state import flat_shapes, flatten, in_groups
+from aavs_jax.training.work_folder import load_trained
 from tests import parity, tiny
 from tests.released import random_released, random_vggish
 

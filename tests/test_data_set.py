@@ -17,11 +17,11 @@ import soundfile
 from PIL import Image
 
 from aavs_jax import config as config_lib
-from aavs_jax import metrics, protocols, tables
 from aavs_jax.input_pipeline import check, clips, index, labels, masks, pipeline, prepared, shards
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.items import Task, load_eval_item
+from aavs_jax.scoring import metrics, protocols, tables
 from tests import tiny
 
 TOWN = clips.DataSet(

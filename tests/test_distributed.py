@@ -81,7 +81,7 @@ def _losses(folder):
 def test_two_processes_give_what_one_gives(alone, data_root, tmp_path):
   program = """
 import sys
-from aavs_jax import distributed
+from aavs_jax.devices import distributed
 distributed.start(sys.argv[1])
 from tests import test_distributed
 test_distributed.everything(*sys.argv[2:])
@@ -100,7 +100,8 @@ def test_a_process_that_is_late_is_waited_for(alone, data_root, tmp_path):
   """A collective waits for as long as is set here, and for half a minute where nothing is."""
   program = """
 import sys, time
-from aavs_jax import distributed, evaluate, hand_over
+from aavs_jax.devices import distributed
+from aavs_jax import evaluate, hand_over
 distributed.start(sys.argv[1])
 place = int(sys.argv[1][-1])
 assert distributed.gather(place) == [0, 1]
@@ -122,7 +123,8 @@ assert hand_over.write_masks(work, data=data, out=f'{out}/masks') == 10
 
 COMMAND = """
 import sys, time
-from aavs_jax import cli, predictor
+from aavs_jax import cli
+from aavs_jax.scoring import predictor
 
 predict = predictor.Predictor.__call__
 

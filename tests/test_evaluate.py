@@ -16,25 +16,18 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
-from aavs_jax import (
-  checkpoint,
-  evaluate,
-  hand_over,
-  methods,
-  metrics,
-  predictor,
-  score,
-  tables,
-)
 from aavs_jax import config as config_lib
+from aavs_jax import evaluate, hand_over, methods
 from aavs_jax.input_pipeline import files, labels, masks, sounds
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.reading import load_log_mel
-from aavs_jax.predictor import Predictor
-from aavs_jax.state import create, digest, flat_shapes, unflatten
-from aavs_jax.work_folder import load_trained
+from aavs_jax.scoring import metrics, predictor, score, tables
+from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import create, digest, flat_shapes, unflatten
+from aavs_jax.training.work_folder import load_trained
 from tests import stand_in, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -474,12 +467,14 @@ import jax
 if processes != '1':
   jax.distributed.initialize(f'localhost:{port}', int(processes), int(process))
 import numpy as np
-from aavs_jax import evaluate, hand_over, mesh
+from aavs_jax import evaluate, hand_over
+from aavs_jax.devices import mesh
 from aavs_jax.input_pipeline import files
-from aavs_jax.predictor import local_variables
-from aavs_jax.state import digest
-from aavs_jax.work_folder import load_trained
-from aavs_jax import evaluate, mesh
+from aavs_jax.scoring.predictor import local_variables
+from aavs_jax.training.state import digest
+from aavs_jax.training.work_folder import load_trained
+from aavs_jax import evaluate
+from aavs_jax.devices import mesh
 
 assert hand_over.write_masks(stage1, data=data, out=f'{folder}/masks', splits=['test']) == 5
 options = dict(data=data, out=f'{folder}/shared/r.json', maps=f'{folder}/maps')

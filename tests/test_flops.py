@@ -8,11 +8,13 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from aavs_jax import aot, flops, methods
 from aavs_jax import config as config_lib
-from aavs_jax.bench import random_batch
+from aavs_jax import methods
 from aavs_jax.models.swin import Swin
 from aavs_jax.models.vggish import VGGish
+from aavs_jax.perf import aot
+from aavs_jax.perf.bench import random_batch
+from aavs_jax.training import flops
 from tests import tiny
 
 

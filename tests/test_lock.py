@@ -12,8 +12,8 @@ import time
 import pytest
 from etils import epath
 
-from aavs_jax import lock as lock_lib
-from aavs_jax.lock import lock
+from aavs_jax.training import lock as lock_lib
+from aavs_jax.training.lock import lock
 
 ME = f'process {os.getpid()} on {re.escape(socket.gethostname())}'
 
@@ -58,7 +58,7 @@ def test_a_killed_run_gives_its_lock_back(tmp_path):
   code = f"""
 import os, signal
 from etils import epath
-from aavs_jax.lock import lock
+from aavs_jax.training.lock import lock
 with lock(epath.Path({str(tmp_path)!r})):
   print('held', flush=True)
   os.kill(os.getpid(), signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_run_whose_lease_was_taken_ends_at_once(tmp_path):
   code = f"""
 import json, time
 from etils import epath
-from aavs_jax import lock as lock_lib
+from aavs_jax.training import lock as lock_lib
 lock_lib._RENEWED_EVERY, lock_lib._SETTLED = 0.2, 0.1
 path = epath.Path({str(tmp_path)!r})
 with lock_lib._lease(path):

@@ -17,14 +17,16 @@ import numpy as np
 import optax
 import pytest
 
-from aavs_jax import aot, bench, checkpoint, methods, metric_log, phases, train
 from aavs_jax import config as config_lib
+from aavs_jax import methods, train
 from aavs_jax.configs import base
+from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.evaluate import evaluate
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import make_mesh
 from aavs_jax.methods.method import Method
-from aavs_jax.state import flatten, unflatten
+from aavs_jax.perf import aot, bench
+from aavs_jax.training import checkpoint, metric_log, phases
+from aavs_jax.training.state import flatten, unflatten
 from aavs_jax.types import Variables
 from tests import runs
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from etils import epath
 
-from aavs_jax import metric_log
-from aavs_jax.metric_log import Writer, metrics_files
+from aavs_jax.training import metric_log
+from aavs_jax.training.metric_log import Writer, metrics_files
 
 
 @pytest.fixture(params=['disk', 'bucket'])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aavs_jax import selftest
+from aavs_jax.pytorch import selftest
 from tests import parity
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from aavs_jax.input_pipeline.avsbench import CLASSES
-from aavs_jax.overlay import SOUNDING_COLOUR, legend_colour, overlay, overlay_binary
+from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour, overlay, overlay_binary
 
 
 def square(size=20, value=1):

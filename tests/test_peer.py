@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from aavs_jax import checkpoint
 from aavs_jax import config as config_lib
-from aavs_jax.convert import convert
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.state import flatten, matches, unflatten
+from aavs_jax.pytorch.convert import convert
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import flatten, matches, unflatten
 from aavs_jax.types import Variables
 from tests import tiny
 from tests.released import random_vggish

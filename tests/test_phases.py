@@ -4,9 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax import methods, phases
+from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.training import phases
 
 
 def _params(**shapes):

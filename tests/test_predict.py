@@ -14,19 +14,20 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from aavs_jax import checkpoint, cli, methods
+from aavs_jax import cli, methods
 from aavs_jax.configs import quick_stage1, quick_stage2
+from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import write_json
-from aavs_jax.mesh import make_mesh
-from aavs_jax.overlay import SOUNDING_COLOUR, overlay
+from aavs_jax.media.overlay import SOUNDING_COLOUR, overlay
+from aavs_jax.media.video import read_windows
 from aavs_jax.predict import load_models, predict
-from aavs_jax.predictor import Predictor
-from aavs_jax.state import create, flat_shapes
-from aavs_jax.video import read_windows
-from aavs_jax.work_folder import load_trained
+from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import create, flat_shapes
+from aavs_jax.training.work_folder import load_trained
 from tests.test_video import COLOURS, decode, write_video
 
 RATE = audio.SAMPLE_RATE

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aavs_jax import metrics, protocols
 from aavs_jax.input_pipeline.avsbench import CLASSES, SemanticClip
 from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.scoring import metrics, protocols
 
 GOLDENS = np.load(Path(__file__).parent / 'goldens' / 'metrics.npz')
 SUBSETS = ('v1s', 'v1m', 'v2')

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax import cli, methods, phases, recipe
+from aavs_jax import cli, methods
 from aavs_jax import config as config_lib
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.state import flat_shapes
+from aavs_jax.studies import recipes as recipe_lib
+from aavs_jax.training import phases
+from aavs_jax.training.state import flat_shapes
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +134,7 @@ def _load(name):
 @pytest.mark.parametrize('name', TABLE)
 def test_a_recipe_differs_from_base_as_the_table_says(name):
   config = _load(name)
-  assert recipe.changes(config) == TABLE[name]
+  assert recipe_lib.changes(config) == TABLE[name]
   lines = config_lib.differences(base.get_config(), config)
   assert {line.split(' ')[0] for line in lines} == set(TABLE[name])
 
@@ -149,7 +151,7 @@ def test_no_config_is_missing_in_the_table():
       if module.get_config(variant) != own:
         names.add(f'{path.stem}:{variant}')
   assert names == set(TABLE)
-  assert set(recipe.published()) == names - {'base', 'quick_stage1', 'quick_stage2'}
+  assert set(recipe_lib.published()) == names - {'base', 'quick_stage1', 'quick_stage2'}
 
 
 @pytest.fixture(scope='module')
@@ -232,14 +234,14 @@ def _rows(text):
 
 
 def test_the_printed_table_is_complete_and_fits_a_terminal():
-  recipes = recipe.published()
-  text = recipe.format_recipes(recipes)
+  recipes = recipe_lib.published()
+  text = recipe_lib.format_recipes(recipes)
   assert max(map(len, text.splitlines())) <= 100
   rows = _rows(text)
   assert list(rows) == list(recipes)
   for name, (nearest, keys) in rows.items():
     origin = recipes.get(nearest)  # None is base
-    assert sorted(keys) == sorted(recipe.changes(recipes[name], origin))
+    assert sorted(keys) == sorted(recipe_lib.changes(recipes[name], origin))
   assert {name: rows[name][0] for name in ('avss_stage1', 's4', 'ms3:paper', 'avss_stage2')} == {
     'avss_stage1': 'base', 's4': 'avss_stage1', 'ms3:paper': 'ms3',
     'avss_stage2': 'avss_end_to_end',
@@ -260,7 +262,7 @@ def test_the_command_prints_one_recipe_or_all(capsys):
   ]
   assert cli.main(['recipe']) == 0
   printed = capsys.readouterr().out
-  assert recipe.format_recipes(recipe.published()) in printed
+  assert recipe_lib.format_recipes(recipe_lib.published()) in printed
   assert cli.main(['recipe', f'{ROOT}/configs/avss_stage1.py']) == 0
   assert capsys.readouterr().out.strip().endswith('is configs/base.py itself')
   assert cli.main(['recipe', f'{path}s']) == 2

@@ -18,7 +18,7 @@ from aavs_jax.configs import compose_bench
 from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import ids_to_colours
-from aavs_jax.report import write_report
+from aavs_jax.studies.report import write_report
 from tests import tiny
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}

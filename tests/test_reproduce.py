@@ -17,7 +17,7 @@ from aavs_jax import cli, evaluate
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_label_ids
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.reproduce import ROWS, format_table, reproduce
+from aavs_jax.studies.reproduce import ROWS, format_table, reproduce
 from tests import tiny
 from tests.released import random_released, random_vggish
 

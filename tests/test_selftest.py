@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from aavs_jax import cli, recordings, selftest
-from aavs_jax.convert import released_name, to_released_layout
-from aavs_jax.state import flatten
+from aavs_jax import cli
+from aavs_jax.pytorch import recordings, selftest
+from aavs_jax.pytorch.convert import released_name, to_released_layout
+from aavs_jax.training.state import flatten
 from tests import parity
 
 STAGE1, STAGE2, AUDIO, METRICS = (str(selftest.GOLDENS / name) for name in selftest.DEFAULT_FILES)

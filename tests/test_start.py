@@ -7,12 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from aavs_jax import checkpoint, methods
 from aavs_jax import config as config_lib
+from aavs_jax import methods
 from aavs_jax.configs import quick_stage1
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.start import fill, load_start, start_lacks
-from aavs_jax.state import create
+from aavs_jax.training import checkpoint
+from aavs_jax.training.start import fill, load_start, start_lacks
+from aavs_jax.training.state import create
 
 
 @pytest.fixture(scope='module')

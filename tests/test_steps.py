@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from aavs_jax import bench, methods
+from aavs_jax import methods
 from aavs_jax.methods.method import Method
-from aavs_jax.state import create, flatten
-from aavs_jax.steps import train_step
+from aavs_jax.perf import bench
+from aavs_jax.training.state import create, flatten
+from aavs_jax.training.step import train_step
 from aavs_jax.types import Variables
 from tests import tiny
 

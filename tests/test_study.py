@@ -6,9 +6,10 @@ import pathlib
 
 import pytest
 
-from aavs_jax import evaluate, study
+from aavs_jax import evaluate
 from aavs_jax.configs import quickstart
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.studies import study
 from tests import tiny
 
 EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')

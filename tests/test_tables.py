@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 
-from aavs_jax import metrics, protocols, tables
 from aavs_jax.input_pipeline.avsbench import SemanticClip
+from aavs_jax.scoring import metrics, protocols, tables
 
 
 def test_table_is_aligned_and_complete():

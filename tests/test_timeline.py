@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.timeline import Timeline
-from aavs_jax.video import SAMPLE_RATE, read_windows, write_overlay_video
+from aavs_jax.media.timeline import Timeline
+from aavs_jax.media.video import SAMPLE_RATE, read_windows, write_overlay_video
 from tests.test_video import COLOURS, dominant_frequency, frequency, write_video
 
 RATE = 16000  # of the sound, where it is no matter

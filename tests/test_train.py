@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from aavs_jax import checkpoint, score
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.scoring import score
 from aavs_jax.train import train
+from aavs_jax.training import checkpoint
 from tests import runs
 from tests.stand_in import STAND_IN
 
@@ -93,7 +94,9 @@ def test_a_second_start_is_refused_and_does_no_harm(start, stand_in, tmp_path):
 # Sends SIGTERM to itself where {where} says: in the first validation, or in the log of a step.
 STOPPED = """
 import os, signal, sys
-from aavs_jax import cli, metric_log, predictor
+from aavs_jax import cli
+from aavs_jax.training import metric_log
+from aavs_jax.scoring import predictor
 
 def stop(done=[]):
   if not done:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.overlay import overlay_binary
-from aavs_jax.video import SAMPLE_RATE, read_windows, write_overlay_video
+from aavs_jax.media.overlay import overlay_binary
+from aavs_jax.media.video import SAMPLE_RATE, read_windows, write_overlay_video
 
 COLOURS = np.array(
   [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200)],

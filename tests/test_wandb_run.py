@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 
 from aavs_jax import cli
-from aavs_jax.metric_log import Writer
-from aavs_jax.wandb_run import WandbRun
+from aavs_jax.training.metric_log import Writer
+from aavs_jax.training.wandb_run import WandbRun
 
 
 @pytest.fixture

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from etils import epath
 
-from aavs_jax import checkpoint, methods, work_folder
+from aavs_jax import methods
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline import masks
 from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.training import checkpoint, work_folder
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt8
 
-from aavs_jax.mesh import on_each_device
+from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.sampling import corners
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from aavs_jax.mesh import on_each_device
+from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
 from aavs_jax.models.repeat import SAMPLED
 from aavs_jax.models.sampling import corners, hat_weights

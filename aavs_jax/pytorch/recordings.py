@@ -18,13 +18,13 @@ import numpy as np
 from flax.core import FrozenDict
 
 from aavs_jax.configs import avss_stage1, avss_stage2
-from aavs_jax.convert import released_name, released_to_params
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.methods.matching import Targets
 from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
-from aavs_jax.state import flatten
+from aavs_jax.pytorch.convert import released_name, released_to_params
+from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
 
 CONFIGS = {1: avss_stage1.get_config(), 2: avss_stage2.get_config()}  # what trains, and how

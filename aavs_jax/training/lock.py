@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from aavs_jax import distributed
 from aavs_jax.console import say
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline.files import NO_FLOCK
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.

@@ -14,14 +14,14 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from aavs_jax import steps
+from aavs_jax.devices.mesh import state_sharding
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import state_sharding
 from aavs_jax.methods.method import Method
-from aavs_jax.optimizer import make_optimizer
-from aavs_jax.state import Flat, TrainState, create, flat_shapes, is_parameter, matches
+from aavs_jax.training.optimizer import make_optimizer
+from aavs_jax.training.state import Flat, TrainState, create, flat_shapes, is_parameter, matches
+from aavs_jax.training.step import train_step
 
 
 class Plan(NamedTuple):
@@ -122,7 +122,7 @@ def build(
   abstract = jax.eval_shape(begin, shapes, shapes)
   places = state_sharding(mesh, abstract)
   step = functools.partial(
-    steps.train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
+    train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
   )
   return Phase(
     step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),

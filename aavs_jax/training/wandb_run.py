@@ -8,8 +8,8 @@ from typing import Any
 import ml_collections
 from etils import epath
 
-from aavs_jax import distributed
 from aavs_jax.console import say
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 

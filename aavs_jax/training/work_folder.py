@@ -12,17 +12,27 @@ import jax
 import ml_collections
 from etils import epath
 
-from aavs_jax import checkpoint, distributed, methods
 from aavs_jax import config as config_lib
-from aavs_jax import start as start_lib
+from aavs_jax import methods
 from aavs_jax.console import say
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import avsbench, bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.methods.method import Method
-from aavs_jax.predictor import local_variables
-from aavs_jax.state import Flat, TrainState, count, digest, flat_shapes, in_groups, unflatten
+from aavs_jax.scoring.predictor import local_variables
+from aavs_jax.training import checkpoint
+from aavs_jax.training import start as start_lib
+from aavs_jax.training.state import (
+  Flat,
+  TrainState,
+  count,
+  digest,
+  flat_shapes,
+  in_groups,
+  unflatten,
+)
 from aavs_jax.types import Variables
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the

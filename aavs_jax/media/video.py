@@ -17,8 +17,8 @@ import numpy as np
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.overlay import overlay
-from aavs_jax.timeline import Timeline
+from aavs_jax.media.overlay import overlay
+from aavs_jax.media.timeline import Timeline
 
 SAMPLE_RATE = 16000
 _AAC_RATE = 48000

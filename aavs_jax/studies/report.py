@@ -11,7 +11,6 @@ import ml_collections
 import numpy as np
 from matplotlib.figure import Figure
 
-from aavs_jax import html
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.clips import Clip
@@ -19,10 +18,11 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.labels import IGNORE
-from aavs_jax.metric_log import metrics_files
-from aavs_jax.overlay import overlay, overlay_binary
-from aavs_jax.recipe import changes
+from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.stepping_stones import EVALUATIONS
+from aavs_jax.studies import html
+from aavs_jax.studies.recipes import changes
+from aavs_jax.training.metric_log import metrics_files
 
 STUDY = 'study.json'  # in the folder of a study: its data and its config
 _THUMBNAIL = 160  # pixels

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from aavs_jax import distributed
 from aavs_jax.console import duration, say
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
 
 try:

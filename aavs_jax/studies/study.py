@@ -6,14 +6,14 @@ from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import tables
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.compose import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
-from aavs_jax.report import STUDY, write_report
+from aavs_jax.scoring import tables
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
+from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from aavs_jax.overlay import legend_colour
+from aavs_jax.media.overlay import legend_colour
 
 Scores = Mapping[str, Mapping[str, float]]  # 'all' or a subset -> miou, fscore, ...
 

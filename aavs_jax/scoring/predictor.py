@@ -9,11 +9,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from aavs_jax import distributed
+from aavs_jax.devices import distributed
+from aavs_jax.devices.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.items import Item
-from aavs_jax.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.methods.method import Method
 from aavs_jax.types import Batch, Variables
 

@@ -17,14 +17,15 @@ import ml_collections
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aavs_jax import methods, phases
-from aavs_jax.bench import format_forms, random_batch
-from aavs_jax.hlo import Work, work
+from aavs_jax import methods
+from aavs_jax.devices.mesh import batch_sharding, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import batch_sharding, make_mesh, replicated
-from aavs_jax.phases import placed
-from aavs_jax.predictor import compiled_predict, seen
-from aavs_jax.state import TrainState, count
+from aavs_jax.perf.bench import format_forms, random_batch
+from aavs_jax.perf.hlo import Work, work
+from aavs_jax.scoring.predictor import compiled_predict, seen
+from aavs_jax.training import phases
+from aavs_jax.training.phases import placed
+from aavs_jax.training.state import TrainState, count
 
 PHASE = 2  # of the recipe, the one that needs more
 HOP_SECONDS = 1e-6  # from one chip to the next

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aavs_jax import methods, metrics, protocols, recordings
+from aavs_jax import methods
 from aavs_jax.console import say
-from aavs_jax.convert import from_released_layout, released_name, released_to_params
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
@@ -22,15 +21,18 @@ from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.optimizer import make_optimizer
-from aavs_jax.phases import flat_of_phase, trainable_paths
-from aavs_jax.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
-from aavs_jax.state import flatten, unflatten
-from aavs_jax.tables import padded
+from aavs_jax.pytorch import recordings
+from aavs_jax.pytorch.convert import from_released_layout, released_name, released_to_params
+from aavs_jax.pytorch.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
+from aavs_jax.scoring import metrics, protocols
+from aavs_jax.scoring.tables import padded
+from aavs_jax.training.optimizer import make_optimizer
+from aavs_jax.training.phases import flat_of_phase, trainable_paths
+from aavs_jax.training.state import flatten, unflatten
 from aavs_jax.types import Variables
 
 LOSS = CONFIGS[1].loss  # of both stages
-GOLDENS = Path(__file__).parents[1] / 'tests' / 'goldens'
+GOLDENS = Path(__file__).parents[2] / 'tests' / 'goldens'
 DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
 SAMPLINGS = ('gather', 'dense')
 # One compiled gradient a stage: each sampling's is compared in one of them, the rest in both.

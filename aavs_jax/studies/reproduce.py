@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aavs_jax import config as config_lib
-from aavs_jax import hand_over, tables
+from aavs_jax import hand_over
 from aavs_jax.console import say
-from aavs_jax.convert import KINDS, convert
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.avsbench import SUBSETS
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.index import read_index, require_classes
+from aavs_jax.pytorch.convert import KINDS, convert
+from aavs_jax.scoring import tables
 from aavs_jax.stepping_stones import Evaluation, scores
 
 _SOURCE = 'source.json'  # in a converted folder: of which files, and for which data set

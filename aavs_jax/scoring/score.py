@@ -8,13 +8,14 @@ import ml_collections
 import numpy as np
 
 from aavs_jax import config as config_lib
-from aavs_jax import distributed, metrics, protocols
 from aavs_jax.console import Progress
-from aavs_jax.distributed import share
+from aavs_jax.devices import distributed
+from aavs_jax.devices.distributed import share
 from aavs_jax.input_pipeline import items, masks, sounds
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.predictor import Predictor, ahead, local_variables, predict_clips
+from aavs_jax.scoring import metrics, protocols
+from aavs_jax.scoring.predictor import Predictor, ahead, local_variables, predict_clips
 from aavs_jax.types import Variables
 
 

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 from aavs_jax import methods
 from aavs_jax.methods.method import Method
-from aavs_jax.state import TrainState
+from aavs_jax.training.state import TrainState
 from aavs_jax.types import Batch, Variables
 
 COUNTED = (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from aavs_jax.methods.method import Method
-from aavs_jax.state import TrainState, flatten_statistics
+from aavs_jax.training.state import TrainState, flatten_statistics
 from aavs_jax.types import Batch
 
 

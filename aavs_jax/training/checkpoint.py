@@ -11,10 +11,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from aavs_jax import distributed
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError, may_pass
-from aavs_jax.state import TrainState
+from aavs_jax.training.state import TrainState
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _CONVERTED = {

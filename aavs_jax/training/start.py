@@ -9,12 +9,12 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from aavs_jax import checkpoint
 from aavs_jax import config as config_lib
+from aavs_jax.devices.mesh import state_sharding
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import state_sharding
 from aavs_jax.methods.method import Method
-from aavs_jax.state import Flat, flatten, matches
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import Flat, flatten, matches
 
 
 def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from aavs_jax.input_pipeline.clips import Clip
-from aavs_jax.metrics import f_curve, frame_values, pixel_values
+from aavs_jax.scoring.metrics import f_curve, frame_values, pixel_values
 
 Sums = dict[str, np.ndarray]  # a field of the records -> its sum over clips, [...] or [s ...]
 Scores = dict[str, np.ndarray]  # a score's name -> its value, [] or [s]

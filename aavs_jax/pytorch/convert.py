@@ -12,17 +12,19 @@ import ml_collections
 import numpy as np
 import optax
 
-from aavs_jax import checkpoint, methods, torch_files
 from aavs_jax import config as config_lib
+from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.state import count, create, flat_shapes, flatten, in_groups, matches
+from aavs_jax.pytorch import torch_files
+from aavs_jax.training import checkpoint
+from aavs_jax.training.state import count, create, flat_shapes, flatten, in_groups, matches
+from aavs_jax.training.work_folder import load_trained
 from aavs_jax.types import Variables
-from aavs_jax.work_folder import load_trained
 
 KINDS = {
   'aavs': 'an AAVS checkpoint of the release',

@@ -13,13 +13,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from aavs_jax import flops, methods, peer, phases
+from aavs_jax import methods
+from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.methods import forms
-from aavs_jax.phases import placed
-from aavs_jax.predictor import compiled_predict, seen
-from aavs_jax.state import count, flatten
+from aavs_jax.perf import peer
+from aavs_jax.scoring.predictor import compiled_predict, seen
+from aavs_jax.training import flops, phases
+from aavs_jax.training.phases import placed
+from aavs_jax.training.state import count, flatten
 
 ROUNDS = 2  # ours and the peer take turns so often
 TITLES = {'step': 'training step', 'predict': 'forward and post-processing'}

@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, meetings, signals, traces."""

@@ -1,0 +1,1 @@
+"""Videos in and out, and what is drawn over frames."""

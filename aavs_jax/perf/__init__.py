@@ -1,0 +1,1 @@
+"""How fast it is: benchmarks, the peer, compilation ahead of time."""

@@ -1,0 +1,1 @@
+"""The authors' PyTorch release: its checkpoints, and recorded runs of its code."""

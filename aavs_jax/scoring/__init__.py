@@ -1,0 +1,1 @@
+"""How a model is scored: predictions, metrics, protocols, tables."""

@@ -1,0 +1,1 @@
+"""How a stage trains: phases, steps, checkpoints, the work folder, what is logged."""
