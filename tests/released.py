@@ -8,7 +8,7 @@ import numpy as np
 from aavs_jax import methods
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.pytorch.convert import released_name, released_order, to_released_layout
+from aavs_jax.pytorch.names import released_name, released_order, to_released_layout
 from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
 

@@ -8,7 +8,7 @@ import pytest
 
 from aavs_jax import cli
 from aavs_jax.pytorch import recordings, selftest
-from aavs_jax.pytorch.convert import released_name, to_released_layout
+from aavs_jax.pytorch.names import released_name, to_released_layout
 from aavs_jax.training.state import flatten
 from tests import parity
 

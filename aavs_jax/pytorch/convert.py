@@ -21,6 +21,18 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.pytorch import torch_files
+from aavs_jax.pytorch.names import (
+  PIXEL,
+  SWIN,
+  TRANSFORMER,
+  UNUSED,
+  VGGISH_MODULES,
+  Flat,
+  released_name,
+  released_order,
+  released_to_params,
+  to_released_layout,
+)
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import count, create, flat_shapes, flatten, in_groups, matches
 from aavs_jax.training.work_folder import load_trained
@@ -41,232 +53,8 @@ _LACKING = {
   ),
   'vggish': (r'^aavs/',),
 }
-# Tensors that have no part in the model: buffers which follow from the sizes, the weights of a
-# loss, a norm that the backbone's four outputs do not pass, VGGish's quantisation.
-_UNUSED = (
-  r'\.relative_position_index$',
-  r'(^|\.)criterion\.',
-  r'pixel_level_module\.encoder\.(swin\.)?layernorm\.',
-  r'^pproc\.',
-)
 # Points of a head on each of the three levels of the pixel decoder; no checkpoint has others.
 _POINTS, _LEVELS = 4, 3
-
-_SWIN = 'model.model.pixel_level_module.encoder'
-_PIXEL = 'model.model.pixel_level_module.decoder'
-_TRANSFORMER = 'model.model.transformer_module'
-_LAYERS = f'{_TRANSFORMER}.decoder.layers'
-
-# Flax path -> released name, without the last part (kernel, bias, scale); first match wins.
-_MODULES = (
-  (r'backbone/patch_embed', rf'{_SWIN}.embeddings.patch_embeddings.projection'),
-  (r'backbone/patch_norm', rf'{_SWIN}.embeddings.norm'),
-  *((rf'backbone/stage{i}_norm', rf'{_SWIN}.hidden_states_norms.stage{i + 1}') for i in range(4)),
-  (r'backbone/stage(\d)_merge/(\w+)', rf'{_SWIN}.encoder.layers.\1.downsample.\2'),
-  (r'backbone/stage(\d)_block(\d+)/(.+)', rf'{_SWIN}.encoder.layers.\1.blocks.\2.<\3>'),
-  (r'pixel_decoder/input(\d)_projection', rf'{_PIXEL}.input_projections.\1.0'),
-  (r'pixel_decoder/input(\d)_norm', rf'{_PIXEL}.input_projections.\1.1'),
-  (r'pixel_decoder/layer(\d+)/attention/(.+)', rf'{_PIXEL}.encoder.layers.\1.self_attn.<\2>'),
-  (r'pixel_decoder/layer(\d+)/norm1', rf'{_PIXEL}.encoder.layers.\1.self_attn_layer_norm'),
-  (r'pixel_decoder/layer(\d+)/norm2', rf'{_PIXEL}.encoder.layers.\1.final_layer_norm'),
-  (r'pixel_decoder/layer(\d+)/(fc\d)', rf'{_PIXEL}.encoder.layers.\1.\2'),
-  (r'pixel_decoder/mask_features', rf'{_PIXEL}.mask_projection'),
-  (r'pixel_decoder/lateral_norm', rf'{_PIXEL}.adapter_1.1'),
-  (r'pixel_decoder/lateral', rf'{_PIXEL}.adapter_1.0'),
-  (r'pixel_decoder/smooth_norm', rf'{_PIXEL}.layer_1.1'),
-  (r'pixel_decoder/smooth', rf'{_PIXEL}.layer_1.0'),
-  (r'decoder/layer(\d+)/self/(.+)', rf'{_LAYERS}.\1.self_attn.<\2>'),
-  (r'decoder/layer(\d+)/cross', rf'{_LAYERS}.\1.cross_attn'),
-  (r'decoder/layer(\d+)/cross/projection', rf'{_LAYERS}.\1.cross_attn.out_proj'),
-  (r'decoder/layer(\d+)/self_norm', rf'{_LAYERS}.\1.self_attn_layer_norm'),
-  (r'decoder/layer(\d+)/cross_norm', rf'{_LAYERS}.\1.cross_attn_layer_norm'),
-  (r'decoder/layer(\d+)/ffn_norm', rf'{_LAYERS}.\1.final_layer_norm'),
-  (r'decoder/layer(\d+)/(fc\d)', rf'{_LAYERS}.\1.\2'),
-  (r'decoder/norm', rf'{_TRANSFORMER}.decoder.layernorm'),
-  (r'decoder/mask_embedding(\d)', rf'{_TRANSFORMER}.decoder.mask_predictor.mask_embedder.\1.0'),
-  (r'decoder/class_predictor/linear', r'model.class_predictor'),
-  (r'audio_projection/down/linear', r'audio_proj.0'),
-  (r'audio_projection/up/linear', r'audio_proj.2'),
-)  # fmt: skip
-_INNER = {
-  # Swin block
-  'attention': 'attention.self',
-  'attention/query': 'attention.self.query',
-  'attention/key': 'attention.self.key',
-  'attention/value': 'attention.self.value',
-  'attention/projection': 'attention.output.dense',
-  'attention/adapter/down': 'attention.output.swin_adapt_1.0',
-  'attention/adapter/up': 'attention.output.swin_adapt_1.2',
-  'adapter/down': 'output.swin_adapt_3.0',
-  'adapter/up': 'output.swin_adapt_3.2',
-  'norm1': 'layernorm_before',
-  'norm2': 'layernorm_after',
-  'fc1': 'intermediate.dense',
-  'fc2': 'output.dense',
-}
-_ATTENTION = {
-  'output/projection': {'pixel': 'output_proj', 'query': 'out_proj'},
-  'output/adapter/down': 'avs_adapt.0',
-  'output/adapter/up': 'avs_adapt.2',
-  'offsets': 'sampling_offsets',
-  'weights': 'attention_weights',
-  'query': 'q_proj',
-  'key': 'k_proj',
-  'value': {'pixel': 'value_proj', 'query': 'v_proj'},
-}
-_PARAMETERS = {
-  'pixel_decoder/level_embedding': f'{_PIXEL}.level_embed',
-  'decoder/level_embedding': f'{_TRANSFORMER}.level_embed.weight',
-  'decoder/silent_key': f'{_TRANSFORMER}.silence_embed.weight',
-  'decoder/uncertain_key': f'{_TRANSFORMER}.uncertain_embed.weight',
-  'decoder/sounding_key': f'{_TRANSFORMER}.audio_embed.weight',
-  'queries/features': f'{_TRANSFORMER}.queries_features.weight',
-  'queries/positions': f'{_TRANSFORMER}.queries_embedder.weight',
-}
-_VGGISH = {
-  **{f'conv{i}': f'features.{j}' for i, j in enumerate((0, 3, 6, 8, 11, 13))},
-  'dense0': 'embeddings.0',
-  'dense1': 'embeddings.2',
-  'embedding': 'embeddings.4',
-}
-_LEAVES = {
-  'kernel': '.weight',
-  'scale': '.weight',
-  'bias': '.bias',
-  'relative_position_bias_table': '.relative_position_bias_table',
-  'in_kernel': '.in_proj_weight',
-  'in_bias': '.in_proj_bias',
-}
-
-
-# Where PyTorch lists a module among its siblings: after the parent's own parameters, numbers by
-# value, the others in this order.
-_MODULE_ORDER = (
-  'model', 'class_predictor', 'audio_proj', 'pixel_level_module', 'transformer_module',
-  'embeddings', 'patch_embeddings', 'projection', 'reduction', 'norm',
-  'input_projections', 'queries_embedder', 'queries_features', 'encoder', 'hidden_states_norms',
-  'stage1', 'stage2', 'stage3', 'stage4', 'mask_projection', 'adapter_1', 'layer_1',
-  'decoder', 'level_embed', 'audio_embed', 'silence_embed', 'uncertain_embed',
-  'layers', 'layernorm', 'mask_predictor', 'mask_embedder', 'blocks', 'downsample',
-  'layernorm_before', 'attention', 'self', 'query', 'key', 'value', 'layernorm_after',
-  'intermediate', 'output', 'dense', 'swin_adapt_1', 'swin_adapt_3',
-  'self_attn', 'self_attn_layer_norm', 'cross_attn', 'cross_attn_layer_norm', 'fc1', 'fc2',
-  'final_layer_norm', 'sampling_offsets', 'attention_weights', 'value_proj', 'output_proj',
-  'k_proj', 'v_proj', 'q_proj', 'out_proj', 'avs_adapt',
-)  # fmt: skip
-_PARAMETER_ORDER = (
-  'relative_position_bias_table', 'relative_position_index', 'level_embed', 'in_proj_weight',
-  'in_proj_bias', 'weight', 'bias',
-)  # fmt: skip
-
-Flat = dict[str, np.ndarray]
-
-
-def released_name(path: str) -> str:
-  """Name in a released checkpoint of a parameter ('aavs/backbone/patch_embed/kernel').
-
-  Those of VGGish ('vggish/conv0/kernel') have their names in torchvggish's file.
-  """
-  network, path = path.split('/', 1)
-  if path in _PARAMETERS:
-    return _PARAMETERS[path]
-  module, leaf = path.rsplit('/', 1)
-  if network == 'vggish':
-    return _VGGISH[module] + _LEAVES[leaf]
-  for pattern, name in _MODULES:
-    match = re.fullmatch(pattern, module)
-    if not match:
-      continue
-    name = match.expand(name)
-    inner = re.search(r'<(.+)>', name)
-    if inner:
-      if module.startswith('backbone'):
-        part = _INNER[inner[1]]
-      else:
-        part = _ATTENTION[inner[1]]
-        if isinstance(part, dict):
-          part = part['pixel' if module.startswith('pixel_decoder') else 'query']
-      name = name.replace(inner[0], part)
-    return name + _LEAVES[leaf]
-  raise KeyError(f'no released name for the parameter {path}')
-
-
-def released_order(name: str) -> tuple:
-  """Sorting key that puts released names in the order of the released state dict."""
-  *modules, parameter = name.split('.')
-  ranks = (int(word) if word.isdigit() else _MODULE_ORDER.index(word) for word in modules)
-  return (*((1, rank) for rank in ranks), (0, _PARAMETER_ORDER.index(parameter)))
-
-
-def from_released_layout(path: str, value: np.ndarray) -> np.ndarray:
-  """A released array in our layout.
-
-  PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width].
-  """
-  if path.endswith('kernel'):
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-  return value
-
-
-def to_released_layout(path: str, value: np.ndarray) -> np.ndarray:
-  """The inverse of from_released_layout."""
-  if path.endswith('kernel'):
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-  return value
-
-
-def released_to_params(
-  source: Mapping[str, np.ndarray],
-  template: Mapping[str, Any],
-  *,
-  lacking: Sequence[str] = (),
-  prefix: str = '',
-  what: str = 'the checkpoint',
-) -> Flat:
-  """Flat parameters like those of the template (path -> array or shape), from released tensors.
-
-  Args:
-    source: tensors by released name.
-    template: what the model has.
-    lacking: patterns of paths that need not be filled, and are left out then.
-    prefix: of the names in source, not there in the file.
-    what: names the source in errors.
-
-  Raises:
-    UserError: a parameter is missing or has another shape, or a tensor is neither used nor known
-      to be of no use.
-  """
-  filled, missing, misfits, used = {}, [], [], set()
-  for path, leaf in template.items():
-    name = released_name(path)
-    if name not in source:
-      if not matches(path, lacking):
-        missing.append(name.removeprefix(prefix))
-      continue
-    used.add(name)
-    value = from_released_layout(path, source[name])
-    if value.shape == leaf.shape:
-      # A copy in any case, so that the file can be let go of.
-      filled[path] = np.array(value, leaf.dtype, order='C')
-    else:
-      wanted = to_released_layout(path, np.broadcast_to(0, leaf.shape)).shape
-      misfits.append(f'{name.removeprefix(prefix)} {source[name].shape}, not {wanted}')
-  unknown = [
-    f'{name.removeprefix(prefix)} {value.shape}'
-    for name, value in source.items()
-    if name not in used and not matches(name, _UNUSED)
-  ]
-  problems = [
-    f'{len(names)} {fault}: {", ".join(names[:3])}{" ..." if len(names) > 3 else ""}'
-    for fault, names in (('missing', missing), ('of another shape', misfits), ('unknown', unknown))
-    if names
-  ]
-  if problems:
-    raise UserError(
-      f'{what} does not fit the model that its sizes tell of ({"; ".join(problems)}): fetch it '
-      'again, or convert a checkpoint of this method'
-    )
-  return filled
 
 
 def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dict[str, Any]:
@@ -314,7 +102,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     'vggish': Path(vggish).name,
     'lacking': list(_LACKING[kind]),
     'names': list(tensors),
-    'unused': [name for name in tensors if matches(name, _UNUSED)],
+    'unused': [name for name in tensors if matches(name, UNUSED)],
   }
   del tensors
   _say_what_it_is(source, kind, config, params, note['unused'])
@@ -326,9 +114,9 @@ def _kind(source: Path, tensors: Mapping[str, np.ndarray]) -> str:
   def any_of(*beginnings):
     return any(name.startswith(beginnings) for name in tensors)
 
-  if any_of(f'{_SWIN}.'):
+  if any_of(f'{SWIN}.'):
     return 'aavs'
-  if any_of(f'{_SWIN}.'.removeprefix('model.')):
+  if any_of(f'{SWIN}.'.removeprefix('model.')):
     return 'mask2former'
   if any_of('features.') and any_of('embeddings.'):
     return 'vggish'
@@ -370,7 +158,9 @@ def _vggish(
   source: Path, tensors: Mapping[str, np.ndarray]
 ) -> tuple[ml_collections.ConfigDict, Flat]:
   """config.vggish of torchvggish's tensors, and the parameters."""
-  widths = {module: _size(source, tensors, f'{name}.weight') for module, name in _VGGISH.items()}
+  widths = {
+    module: _size(source, tensors, f'{name}.weight') for module, name in VGGISH_MODULES.items()
+  }
   config = avss_stage1.get_config().vggish
   config.embedding = widths.pop('embedding')
   config.dense_widths = (widths.pop('dense0'), widths.pop('dense1'))
@@ -443,7 +233,7 @@ def released_config(
     return len({match[1] for match in found if match})
 
   has_audio = any(name.startswith('audio_proj.') for name in tensors)
-  has_prior = f'{_TRANSFORMER}.audio_embed.weight' in tensors
+  has_prior = f'{TRANSFORMER}.audio_embed.weight' in tensors
   num_classes = size('model.class_predictor.weight') - 1  # one is the null class
   binary = has_audio and not has_prior and num_classes == 2
   config = (avss_stage1 if binary else avss_stage2).get_config()
@@ -452,22 +242,22 @@ def released_config(
   model = config.model
   # Mask2Former has no adapters; of the release's two variants stage 2, with the prior, has 'after'.
   model.adapter_variant = 'none' if not has_audio else 'after' if has_prior else 'replace'
-  model.num_queries = size(f'{_TRANSFORMER}.queries_embedder.weight')
+  model.num_queries = size(f'{TRANSFORMER}.queries_embedder.weight')
   config.data.max_targets = min(config.data.max_targets, model.num_queries)
   if has_audio:
     model.audio_hidden = size('audio_proj.0.weight')
 
   swin = model.swin
-  block = f'{_SWIN}.encoder.layers.{{}}.blocks.0'
+  block = f'{SWIN}.encoder.layers.{{}}.blocks.0'
   table = f'{block}.attention.self.relative_position_bias_table'
-  swin.embed_dim = size(f'{_SWIN}.embeddings.patch_embeddings.projection.weight')
-  swin.depths = tuple(layers(f'{_SWIN}.encoder.layers.{i}.blocks') for i in range(4))
+  swin.embed_dim = size(f'{SWIN}.embeddings.patch_embeddings.projection.weight')
+  swin.depths = tuple(layers(f'{SWIN}.encoder.layers.{i}.blocks') for i in range(4))
   swin.heads = tuple(size(table.format(i), 1) for i in range(4))
   swin.window = (math.isqrt(size(table.format(0))) + 1) // 2  # rows: (2 window - 1) squared
   swin.mlp_ratio = size(f'{block.format(0)}.intermediate.dense.weight') // swin.embed_dim
 
-  encoder, decoder = f'{_PIXEL}.encoder.layers', f'{_TRANSFORMER}.decoder.layers'
-  model.hidden = size(f'{_PIXEL}.mask_projection.weight')
+  encoder, decoder = f'{PIXEL}.encoder.layers', f'{TRANSFORMER}.decoder.layers'
+  model.hidden = size(f'{PIXEL}.mask_projection.weight')
   model.encoder_layers = layers(encoder)
   model.encoder_ffn = size(f'{encoder}.0.fc1.weight')
   # The decoder has as many heads.

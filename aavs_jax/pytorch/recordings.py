@@ -23,7 +23,7 @@ from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.methods.matching import Targets
 from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
-from aavs_jax.pytorch.convert import released_name, released_to_params
+from aavs_jax.pytorch.names import released_name, released_to_params
 from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
 

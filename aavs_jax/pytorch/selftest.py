@@ -22,10 +22,22 @@ from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.pytorch import recordings
-from aavs_jax.pytorch.convert import from_released_layout, released_name, released_to_params
+from aavs_jax.pytorch.names import from_released_layout, released_name, released_to_params
 from aavs_jax.pytorch.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
+from aavs_jax.pytorch.verdicts import (
+  Errors,
+  Row,
+  Table,
+  compare,
+  format_table,
+  largest_difference,
+  mean_difference,
+  of_largest,
+  of_largest_change,
+  share_unequal,
+  worst,
+)
 from aavs_jax.scoring import metrics, protocols
-from aavs_jax.scoring.tables import padded
 from aavs_jax.training.optimizer import make_optimizer
 from aavs_jax.training.phases import flat_of_phase, trainable_paths
 from aavs_jax.training.state import flatten, unflatten
@@ -42,26 +54,6 @@ IMAGE_SIZE, EVAL_SIZE = 384, 224
 INTERMEDIATE_MODULES = ('backbone', 'pixel_decoder', 'audio_projection')
 TERMS = {'class': 'cross_entropy', 'mask': 'mask', 'dice': 'dice'}  # our name: recorded name
 
-# Quantity -> what its error is, and how large that may be in float32.
-TOLERANCES = {
-  'intermediates': ('of the largest value', 1e-4),
-  'prediction sets': ('of the largest value', 1e-4),
-  'matching': ('share of the targets', 0.0),
-  'loss': ('relative', 1e-4),
-  'loss terms': ('relative', 1e-4),
-  'gradients': ('of the largest value', 1e-3),
-  'scores': ('absolute', 1e-3),
-  'map': ('share of the pixels', 1e-4),
-  'totals of the steps': ('relative', 1e-3),
-  'gradient norms of the steps': ('relative', 1e-3),
-  'parameters after the steps': ('of the largest change', 0.02),
-  'log-mel at 16 kHz': ('absolute', 1e-5),
-  'log-mel, resampled': ('mean, absolute', 0.02),
-  'VGGish embedding': ('of the largest value', 1e-4),
-  'metrics': ('absolute', 1e-6),
-}
-TINY = float(np.finfo(np.float32).tiny)  # in the place of a recorded value of zero
-CLOSE_SHARE = 0.999  # of a tensor's elements that 'parameters after the steps' speaks of
 # bfloat16 has 8 bits, so only maps can be asked to agree: the sign of the mask logits, in or out of
 # each query's mask, and the final map. Shares of the pixels that differ on the project's recordings
 # (stage 1; 2), on the CPU; the rest is what must be told from it:
@@ -75,27 +67,6 @@ CLOSE_SHARE = 0.999  # of a tensor's elements that 'parameters after the steps' 
 #   without adapters                  36 %; 15 %            44 %; 88 %
 SIGNS_TOLERANCE = 0.02
 MAP_TOLERANCE = 0.12
-
-Errors = dict[str, dict[str, float]]  # quantity -> where -> error
-
-
-class Row(NamedTuple):
-  """One line of a table: a quantity and its largest error."""
-
-  quantity: str
-  unit: str
-  error: float
-  tolerance: float | None  # None: reported, not judged
-  where: str
-
-  @property
-  def passes(self) -> bool:
-    return self.tolerance is None or self.error <= self.tolerance
-
-
-class Table(NamedTuple):
-  title: str
-  rows: list[Row]
 
 
 class Predictions(NamedTuple):
@@ -363,9 +334,9 @@ def map_errors(recording: Recording, outputs: Outputs) -> Errors:
   scores = final_scores(outputs)
   if recording.stage == 1:
     recorded = recording.arrays['post/binary_scores_224']
-    return {'scores': compare({'scores': scores}, {'scores': recorded}, _largest_difference)}
+    return {'scores': compare({'scores': scores}, {'scores': recorded}, largest_difference)}
   recorded = recording.arrays['post/semantic_map_224']
-  return {'map': compare({'map': scores.argmax(1)}, {'map': recorded}, _share_unequal)}
+  return {'map': compare({'map': scores.argmax(1)}, {'map': recorded}, share_unequal)}
 
 
 _class_scores = jax.jit(class_scores, static_argnums=(1, 2))
@@ -405,7 +376,7 @@ def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> 
     path: value - np.asarray(begin[path]) if value.shape == begin[path].shape else value
     for path, value in wanted.items()
   }
-  errors['parameters after the steps'] = compare(found, wanted, _of_largest_change)
+  errors['parameters after the steps'] = compare(found, wanted, of_largest_change)
   return errors
 
 
@@ -440,7 +411,7 @@ def compare_audio(arrays: Arrays) -> Iterator[Table]:
     resampled = rate != audio.SAMPLE_RATE
     # The release resamples with another library's low-pass filter, so only the mean is compared.
     quantity = 'log-mel, resampled' if resampled else 'log-mel at 16 kHz'
-    error = _mean_difference if resampled else _largest_difference
+    error = mean_difference if resampled else largest_difference
     errors.setdefault(quantity, {}).update(compare({name: found}, {name: log_mel}, error))
     if f'{name}/embedding' in arrays:
       errors.setdefault('VGGish embedding', {}).update(
@@ -501,53 +472,14 @@ def compare_metrics(arrays: Arrays) -> Iterator[Table]:
         found |= {prefix + name: overall[name] for name in overall if prefix + name in arrays}
   inputs = ('scores', 'pred', 'target')
   wanted = {key: value for key, value in arrays.items() if not key.endswith(inputs)}
-  errors = compare(found, wanted, _largest_difference)
+  errors = compare(found, wanted, largest_difference)
   yield Table(f'{arrays.path.name}, on the host', [worst('metrics', errors)])
-
-
-def compare(
-  ours: Mapping[str, np.ndarray],
-  theirs: Mapping[str, np.ndarray],
-  error: Callable[[np.ndarray, np.ndarray], float],
-) -> dict[str, float]:
-  """The error of each; infinite for what only one side has, or has in another shape."""
-  errors = {}
-  for name in dict.fromkeys([*ours, *theirs]):
-    errors[name] = np.inf
-    if name in ours and name in theirs:
-      a, b = np.asarray(ours[name]), np.asarray(theirs[name])
-      if a.shape == b.shape and b.dtype.kind in 'biuf':
-        errors[name] = error(a.astype(np.float64), b.astype(np.float64))
-  return errors
-
-
-def of_largest(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """Largest difference as a share of the largest recorded value."""
-  return _largest_difference(ours, theirs) / max(float(np.abs(theirs).max(initial=0)), TINY)
-
-
-def _of_largest_change(ours: np.ndarray, theirs: np.ndarray) -> float:
-  """The difference that CLOSE_SHARE of the elements keep to, as a share of the largest change."""
-  difference = np.quantile(np.abs(ours - theirs), CLOSE_SHARE, method='inverted_cdf')
-  return float(difference) / max(float(np.abs(theirs).max()), TINY)
-
-
-def _largest_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-  return float(np.abs(ours - theirs).max(initial=0))
-
-
-def _mean_difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-  return float(np.abs(ours - theirs).mean())
-
-
-def _share_unequal(ours: np.ndarray, theirs: np.ndarray) -> float:
-  return float(np.mean(ours != theirs))
 
 
 def _unmatched(recording: Recording, prefix: str, query: np.ndarray) -> float:
   """Share of the targets whose query is not the recorded one."""
   wanted = draws(recording, prefix)[1]
-  return _share_unequal(query[wanted >= 0], wanted[wanted >= 0])
+  return share_unequal(query[wanted >= 0], wanted[wanted >= 0])
 
 
 def _in_our_layout(
@@ -559,23 +491,3 @@ def _in_our_layout(
     paths.get(name, name): from_released_layout(paths.get(name, name), value)
     for name, value in released.items()
   }
-
-
-def worst(quantity: str, errors: Mapping[str, float], prefix: str = '') -> Row:
-  """The row of a quantity's largest error, NaN counting as infinite."""
-  unit, tolerance = TOLERANCES[quantity]
-  errors = {name: np.inf if np.isnan(error) else error for name, error in errors.items()}
-  where = max(errors, key=errors.get)
-  return Row(prefix + quantity, unit, errors[where], tolerance, where if errors[where] else '')
-
-
-def format_table(table: Table) -> str:
-  """A title, and a line for each quantity with its verdict."""
-  lines = [('quantity', 'largest error', 'tolerance', 'verdict', 'the error is', 'found in')]
-  for row in table.rows:
-    judged = row.tolerance is not None
-    tolerance = f'{row.tolerance:.0e}' if row.tolerance else '0' if judged else '-'
-    verdict = ('ok' if row.passes else 'MISS') if judged else '-'
-    lines.append((row.quantity, f'{row.error:.1e}', tolerance, verdict, row.unit, row.where))
-  lines = ['  '.join(('', *cells)).rstrip() for cells in padded(lines, (1, 2))]
-  return '\n'.join([table.title, *lines])
