@@ -1,6 +1,7 @@
 """Orbax checkpoints: the newest K and the best one, in one folder, written in the background."""
 
 import contextlib
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def save(
   manager.save(
     int(state.step),
     args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave({'phase': phase})
+      state=ocp.args.StandardSave(_stored(state)), meta=ocp.args.JsonSave({'phase': phase})
     ),
     metrics=metrics,
     force=True,
@@ -101,9 +102,15 @@ def saved_phase(manager: ocp.CheckpointManager, step: int) -> int:
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
   """State of a step, with the shapes and shardings of `abstract`, whatever mesh saved it."""
-  args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+  args = ocp.args.Composite(state=ocp.args.StandardRestore(_stored(abstract)))
   with _readable(manager.directory / str(step), _REMOVE):
-    return manager.restore(step, args=args)['state']
+    return TrainState(**manager.restore(step, args=args)['state'])
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+  """The fields of a state, its statistics where it has any: what older checkpoints hold too."""
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: value for name, value in fields.items() if name != 'statistics' or value}
 
 
 def latest_step(folder: epath.Path) -> int | None:
