@@ -336,7 +336,7 @@ def test_a_choice_of_subsets_is_scored_alone(stage1, data_root, tmp_path):
   assert some['overall']['miou'] == pytest.approx(
     (whole['subsets']['v1s']['miou'] + whole['subsets']['v1m']['miou']) / 2, abs=1e-4
   )
-  with pytest.raises(UserError, match="subsets holds 'v3'"):
+  with pytest.raises(UserError, match="no subset 'v3': choose from v1s, v1m, v2"):
     evaluate.evaluate(stage1, subsets=['v1s', 'v3'], **options)
 
 

@@ -112,12 +112,10 @@ def _compare(results: list[dict[str, dict]]) -> dict:
     rows = [result[name]['overall'] for result in results]
     keys = ('miou', 'fscore', 'miou_no_background', 'miou_occurring')
     table[name] = {key: [row[key] for row in rows] for key in keys}
-  table['listening_v1m'] = {
-    'difference': [
-      r['stage1_true']['subsets']['v1m']['miou'] - r['stage1_other']['subsets']['v1m']['miou']
-      for r in results
-    ]
-  }
+  pairs = [[result[f'stage1_{a}']['subsets'] for a in ('true', 'other')] for result in results]
+  if 'v1m' in pairs[0][0]:
+    differences = [true['v1m']['miou'] - other['v1m']['miou'] for true, other in pairs]
+    table['listening_v1m'] = {'difference': differences}
   return table
 
 
