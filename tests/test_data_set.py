@@ -26,8 +26,8 @@ from aavs_jax.input_pipeline import (
   labels,
   masks,
   pipeline,
+  prepare,
   prepared,
-  shards,
 )
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
@@ -210,7 +210,7 @@ def test_check_data_counts_by_its_subsets_and_classes(root):
 
 
 def test_it_can_be_prepared(root, tmp_path):
-  shards.prepare(root, tmp_path / 'shards', image_size=SIZE, eval_size=SIZE, workers=1)
+  prepare.prepare(root, tmp_path / 'shards', image_size=SIZE, eval_size=SIZE, workers=1)
   raw, ready = (index.read_index(place) for place in (root, tmp_path / 'shards'))
   assert {type(clip) for clip in ready} == {prepared.PreparedClip}
   assert {clip.data_set for clip in ready} == {TOWN}

@@ -8,7 +8,7 @@ import ml_collections
 
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.scoring import tables

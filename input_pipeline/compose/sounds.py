@@ -12,7 +12,7 @@ import librosa
 import numpy as np
 import soundfile
 
-from . import errors
+from .. import errors
 
 RATE = 16000  # hertz
 LENGTH = 9600  # samples of a sound
@@ -95,7 +95,7 @@ _FIRST_PITCH = (0, 5, 7, 4, 3, 6, 1, 8)
 
 
 def synthetic_sound(kind: int, variant: int) -> Sound:
-  """One variant of the sound of class number `kind`, 0..69 in the order of compose.CLASSES.
+  """One variant of the sound of class number `kind`, 0..69 in the order of scenes.CLASSES.
 
   The class fixes the family and its pitch within a fifth; the variant shifts pitch, tempo and
   envelope; each call differs a little more.
