@@ -19,10 +19,11 @@ import numpy as np
 from PIL import Image
 
 from .. import avsbench, avsbench_object, errors, files, labels
+from ..audio import SAMPLE_RATE
 from ..avsbench import SUBSETS
 from ..avsbench_object import ObjectClip
 from ..clips import SPLITS
-from . import scenes, sounds
+from . import scenes
 from .scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
@@ -258,7 +259,7 @@ def _write_wav(path: str | os.PathLike, audio: np.ndarray) -> None:
   with wave.open(str(path), 'wb') as file:
     file.setnchannels(1)
     file.setsampwidth(2)
-    file.setframerate(sounds.RATE)
+    file.setframerate(SAMPLE_RATE)
     file.writeframes(audio.astype('<i2').tobytes())
 
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import avsbench, errors
+from ..audio import SAMPLE_RATE
 from ..avsbench import SUBSETS
 from ..clips import SPLITS
 from .looks import Picture, background, drawn_picture, load_picture
-from .sounds import RATE, Sound, load_recording, synthetic_sound
+from .sounds import Sound, load_recording, synthetic_sound
 
 _FIRST = ('dog', 'guitar', 'car', 'bird', 'drum', 'violin', 'man', 'helicopter', 'cat', 'piano',
           'train', 'baby', 'trumpet', 'horse', 'clock', 'woman')  # fmt: skip
@@ -17,7 +18,7 @@ _FIRST = ('dog', 'guitar', 'car', 'bird', 'drum', 'violin', 'man', 'helicopter',
 CLASSES = _FIRST + tuple(name for name in avsbench.CLASSES[1:] if name not in _FIRST)
 
 _VARIANTS, _TEST_VARIANTS = 6, 2  # of each class's look and sound; the last ones only in test
-_SOUND_START = int(0.02 * RATE)  # see _mix
+_SOUND_START = int(0.02 * SAMPLE_RATE)  # see _mix
 
 
 class Thing(NamedTuple):
@@ -210,7 +211,7 @@ def _mix(rng, sounds, sounding: np.ndarray) -> np.ndarray:
   second i is heard from i + 0.02 to i + 0.62: inside example i, and in no other, up to i = 9.
   """
   seconds = len(sounding)
-  hiss = rng.standard_normal(seconds * RATE, np.float32)
+  hiss = rng.standard_normal(seconds * SAMPLE_RATE, np.float32)
   audio = hiss * np.float32(rng.uniform(0.001, 0.003))
   ramp = np.sin(np.linspace(0, np.pi / 2, 160)) ** 2  # 10 ms
   for t, k in np.argwhere(sounding):
@@ -218,6 +219,6 @@ def _mix(rng, sounds, sounding: np.ndarray) -> np.ndarray:
     burst *= min(1, 0.45 / np.abs(burst).max())  # so that two at once do not clip
     burst[:160] *= ramp
     burst[-160:] *= ramp[::-1]
-    start = t * RATE + _SOUND_START
+    start = t * SAMPLE_RATE + _SOUND_START
     audio[start : start + len(burst)] += burst
   return np.round(audio * 32767).astype(np.int16)
