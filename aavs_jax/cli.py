@@ -40,7 +40,7 @@ def _compose_arguments(sub) -> None:
 
 def _compose(args) -> None:
   from aavs_jax.console import Progress, say
-  from aavs_jax.input_pipeline.compose import compose
+  from aavs_jax.input_pipeline.compose.dataset import compose
 
   clips = {split: _per_subset(split, getattr(args, split)) for split in ('train', 'val', 'test')}
   if args.layout == 'object':
@@ -122,7 +122,7 @@ def _prepare_arguments(sub) -> None:
 def _prepare(args) -> None:
   from aavs_jax.console import Progress, say
   from aavs_jax.input_pipeline.index import read_index
-  from aavs_jax.input_pipeline.shards import prepare
+  from aavs_jax.input_pipeline.prepare import prepare
 
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(

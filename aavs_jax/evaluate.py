@@ -40,7 +40,7 @@ def evaluate(
     data: the data set.
     out: JSON file to write; beside it the tables of it, under the same name with the suffix .md.
     split: train, val or test.
-    audio: what the model hears, see sounds.choose_sounds.
+    audio: what the model hears, see listening.choose_sounds.
     oracle: ground truth as the prior of stage 2, as with config.oracle_prior.
     mask_folder: stage 1's masks, if not those of the config.
     maps: folder for the predicted class ids as PNG, MAPS/SUBSET/UID/T.png.

@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.mesh.fsdp = 1  # devices that share one copy of the parameters
 
   config.data = ml_collections.ConfigDict()
-  config.data.root = ''  # a folder in one of AVSBench's layouts
+  config.data.root = ''  # a folder of a data set, such as one in either of AVSBench's layouts
   config.data.masks = ''  # stage 1's masks, the prior of validation and test in stage 2
   config.data.subsets = ('v1s', 'v1m', 'v2')
   config.data.image_size = 384

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from . import audio, prepared, shards
+from . import audio, prepare, prepared
 from .avsbench import SUBSETS
 from .clips import SPLITS, Clip
 from .errors import UserError
@@ -32,7 +32,7 @@ class AvsbenchConfig(tfds.core.BuilderConfig):
 
 
 class Avsbench(tfds.core.GeneratorBasedBuilder):
-  """Clips with all that training and evaluation read of them, see shards.clip_arrays."""
+  """Clips with all that training and evaluation read of them, see prepare.clip_arrays."""
 
   VERSION = tfds.core.Version('1.0.0')
   BUILDER_CONFIGS = (
@@ -92,7 +92,7 @@ class Avsbench(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, clips: Sequence[Clip]) -> Iterator[tuple[str, dict]]:
     for clip in clips:
-      arrays = shards.clip_arrays(
+      arrays = prepare.clip_arrays(
         clip, self.builder_config.image_size, self.builder_config.eval_size
       )
       yield clip.uid, {'uid': clip.uid, **arrays}

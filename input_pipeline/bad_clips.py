@@ -4,9 +4,10 @@ import concurrent.futures
 import functools
 from collections.abc import Sequence
 
-from . import items, prepared, reading
+from . import items, prepared
 from .clips import Clip
 from .errors import UserError
+from .reader import load_log_mel, read_clip
 
 
 def find_bad_clips(clips: Sequence[Clip], task: items.Task, threads: int) -> list[dict[str, str]]:
@@ -28,13 +29,13 @@ def _fault(clip: Clip, task: items.Task) -> str | None:
   if is_prepared and (not task.semantic or task.num_classes >= len(clip.data_set.classes)):
     return None
   try:
-    reader = reading.read_clip(clip, task.image_size, task.eval_size)
+    reader = read_clip(clip, task.image_size, task.eval_size)
     for t in clip.labelled_frames:
       items.classes_of(reader, t, items.targets_of(reader, t, task), task)
       if not is_prepared:
         reader.frame(t)
     if not is_prepared:
-      reading.load_log_mel(clip)
+      load_log_mel(clip)
   except UserError as error:
     return str(error)
   return None

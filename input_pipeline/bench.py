@@ -17,11 +17,12 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import audio, images, items, pipeline, prepared, reading, shards
+from . import audio, images, items, pipeline, prepare, prepared
 from .clips import Clip
-from .compose import compose
+from .compose.dataset import compose
 from .errors import UserError
 from .index import read_index
+from .reader import load_log_mel, read_clip
 
 WANTED = 1000  # frames/s of an accelerator that is to be fed
 FLAT_MB = 32  # how much an epoch may add to resident memory and still be called flat
@@ -79,7 +80,7 @@ def bench_input(
     if not data:
       out = os.path.join(folder, 'shards')
       sizes = {'image_size': task.image_size, 'eval_size': task.eval_size}
-      shards.prepare(found[0].root, out, **sizes, workers=1)
+      prepare.prepare(found[0].root, out, **sizes, workers=1)
       sources['shards'] = read_index(out, 'train')
     for name, members in sources.items():
       parts = _time_parts(members, task, seconds)
@@ -231,7 +232,7 @@ def _time_parts(clips: Sequence[Clip], task: items.Task, seconds: float) -> dict
   for number, item in enumerate(itertools.cycle(cut)):
     clip = clips[item.clip]
     parts = {'whole': _cpu(items.load_training_item, clip, item, task)[0]}
-    parts['log-mel'] = _cpu(reading.load_log_mel, clip)[0]
+    parts['log-mel'] = _cpu(load_log_mel, clip)[0]
     times = [t for t in clip.labelled_frames if item.first <= t < item.first + item.frames]
     for t in times:
       for part, value in _time_frame(clip, t, task).items():
@@ -254,7 +255,7 @@ def _time_frame(clip: Clip, t: int, task: items.Task) -> dict[str, float]:
   image = Image.fromarray(images.read_image(clip.frame_path(t)))
   resize, _ = _cpu(images.resize_frame, image, task.image_size)
   both, _ = _cpu(images.load_frame, clip, t, task.image_size)
-  reader = reading.read_clip(clip, *sizes)
+  reader = read_clip(clip, *sizes)
   wanted = sizes if task.use_prior else sizes[:1]
   label = sum(_cpu(reader.label_ids, t, size)[0] for size in wanted)
   return {'image: decode': both - resize, 'image: resize': resize, 'label': label}

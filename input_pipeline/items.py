@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from . import labels, masks, reading, sounds
+from . import labels, listening, masks
 from .clips import Clip
 from .errors import UserError
 from .index import require_classes
+from .reader import Reader, read_clip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +58,23 @@ def _empty_frames(item: Item, task: Task) -> np.ndarray:
   return np.empty((item.frames, task.image_size, task.image_size, 3), np.uint8)
 
 
-def _log_mel(clip: Clip, sound: sounds.Sound, item: Item) -> np.ndarray:
-  return sounds.load_sound(clip, sound)[item.first : item.first + item.frames]
+def _log_mel(clip: Clip, sound: listening.Sound, item: Item) -> np.ndarray:
+  return listening.load_sound(clip, sound)[item.first : item.first + item.frames]
 
 
-def _prior(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
+def _prior(reader: Reader, t: int, task: Task) -> np.ndarray:
   """The ground truth as the prior, uint8 [eval_size, eval_size] of 0 and 255."""
   ids = reader.label_ids(t, task.eval_size)
   return ((ids > 0) & (ids != labels.IGNORE)).astype(np.uint8) * 255
 
 
-def targets_of(reader: reading.Reader, t: int, task: Task) -> np.ndarray:
+def targets_of(reader: Reader, t: int, task: Task) -> np.ndarray:
   """Class ids at the model's size; in the binary task 1 stands for all that sound."""
   ids = reader.label_ids(t, task.image_size)
   return ids if task.semantic else np.where(ids == labels.IGNORE, ids, np.minimum(ids, 1))
 
 
-def classes_of(reader: reading.Reader, t: int, ids: np.ndarray, task: Task) -> np.ndarray:
+def classes_of(reader: Reader, t: int, ids: np.ndarray, task: Task) -> np.ndarray:
   """What occurs in the label of frame t, in order; UserError for a class that the model lacks."""
   present = labels.values(ids)
   present = present[present != labels.IGNORE]
@@ -85,9 +86,7 @@ def classes_of(reader: reading.Reader, t: int, ids: np.ndarray, task: Task) -> n
   return present
 
 
-def _is_silent(
-  clip: Clip, reader: reading.Reader, known: dict[int, np.ndarray], task: Task
-) -> bool:
+def _is_silent(clip: Clip, reader: Reader, known: dict[int, np.ndarray], task: Task) -> bool:
   """Whether nothing sounds in any frame of a clip; `known` has the targets read already by time."""
   unread = (t for t in clip.labelled_frames if t not in known)
   maps = itertools.chain(known.values(), (targets_of(reader, t, task) for t in unread))
@@ -104,7 +103,7 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
     UserError: a file is missing or damaged, or a frame has a class of num_classes or more, or more
       than max_targets label values.
   """
-  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  reader = read_clip(clip, task.image_size, task.eval_size)
   times = [0] * item.frames if clip.labelled_frames == (0,) else _times(item)
   frames = _empty_frames(item, task)
   maps, priors = {}, {}
@@ -140,7 +139,7 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
 
 
 def load_eval_item(
-  clip: Clip, sound: sounds.Sound, item: Item, task: Task
+  clip: Clip, sound: listening.Sound, item: Item, task: Task
 ) -> dict[str, np.ndarray]:
   """One item of evaluation: as in training, but with the metric's ground truth `target`.
 
@@ -150,7 +149,7 @@ def load_eval_item(
   Raises:
     UserError: a file or mask is missing or damaged, or a label has a class of num_classes or more.
   """
-  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  reader = read_clip(clip, task.image_size, task.eval_size)
   times, frames = _times(item), _empty_frames(item, task)
   targets, priors = [], []
   nothing = np.zeros((task.eval_size, task.eval_size), np.uint8)
@@ -186,7 +185,7 @@ def load_eval_item(
 
 def load_unlabelled_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarray]:
   """Frames and sound alone, for writing masks of clips whose labels are partial (v1s/train)."""
-  reader = reading.read_clip(clip, task.image_size, task.eval_size)
+  reader = read_clip(clip, task.image_size, task.eval_size)
   times, frames = _times(item), _empty_frames(item, task)
   for i, t in enumerate(times):
     frames[i] = reader.frame(t)

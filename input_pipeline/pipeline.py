@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from . import loaders, packing
+from . import packing
 from .clips import Clip
 from .errors import UserError
 from .index import require_classes
 from .items import Item, Task, load_training_item, make_items
+from .read_ahead import read_ahead, unless_stopping
 
 EVAL_ITEM_FRAMES = 5
 
@@ -142,12 +143,12 @@ def training_batches(
   place = functools.partial(_place, items=local, process=process, processes=processes)
   dataset = (
     order[process::processes]
-    .map(loaders.unless_stopping)
+    .map(unless_stopping)
     .map(load)
     .batch(local, drop_remainder=True, batch_fn=_stack)
     .map(place)
   )
-  return loaders.read_ahead(dataset[start:], threads=threads, workers=workers)
+  return read_ahead(dataset[start:], threads=threads, workers=workers)
 
 
 def eval_batches(

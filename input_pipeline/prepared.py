@@ -1,7 +1,7 @@
 """A prepared data set: shards that take the place of its JPEG, PNG and WAV files.
 
 FOLDER/prepared.json                       what it holds and how it was made; see read_index
-FOLDER/SPLIT-00000-of-00012.array_record   the clips; shards.py writes them
+FOLDER/SPLIT-00000-of-00012.array_record   the clips; prepare.py writes them
 FOLDER/SPLIT-00000-of-00012.json           bytes, SHA-256 and clips of the shard
 FOLDER/metadata.csv                        or the other tables of the data set, as they were
 
@@ -269,7 +269,7 @@ def _bands(planes: np.ndarray) -> np.ndarray:
 
 
 def encode_clip(arrays: dict[str, np.ndarray], frames: str) -> list[bytes]:
-  """The records of a clip; `arrays` as of shards.clip_arrays."""
+  """The records of a clip; `arrays` as of prepare.clip_arrays."""
   records = [arrays['log_mel'].tobytes()]
   label = {int(t): place for place, t in enumerate(arrays['labelled'])}
   for t, frame in enumerate(arrays['frames']):
@@ -290,7 +290,7 @@ def read_log_mel(clip: PreparedClip) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class FrameRecord:
-  """A frame, read but for its image, which is decoded where it is asked for; see reading.Reader."""
+  """A frame, read but for its image, which is decoded where it is asked for; see Reader."""
 
   label_ids: dict[int, np.ndarray]  # by size; empty where there is no label
   metric_target: np.ndarray | None

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.dirfs import DirFileSystem
 
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from tests import tiny
 
 

@@ -18,7 +18,7 @@ from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids, read_mask
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 
 _SECONDS, _MEMORY = 20, 1 << 30
 

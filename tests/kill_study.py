@@ -24,7 +24,7 @@ from pathlib import Path
 from absl import logging as absl_logging
 from etils import epath
 
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.training import checkpoint
 from tests import runs
 from tests.stand_in import STAND_IN

@@ -14,7 +14,7 @@ from aavs_jax.input_pipeline import audio, avsbench, labels
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 
 ROWS = [  # uid, subset, split
   ('-aldtLqTVYI_1000_11000', 'v2', 'train'),

@@ -23,7 +23,7 @@ from aavs_jax.input_pipeline.images import (
 )
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Item, Task, load_eval_item, load_training_item
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 from aavs_jax.train import train
 from tests import tiny
 

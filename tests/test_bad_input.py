@@ -32,7 +32,6 @@ from aavs_jax.input_pipeline import (
   audio,
   avsbench,
   check,
-  compose,
   files,
   labels,
   masks,
@@ -41,6 +40,7 @@ from aavs_jax.input_pipeline import (
 )
 from aavs_jax.input_pipeline.bad_clips import find_bad_clips, leave_out
 from aavs_jax.input_pipeline.clips import SPLITS
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.images import (
   load_frame,
@@ -51,7 +51,7 @@ from aavs_jax.input_pipeline.images import (
 )
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Item, Task, load_training_item
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 from aavs_jax.train import train
 from aavs_jax.training import checkpoint, wandb_run
 from tests import tiny
@@ -434,7 +434,7 @@ def test_what_is_no_file_is_not_waited_for(root, make):
 
 
 def test_damaged_files_are_read_or_refused(tmp_path):
-  compose.compose(tmp_path / 'set', clips={'test': {'v1s': 1}}, size=(64, 48))
+  compose(tmp_path / 'set', clips={'test': {'v1s': 1}}, size=(64, 48))
   command = [sys.executable, '-m', 'tests.fuzz_readers', str(tmp_path / 'set'), '100']
   place = pathlib.Path(__file__).parents[1]
   run = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)

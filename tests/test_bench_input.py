@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aavs_jax import cli
-from aavs_jax.input_pipeline import bench, shards
+from aavs_jax.input_pipeline import bench, prepare
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.items import Item, Task, load_training_item
 
@@ -34,7 +34,7 @@ def test_parts_add_up_to_what_a_core_can_read(data_root, tmp_path, capsys):
 
 
 def test_a_prepared_data_set_is_timed_as_shards(data_root, tmp_path):
-  shards.prepare(data_root, tmp_path / 'shards', image_size=32, eval_size=32, workers=1)
+  prepare.prepare(data_root, tmp_path / 'shards', image_size=32, eval_size=32, workers=1)
   result = bench.bench_input(TASK, LOADING, data=str(tmp_path / 'shards'), clips=2, seconds=0.2)
   assert 'raw' not in result and 'log_mel_times_real_time' not in result
   parts = result['shards']['milliseconds']

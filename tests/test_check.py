@@ -9,7 +9,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from aavs_jax.input_pipeline import audio, avsbench, check, compose
+from aavs_jax.input_pipeline import audio, avsbench, check
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 
@@ -23,7 +24,7 @@ CLIPS = {
 @pytest.fixture(scope='module')
 def clean(tmp_path_factory):
   root = tmp_path_factory.mktemp('clean') / 'set'
-  return compose.compose(root, clips=CLIPS, num_classes=4, size=(64, 48))
+  return compose(root, clips=CLIPS, num_classes=4, size=(64, 48))
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from aavs_jax.input_pipeline import avsbench, compose, compose_scenes, compose_sounds, labels
+from aavs_jax.input_pipeline import avsbench, labels
+from aavs_jax.input_pipeline.compose import scenes, sounds
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 
 SIZE = (64, 48)
@@ -29,7 +31,7 @@ SMALL = {'train': {'v1s': 2, 'v1m': 1}, 'test': {'v2': 1}}
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-  return compose.compose(tmp_path_factory.mktemp('set'), clips=CLIPS, size=SIZE)
+  return compose(tmp_path_factory.mktemp('set'), clips=CLIPS, size=SIZE)
 
 
 def rows_of(root):
@@ -156,7 +158,7 @@ def test_the_sound_tells_the_class(root):
 
 
 def test_test_split_has_its_own_variants():
-  for thing in compose_scenes.drawn_things(70):
+  for thing in scenes.drawn_things(70):
     for shared, reserved in (
       (thing.pictures, thing.test_pictures),
       (thing.sounds, thing.test_sounds),
@@ -168,7 +170,7 @@ def test_test_split_has_its_own_variants():
 
 def test_the_seed_decides_every_byte(tmp_path):
   for name, seed in (('a', 3), ('b', 3), ('c', 4)):
-    compose.compose(tmp_path / name, clips=SMALL, size=SIZE, seed=seed)
+    compose(tmp_path / name, clips=SMALL, size=SIZE, seed=seed)
   assert tree_hash(tmp_path / 'a') == tree_hash(tmp_path / 'b')
   assert not {r['uid'] for r in rows_of(tmp_path / 'a')} & {
     r['uid'] for r in rows_of(tmp_path / 'c')
@@ -177,7 +179,7 @@ def test_the_seed_decides_every_byte(tmp_path):
 
 def test_the_bytes_are_those_of_earlier_versions(tmp_path):
   # Sets that exist are reused and compared, so what the settings mean must not change unnoticed.
-  root = compose.compose(tmp_path / 'set', clips=SMALL, size=SIZE, seed=3)
+  root = compose(tmp_path / 'set', clips=SMALL, size=SIZE, seed=3)
   for name, digest in (
     ('metadata.csv', '2323c9c004097d42'),
     ('compose.json', 'b17cddf7a75765cb'),
@@ -187,14 +189,14 @@ def test_the_bytes_are_those_of_earlier_versions(tmp_path):
 
 
 def test_a_clip_does_not_depend_on_the_others(tmp_path, root):
-  compose.compose(tmp_path / 'few', clips={'test': {'v1m': 1}}, size=SIZE)
+  compose(tmp_path / 'few', clips={'test': {'v1m': 1}}, size=SIZE)
   (row,) = rows_of(tmp_path / 'few')
   alone, among = (r / 'v1m' / row['uid'] for r in (tmp_path / 'few', root))
   assert tree_hash(alone) == tree_hash(among)
 
 
 def test_reuse_and_conflict(tmp_path):
-  make = functools.partial(compose.compose, tmp_path / 'set', clips=SMALL, size=SIZE)
+  make = functools.partial(compose, tmp_path / 'set', clips=SMALL, size=SIZE)
   make()
   times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
   calls = []
@@ -205,7 +207,7 @@ def test_reuse_and_conflict(tmp_path):
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'metadata.csv').write_text('mine')
   with pytest.raises(UserError, match='not composed here'):
-    compose.compose(tmp_path / 'other', clips=SMALL)
+    compose(tmp_path / 'other', clips=SMALL)
   assert [p.name for p in (tmp_path / 'other').iterdir()] == ['metadata.csv']
 
 
@@ -216,10 +218,10 @@ def test_an_interrupted_set_is_finished_with_the_same_bytes(tmp_path):
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    compose.compose(tmp_path / 'a', clips=SMALL, size=SIZE, progress=stop)
+    compose(tmp_path / 'a', clips=SMALL, size=SIZE, progress=stop)
   assert {p.name for p in (tmp_path / 'a').iterdir()} == {'compose.json', 'label2idx.json', 'v1s'}
-  compose.compose(tmp_path / 'a', clips=SMALL, size=SIZE)
-  compose.compose(tmp_path / 'b', clips=SMALL, size=SIZE)
+  compose(tmp_path / 'a', clips=SMALL, size=SIZE)
+  compose(tmp_path / 'b', clips=SMALL, size=SIZE)
   assert tree_hash(tmp_path / 'a') == tree_hash(tmp_path / 'b')
 
 
@@ -227,8 +229,8 @@ OBJECT = {'train': {'v1s': 3, 'v1m': 2}, 'test': {'v1s': 1, 'v1m': 1}}
 
 
 def test_the_object_layout_has_the_same_clips(tmp_path):
-  semantic = compose.compose(tmp_path / 'semantic', clips=OBJECT, size=SIZE, seed=2)
-  root = compose.compose(tmp_path / 'object', clips=OBJECT, size=SIZE, seed=2, layout='object')
+  semantic = compose(tmp_path / 'semantic', clips=OBJECT, size=SIZE, seed=2)
+  root = compose(tmp_path / 'object', clips=OBJECT, size=SIZE, seed=2, layout='object')
   top = {'compose.json', 's4_meta_data.csv', 's4_data', 'ms3_meta_data.csv', 'ms3_data'}
   assert {path.name for path in root.iterdir()} == top
   tables = {}
@@ -272,7 +274,7 @@ def test_the_object_layout_has_the_same_clips(tmp_path):
 
 
 def test_the_object_layout_is_reproducible_reused_and_finished(tmp_path):
-  make = functools.partial(compose.compose, clips=OBJECT, size=SIZE, layout='object')
+  make = functools.partial(compose, clips=OBJECT, size=SIZE, layout='object')
 
   def stop(done, total):
     if done == 4:
@@ -292,14 +294,14 @@ def test_the_object_layout_is_reproducible_reused_and_finished(tmp_path):
   make(tmp_path / 'a')
   assert times == {p: p.stat().st_mtime_ns for p in (tmp_path / 'a').rglob('*')}
   with pytest.raises(UserError, match=r'\(layout differ'):
-    compose.compose(tmp_path / 'a', clips=OBJECT, size=SIZE)
-  compose.compose(tmp_path / 'c', clips=OBJECT, size=SIZE)
+    compose(tmp_path / 'a', clips=OBJECT, size=SIZE)
+  compose(tmp_path / 'c', clips=OBJECT, size=SIZE)
   with pytest.raises(UserError, match=r'\(layout differ'):
     make(tmp_path / 'c')
 
 
 def test_one_subset_of_the_object_layout(tmp_path):
-  root = compose.compose(tmp_path, clips={'val': {'v1m': 1}}, size=SIZE, layout='object')
+  root = compose(tmp_path, clips={'val': {'v1m': 1}}, size=SIZE, layout='object')
   assert {path.name for path in root.glob('*m*')} == {
     'compose.json',
     'ms3_meta_data.csv',
@@ -310,7 +312,7 @@ def test_one_subset_of_the_object_layout(tmp_path):
 def test_a_killed_run_leaves_whole_clips_only(tmp_path):
   clips = {'train': {'v2': 40}}
   code = (
-    'from aavs_jax.input_pipeline.compose import compose; '
+    'from aavs_jax.input_pipeline.compose.dataset import compose; '
     f'compose({str(tmp_path / "a")!r}, clips={clips})'
   )
   child = subprocess.Popen([sys.executable, '-c', code])
@@ -322,7 +324,7 @@ def test_a_killed_run_leaves_whole_clips_only(tmp_path):
   assert 2 <= len(done) < 40 and not (tmp_path / 'a/metadata.csv').exists()
   for folder in done:
     assert sum(p.is_file() for p in folder.rglob('*')) == 31
-  compose.compose(tmp_path / 'a', clips=clips)
+  compose(tmp_path / 'a', clips=clips)
   assert not list(tmp_path.glob('a/**/.*'))
   assert len(rows_of(tmp_path / 'a')) == len(list(tmp_path.glob('a/v2/*'))) == 40
 
@@ -343,7 +345,7 @@ def test_a_killed_run_leaves_whole_clips_only(tmp_path):
 )
 def test_bad_settings(tmp_path, change, text):
   with pytest.raises(UserError, match=text):
-    compose.compose(tmp_path / 'a', **{'clips': SMALL, **change})
+    compose(tmp_path / 'a', **{'clips': SMALL, **change})
   assert not (tmp_path / 'a').exists()
 
 
@@ -367,7 +369,7 @@ def sprites(tmp_path):
 
 def test_sprites(tmp_path, sprites):
   clips = {'train': {'v1m': 4}, 'test': {'v1m': 4}}
-  root = compose.compose(tmp_path / 'set', clips=clips, size=SIZE, sprites=sprites)
+  root = compose(tmp_path / 'set', clips=clips, size=SIZE, sprites=sprites)
   for row in rows_of(root):
     audio = read_audio(root, row)
     for t, names in enumerate(seconds_of(row)):
@@ -385,13 +387,13 @@ def test_sprites(tmp_path, sprites):
         assert np.abs(frame[core > 0].mean(0) - expected).max() < 40
   cv2.imwrite(str(sprites / 'lion' / '1.png'), np.full((9, 9, 4), 255, np.uint8))
   with pytest.raises(UserError, match='sprites differ'):
-    compose.compose(root, clips=clips, size=SIZE, sprites=sprites)
+    compose(root, clips=clips, size=SIZE, sprites=sprites)
 
 
 def test_bad_sprites(tmp_path, sprites):
   def fails(text):
     with pytest.raises(UserError, match=text):
-      compose.compose(tmp_path / 'set', clips=SMALL, sprites=sprites)
+      compose(tmp_path / 'set', clips=SMALL, sprites=sprites)
 
   (sprites / 'dragon').mkdir()
   fails('dragon is not named after a class')
@@ -406,5 +408,5 @@ def test_bad_sprites(tmp_path, sprites):
   fails(r'a\.wav cannot be read')
   soundfile.write(sprites / 'dog' / 'a.wav', np.zeros(16000), 16000)
   fails(r'a\.wav is silent')
-  soundfile.write(sprites / 'dog' / 'a.wav', np.ones(compose_sounds.LENGTH) * 0.1, 16000)
-  compose.compose(tmp_path / 'set', clips=SMALL, sprites=sprites)
+  soundfile.write(sprites / 'dog' / 'a.wav', np.ones(sounds.LENGTH) * 0.1, 16000)
+  compose(tmp_path / 'set', clips=SMALL, sprites=sprites)

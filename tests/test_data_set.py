@@ -14,14 +14,26 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import soundfile
+from etils import epath
 from PIL import Image
 
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import check, clips, index, labels, masks, pipeline, prepared, shards
+from aavs_jax.input_pipeline import (
+  avsbench,
+  check,
+  clips,
+  index,
+  labels,
+  masks,
+  pipeline,
+  prepare,
+  prepared,
+)
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.items import Task, load_eval_item
 from aavs_jax.scoring import metrics, protocols, tables
+from aavs_jax.training import work_folder
 from tests import tiny
 
 TOWN = clips.DataSet(
@@ -198,7 +210,7 @@ def test_check_data_counts_by_its_subsets_and_classes(root):
 
 
 def test_it_can_be_prepared(root, tmp_path):
-  shards.prepare(root, tmp_path / 'shards', image_size=SIZE, eval_size=SIZE, workers=1)
+  prepare.prepare(root, tmp_path / 'shards', image_size=SIZE, eval_size=SIZE, workers=1)
   raw, ready = (index.read_index(place) for place in (root, tmp_path / 'shards'))
   assert {type(clip) for clip in ready} == {prepared.PreparedClip}
   assert {clip.data_set for clip in ready} == {TOWN}
@@ -222,6 +234,13 @@ def test_a_config_is_refused_that_has_more_classes(root):
   config.num_classes = 6
   message = _refusal(config_lib.require_fit, found, config)
   assert 'config.num_classes is 6' in message and 'Town has 5' in message
+
+
+def test_a_work_folder_keeps_its_class_names_for_predict(root, tmp_path):
+  found = work_folder.Clips(index.read_index(root, 'train'), [], [])
+  work_folder.claim(epath.Path(tmp_path, 'run'), tiny.get_config('stage2'), found, None)
+  assert work_folder.class_names(tmp_path / 'run') == list(TOWN.classes)
+  assert work_folder.class_names(tmp_path) == avsbench.CLASSES  # of a converted model
 
 
 def test_maps_do_not_replace_its_clips(root):

@@ -18,11 +18,11 @@ from PIL import Image
 
 from aavs_jax import config as config_lib
 from aavs_jax import evaluate, hand_over, methods
-from aavs_jax.input_pipeline import files, labels, masks, sounds
+from aavs_jax.input_pipeline import files, labels, listening, masks
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 from aavs_jax.scoring import metrics, predictor, score, tables
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint
@@ -259,7 +259,7 @@ def test_without_its_sound_all_that_a_model_marks_is_false(stage, clips):
   assert heard['false_positive_rate'] != pytest.approx(heard['sounding_share'])
 
 
-@pytest.mark.parametrize('audio', sounds.CHOICES)
+@pytest.mark.parametrize('audio', listening.CHOICES)
 def test_the_model_hears_what_it_should(model1, clips, audio):
   config, params, predictor = model1
   clips = [clip for clip in clips if clip.subset != 'v2']  # one v2 clip has no other
@@ -273,16 +273,16 @@ def test_the_model_hears_what_it_should(model1, clips, audio):
 
   score.score(config, _Says(listen), params, clips, audio=audio)
   assert len(heard) == 5 * len(clips)
-  others = {'other': sounds.other_sounds(clips), 'offscreen': sounds.offscreen_sounds(clips)}
+  others = {'other': listening.other_sounds(clips), 'offscreen': listening.offscreen_sounds(clips)}
   for (index, t), log_mel in heard.items():
     own = load_log_mel(clips[index])[t]
     if audio in others:
       expected = load_log_mel(others[audio][index])[t]
       assert not np.array_equal(expected, own)
     elif audio == 'noise':
-      expected = sounds.noise_log_mel(clips[index])[t]
+      expected = listening.noise_log_mel(clips[index])[t]
     else:
-      expected = {'true': own, 'silence': np.full_like(own, sounds.SILENCE)}[audio]
+      expected = {'true': own, 'silence': np.full_like(own, listening.SILENCE)}[audio]
     np.testing.assert_array_equal(log_mel, expected)
 
 
@@ -336,7 +336,7 @@ def test_a_choice_of_subsets_is_scored_alone(stage1, data_root, tmp_path):
   assert some['overall']['miou'] == pytest.approx(
     (whole['subsets']['v1s']['miou'] + whole['subsets']['v1m']['miou']) / 2, abs=1e-4
   )
-  with pytest.raises(UserError, match="subsets holds 'v3'"):
+  with pytest.raises(UserError, match="no subset 'v3': choose from v1s, v1m, v2"):
     evaluate.evaluate(stage1, subsets=['v1s', 'v3'], **options)
 
 

@@ -13,13 +13,13 @@ import pytest
 from PIL import Image
 
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import avsbench, labels, masks, pipeline, sounds
+from aavs_jax.input_pipeline import avsbench, labels, listening, masks, pipeline
 from aavs_jax.input_pipeline.bad_clips import find_bad_clips
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Item, Task, load_eval_item, load_training_item, make_items
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 
 
 def _stream(clips, task, count, **changes):
@@ -258,7 +258,7 @@ def test_evaluation_hears_the_clip_it_is_given_or_silence(data_root):
     assert np.array_equal(heard['log_mel'], sound[c.uid])
     assert np.array_equal(heard['frames'][3], load_frame(clip, 3, 32))
   heard = load_eval_item(clip, 'silence', item, task)
-  assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == sounds.SILENCE).all()
+  assert heard['log_mel'].shape == (5, 96, 64) and (heard['log_mel'] == listening.SILENCE).all()
 
 
 @pytest.mark.parametrize('item_frames', [1, 5])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 
 # In a process of its own, in which any attempt to import TensorFlow fails and shows.
 _BUILD_AND_READ = """
@@ -25,7 +25,7 @@ from aavs_jax.input_pipeline import avsbench_tfds, labels
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 
 root, folder, name, subset, wrong = sys.argv[1:]
 tfds.disable_progress_bar()

@@ -16,11 +16,11 @@ import numpy as np
 
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
+from aavs_jax.input_pipeline.audio import SAMPLE_RATE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.media.overlay import overlay
 from aavs_jax.media.timeline import Timeline
 
-SAMPLE_RATE = 16000
 _AAC_RATE = 48000
 _TIME_BASE = Fraction(1, 60000)  # exact for 24, 25, 30, 60 and 30000/1001 frames a second
 _EPSILON = 1.5e-3  # seconds; many formats round their time stamps to milliseconds

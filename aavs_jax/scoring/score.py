@@ -11,7 +11,7 @@ from aavs_jax import config as config_lib
 from aavs_jax.console import Progress
 from aavs_jax.devices import distributed
 from aavs_jax.devices.distributed import share
-from aavs_jax.input_pipeline import items, masks, sounds
+from aavs_jax.input_pipeline import items, listening, masks
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import metrics, protocols
@@ -39,7 +39,7 @@ def score(
     predictor: compiled predict step of the same config.
     variables: of the model, on any devices.
     clips: what to score.
-    audio: what the clips hear, see sounds.choose_sounds.
+    audio: what the clips hear, see listening.choose_sounds.
     on_clip: called with each clip of this process, in order, and its predicted ids
       uint8 [T, e, e].
     title: of the line that shows the progress.
@@ -52,7 +52,7 @@ def score(
       'ground truth with --oracle'
     )
   variables = local_variables(variables)
-  mine, heard = share(clips), share(sounds.choose_sounds(clips, audio))
+  mine, heard = share(clips), share(listening.choose_sounds(clips, audio))
   batches = predictor.batches(
     config,
     mine,

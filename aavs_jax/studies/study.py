@@ -8,7 +8,7 @@ import ml_collections
 
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.scoring import tables
@@ -112,12 +112,10 @@ def _compare(results: list[dict[str, dict]]) -> dict:
     rows = [result[name]['overall'] for result in results]
     keys = ('miou', 'fscore', 'miou_no_background', 'miou_occurring')
     table[name] = {key: [row[key] for row in rows] for key in keys}
-  table['listening_v1m'] = {
-    'difference': [
-      r['stage1_true']['subsets']['v1m']['miou'] - r['stage1_other']['subsets']['v1m']['miou']
-      for r in results
-    ]
-  }
+  pairs = [[result[f'stage1_{a}']['subsets'] for a in ('true', 'other')] for result in results]
+  if 'v1m' in pairs[0][0]:
+    differences = [true['v1m']['miou'] - other['v1m']['miou'] for true, other in pairs]
+    table['listening_v1m'] = {'difference': differences}
   return table
 
 

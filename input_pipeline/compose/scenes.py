@@ -5,9 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import avsbench, compose_looks, compose_sounds, errors
-from .avsbench import SUBSETS
-from .clips import SPLITS
+from .. import avsbench, errors
+from ..audio import SAMPLE_RATE
+from ..avsbench import SUBSETS
+from ..clips import SPLITS
+from .looks import Picture, background, drawn_picture, load_picture
+from .sounds import Sound, load_recording, synthetic_sound
 
 _FIRST = ('dog', 'guitar', 'car', 'bird', 'drum', 'violin', 'man', 'helicopter', 'cat', 'piano',
           'train', 'baby', 'trumpet', 'horse', 'clock', 'woman')  # fmt: skip
@@ -15,17 +18,17 @@ _FIRST = ('dog', 'guitar', 'car', 'bird', 'drum', 'violin', 'man', 'helicopter',
 CLASSES = _FIRST + tuple(name for name in avsbench.CLASSES[1:] if name not in _FIRST)
 
 _VARIANTS, _TEST_VARIANTS = 6, 2  # of each class's look and sound; the last ones only in test
-_SOUND_START = int(0.02 * compose_sounds.RATE)  # see _mix
+_SOUND_START = int(0.02 * SAMPLE_RATE)  # see _mix
 
 
 class Thing(NamedTuple):
   """A class: its pictures and sounds, those of the train and val splits and those of test."""
 
   name: str
-  pictures: tuple[compose_looks.Picture, ...]
-  sounds: tuple[compose_sounds.Sound, ...]
-  test_pictures: tuple[compose_looks.Picture, ...]
-  test_sounds: tuple[compose_sounds.Sound, ...]
+  pictures: tuple[Picture, ...]
+  sounds: tuple[Sound, ...]
+  test_pictures: tuple[Picture, ...]
+  test_sounds: tuple[Sound, ...]
 
 
 class Plan(NamedTuple):
@@ -47,14 +50,14 @@ def drawn_things(num_classes: int) -> list[Thing]:
   last = _VARIANTS - _TEST_VARIANTS
   things = []
   for kind, name in enumerate(CLASSES[:num_classes]):
-    pictures = tuple(compose_looks.drawn_picture(kind, v) for v in range(_VARIANTS))
-    sounds = tuple(compose_sounds.synthetic_sound(kind, v) for v in range(_VARIANTS))
+    pictures = tuple(drawn_picture(kind, v) for v in range(_VARIANTS))
+    sounds = tuple(synthetic_sound(kind, v) for v in range(_VARIANTS))
     things.append(Thing(name, pictures[:last], sounds[:last], pictures[last:], sounds[last:]))
   return things
 
 
 def sprite_things(folder: pathlib.Path) -> list[Thing]:
-  """The classes of a sprites folder, by name; see compose.compose.
+  """The classes of a sprites folder, by name; see dataset.compose.
 
   Raises:
     UserError: a class is unknown or incomplete, a file is unusable, or there are too few classes.
@@ -75,8 +78,8 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
         f'{path} holds {len(images)} *.png and {len(recordings)} *.wav, *.ogg or *.flac: a class '
         'needs at least one of each'
       )
-    pictures = tuple(compose_looks.load_picture(p) for p in images)
-    sounds = tuple(compose_sounds.load_recording(p) for p in recordings)
+    pictures = tuple(load_picture(p) for p in images)
+    sounds = tuple(load_recording(p) for p in recordings)
     things.append(
       Thing(path.name, pictures[:-1] or pictures, sounds[:-1] or sounds, pictures[-1:], sounds[-1:])
     )
@@ -123,7 +126,7 @@ def render_clip(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
 
   pan = rng.integers(-2, 3, 2)  # pixels a second that the camera moves
   margin = np.abs(pan) * (seconds - 1)
-  scene = compose_looks.background(rng, width + int(margin[0]), height + int(margin[1]))
+  scene = background(rng, width + int(margin[0]), height + int(margin[1]))
   frames = np.empty((seconds, height, width, 3), np.uint8)
   targets = np.zeros((seconds, height, width), np.uint8)
   for t in range(seconds):
@@ -208,7 +211,7 @@ def _mix(rng, sounds, sounding: np.ndarray) -> np.ndarray:
   second i is heard from i + 0.02 to i + 0.62: inside example i, and in no other, up to i = 9.
   """
   seconds = len(sounding)
-  hiss = rng.standard_normal(seconds * compose_sounds.RATE, np.float32)
+  hiss = rng.standard_normal(seconds * SAMPLE_RATE, np.float32)
   audio = hiss * np.float32(rng.uniform(0.001, 0.003))
   ramp = np.sin(np.linspace(0, np.pi / 2, 160)) ** 2  # 10 ms
   for t, k in np.argwhere(sounding):
@@ -216,6 +219,6 @@ def _mix(rng, sounds, sounding: np.ndarray) -> np.ndarray:
     burst *= min(1, 0.45 / np.abs(burst).max())  # so that two at once do not clip
     burst[:160] *= ramp
     burst[-160:] *= ramp[::-1]
-    start = t * compose_sounds.RATE + _SOUND_START
+    start = t * SAMPLE_RATE + _SOUND_START
     audio[start : start + len(burst)] += burst
   return np.round(audio * 32767).astype(np.int16)

@@ -18,11 +18,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import avsbench, avsbench_object, compose_scenes, compose_sounds, errors, files, labels
-from .avsbench import SUBSETS
-from .avsbench_object import ObjectClip
-from .clips import SPLITS
-from .compose_scenes import CLASSES
+from .. import avsbench, avsbench_object, errors, files, labels
+from ..audio import SAMPLE_RATE
+from ..avsbench import SUBSETS
+from ..avsbench_object import ObjectClip
+from ..clips import SPLITS
+from . import scenes
+from .scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _LAYOUTS = ('semantic', 'object')
@@ -69,9 +71,9 @@ def compose(
   root = pathlib.Path(root)
   _check_settings(clips, num_classes, size, seed, layout)
   things = (
-    compose_scenes.drawn_things(num_classes)
+    scenes.drawn_things(num_classes)
     if sprites is None
-    else compose_scenes.sprite_things(pathlib.Path(sprites))
+    else scenes.sprite_things(pathlib.Path(sprites))
   )
   settings = {
     'version': _VERSION,
@@ -100,7 +102,7 @@ def compose(
   ]
   rows = {path: [] for path in tables.values()}
   for done, (split, subset, index) in enumerate(jobs, 1):
-    plan = compose_scenes.plan_clip(things, seed, split, subset, index)
+    plan = scenes.plan_clip(things, seed, split, subset, index)
     if layout == 'semantic':
       rows[tables[subset]].append(_metadata_row(plan))
       folder, write = root / subset / plan.uid, _write_clip
@@ -184,7 +186,7 @@ def _table_name(layout: str, subset: str) -> str:
   return os.path.basename(avsbench_object.table_path('', subset))
 
 
-def _metadata_row(plan: compose_scenes.Plan) -> dict[str, str]:
+def _metadata_row(plan: scenes.Plan) -> dict[str, str]:
   """A row of metadata.csv; "visible" and "seconds" are additions to AVSBench's columns."""
   video, start, end = plan.uid.rsplit('_', 2)
   names = np.array([thing.name for thing in plan.things])
@@ -201,15 +203,15 @@ def _metadata_row(plan: compose_scenes.Plan) -> dict[str, str]:
   }
 
 
-def _object_row(plan: compose_scenes.Plan) -> dict[str, str]:
+def _object_row(plan: scenes.Plan) -> dict[str, str]:
   """A row of s4_meta_data.csv or ms3_meta_data.csv."""
   if plan.subset == 'v1m':
     return {'video_id': plan.uid, 'split': plan.split}
   return {'name': plan.uid, 'category': plan.things[0].name, 'split': plan.split}
 
 
-def _write_clip(root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]) -> None:
-  frames, targets, audio = compose_scenes.render_clip(plan, size)
+def _write_clip(root: pathlib.Path, plan: scenes.Plan, size: tuple[int, int]) -> None:
+  frames, targets, audio = scenes.render_clip(plan, size)
   labelled = 1 if (plan.subset, plan.split) == ('v1s', 'train') else len(frames)
   with files.writing_folder(root / plan.subset / plan.uid) as folder:
     for name in ('frames', 'labels_rgb', 'labels_semantic'):
@@ -224,16 +226,14 @@ def _write_clip(root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, 
     _write_wav(folder / 'audio.wav', audio)
 
 
-def _object_clip(root: pathlib.Path, plan: compose_scenes.Plan) -> ObjectClip:
+def _object_clip(root: pathlib.Path, plan: scenes.Plan) -> ObjectClip:
   category = '' if plan.subset == 'v1m' else plan.things[0].name
   frames = SUBSETS[plan.subset]
   return ObjectClip(str(root), plan.uid, plan.subset, plan.split, frames, category)
 
 
-def _write_object_clip(
-  root: pathlib.Path, plan: compose_scenes.Plan, size: tuple[int, int]
-) -> None:
-  frames, targets, audio = compose_scenes.render_clip(plan, size)
+def _write_object_clip(root: pathlib.Path, plan: scenes.Plan, size: tuple[int, int]) -> None:
+  frames, targets, audio = scenes.render_clip(plan, size)
   clip = _object_clip(root, plan)
   masks = os.path.dirname(clip.label_ids_path(0))
   shutil.rmtree(masks, ignore_errors=True)  # of an interrupted run, whose frames did not appear
@@ -259,7 +259,7 @@ def _write_wav(path: str | os.PathLike, audio: np.ndarray) -> None:
   with wave.open(str(path), 'wb') as file:
     file.setnchannels(1)
     file.setsampwidth(2)
-    file.setframerate(compose_sounds.RATE)
+    file.setframerate(SAMPLE_RATE)
     file.writeframes(audio.astype('<i2').tobytes())
 
 

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from . import audio, clips, reading
+from . import audio, clips
 from .clips import Clip
 from .errors import UserError
+from .reader import load_log_mel
 
 CHOICES = ('true', 'other', 'silence', 'noise', 'offscreen')
 SILENCE = float(np.log(0.01))  # log-mel of digital silence
@@ -18,14 +19,14 @@ Sound = Clip | str  # a clip whose audio is heard, 'silence' or 'noise'
 
 
 def load_sound(clip: Clip, sound: Sound) -> np.ndarray:
-  """What a clip hears, float32 [num_frames, 96, 64]. Raises UserError as reading.load_log_mel."""
+  """What a clip hears, float32 [num_frames, 96, 64]. Raises UserError as reader.load_log_mel."""
   if sound == 'silence':
     shape = (clip.num_frames, audio.EXAMPLE_FRAMES, audio.MEL_BANDS)
     return np.full(shape, SILENCE, np.float32)
   if sound == 'noise':
     return noise_log_mel(clip)
   # Off-screen sound may come from a subset whose clips are shorter or longer.
-  return audio.fit_examples(reading.load_log_mel(sound), clip.num_frames)[0]
+  return audio.fit_examples(load_log_mel(sound), clip.num_frames)[0]
 
 
 def noise_log_mel(clip: Clip) -> np.ndarray:

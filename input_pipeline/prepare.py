@@ -22,11 +22,12 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from . import files, prepared, reading
+from . import files, prepared
 from .clips import SPLITS, Clip
 from .errors import UserError
 from .index import read_index
 from .prepared import MANIFEST, Settings
+from .reader import load_log_mel, read_clip
 
 _CLAIM = 'preparing.json'  # what a folder is for, until the manifest says so
 _NOTE = {'file': str, 'bytes': int, 'sha256': str, 'clips': [str], 'bad_clips': prepared.BAD_CLIPS}
@@ -45,11 +46,11 @@ def clip_arrays(clip: Clip, image_size: int, eval_size: int) -> dict[str, np.nda
   Raises:
     UserError: a file of the clip is missing or damaged.
   """
-  reader = reading.read_clip(clip, image_size, eval_size)
+  reader = read_clip(clip, image_size, eval_size)
   labelled = clip.labelled_frames
   return {
     'frames': np.stack([reader.frame(t) for t in range(clip.num_frames)]),
-    'log_mel': reading.load_log_mel(clip),
+    'log_mel': load_log_mel(clip),
     'labelled': np.asarray(labelled),
     'label_ids': np.stack([reader.label_ids(t, image_size) for t in labelled]),
     'label_ids_eval': np.stack([reader.label_ids(t, eval_size) for t in labelled]),

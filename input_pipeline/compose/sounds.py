@@ -12,20 +12,21 @@ import librosa
 import numpy as np
 import soundfile
 
-from . import errors
+from .. import errors
+from ..audio import SAMPLE_RATE
 
-RATE = 16000  # hertz
 LENGTH = 9600  # samples of a sound
 Sound = Callable[[np.random.Generator], np.ndarray]
 
-_TIME = np.arange(LENGTH, dtype=np.float32) / np.float32(RATE)  # seconds; float32 sines are fast
+# In seconds; float32 sines are fast.
+_TIME = np.arange(LENGTH, dtype=np.float32) / np.float32(SAMPLE_RATE)
 _TOP = 7200  # hertz: the log-mel features end at 7500
 _MIN_RMS = 1e-4
 
 
 def _phase(frequency: np.ndarray) -> np.ndarray:
   """Phase in radians, float32 [LENGTH] in 0..2 pi, of this instantaneous frequency in hertz."""
-  turns = np.cumsum(frequency, dtype=np.float64) / RATE % 1
+  turns = np.cumsum(frequency, dtype=np.float64) / SAMPLE_RATE % 1
   return (turns * 2 * math.pi).astype(np.float32)
 
 
@@ -51,7 +52,7 @@ def _rising(pitch, tempo, rng):
 def _noise(pitch, tempo, rng):
   """A hiss in a band of one octave that swells and fades."""
   spectrum = np.fft.rfft(rng.standard_normal(LENGTH))
-  frequency = np.fft.rfftfreq(LENGTH, 1 / RATE)
+  frequency = np.fft.rfftfreq(LENGTH, 1 / SAMPLE_RATE)
   octaves = np.log2(np.maximum(frequency, 1) / (pitch * 1.4))
   hiss = np.fft.irfft(spectrum * np.exp(-((octaves / 0.5) ** 4)), LENGTH)
   return hiss * (0.7 + 0.3 * np.sin(2 * math.pi * 3 * tempo * _TIME))
@@ -95,7 +96,7 @@ _FIRST_PITCH = (0, 5, 7, 4, 3, 6, 1, 8)
 
 
 def synthetic_sound(kind: int, variant: int) -> Sound:
-  """One variant of the sound of class number `kind`, 0..69 in the order of compose.CLASSES.
+  """One variant of the sound of class number `kind`, 0..69 in the order of scenes.CLASSES.
 
   The class fixes the family and its pitch within a fifth; the variant shifts pitch, tempo and
   envelope; each call differs a little more.
@@ -136,8 +137,8 @@ def load_recording(path: pathlib.Path) -> Sound:
       f'{path} cannot be read as sound ({error.error_string}): replace or remove it'
     ) from error
   wave = samples.mean(1)
-  if len(wave) and rate != RATE:
-    wave = librosa.resample(wave, orig_sr=rate, target_sr=RATE)
+  if len(wave) and rate != SAMPLE_RATE:
+    wave = librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE)
   if not len(wave) or np.sqrt(np.mean(wave**2)) < _MIN_RMS:
     raise errors.UserError(f'{path} is silent: replace or remove it')
   if len(wave) < LENGTH:

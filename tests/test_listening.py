@@ -6,21 +6,21 @@ import shutil
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline import audio, sounds
+from aavs_jax.input_pipeline import audio, listening
 from aavs_jax.input_pipeline.avsbench_object import ObjectClip
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reading import load_log_mel
+from aavs_jax.input_pipeline.reader import load_log_mel
 
 
 def test_other_sounds_come_from_another_clip_of_the_subset(data_root):
   clips = read_index(data_root, 'train')
-  others = sounds.other_sounds(clips)
+  others = listening.other_sounds(clips)
   assert all(o.subset == c.subset and o.uid != c.uid for c, o in zip(clips, others))
   assert sorted(o.uid for o in others) == sorted(c.uid for c in clips)
   with pytest.raises(UserError, match='one clip'):
-    sounds.other_sounds([clip for clip in clips if clip.subset == 'v2'][:1])
+    listening.other_sounds([clip for clip in clips if clip.subset == 'v2'][:1])
 
 
 class TestOffscreen:
@@ -41,8 +41,8 @@ class TestOffscreen:
 
   def test_nothing_that_sounds_is_in_the_picture(self, root, rows):
     clips = read_index(root, 'test')
-    chosen = sounds.offscreen_sounds(clips)
-    assert chosen == sounds.offscreen_sounds(clips)
+    chosen = listening.offscreen_sounds(clips)
+    assert chosen == listening.offscreen_sounds(clips)
     for clip, other in zip(clips, chosen):
       seen = set(rows[clip.subset, clip.uid]['visible'].split('_'))
       heard = set(rows[other.subset, other.uid]['a_obj'].split('_'))
@@ -57,37 +57,37 @@ class TestOffscreen:
     shutil.copytree(root, tmp_path / 'set')
     _write_table(tmp_path / 'set', rows.values(), without='visible')
     clips = read_index(tmp_path / 'set', 'test')
-    chosen = sounds.offscreen_sounds(clips)
+    chosen = listening.offscreen_sounds(clips)
     sets = [
       [set(rows[c.subset, c.uid]['a_obj'].split('_')) for c in pair] for pair in zip(clips, chosen)
     ]
     assert not any(own & other for own, other in sets)
     assert [c.uid for c in chosen] != [
-      c.uid for c in sounds.offscreen_sounds(read_index(root, 'test'))
+      c.uid for c in listening.offscreen_sounds(read_index(root, 'test'))
     ]
 
   def test_a_table_without_the_column_is_refused(self, root, rows, tmp_path):
     _write_table(tmp_path, rows.values(), without='a_obj')
     with pytest.raises(UserError, match=r"metadata\.csv, line 1: no column 'a_obj'"):
-      sounds.offscreen_sounds(read_index(tmp_path, 'test'))
+      listening.offscreen_sounds(read_index(tmp_path, 'test'))
 
   def test_where_every_clip_shares_a_class_it_is_refused(self, root, rows, tmp_path):
     _write_table(tmp_path, [row | {'a_obj': 'dog_cat', 'visible': 'dog'} for row in rows.values()])
     with pytest.raises(UserError, match=r'shows dog, and every clip .* no off-screen audio'):
-      sounds.offscreen_sounds(read_index(tmp_path, 'test'))
+      listening.offscreen_sounds(read_index(tmp_path, 'test'))
 
   def test_in_s4_the_folder_tells_what_sounds(self):
     clips = [ObjectClip('r', str(i), 'v1s', 'test', 5, name) for i, name in enumerate('aabbb')]
-    chosen = sounds.offscreen_sounds(clips)
+    chosen = listening.offscreen_sounds(clips)
     assert [clip.category for clip in chosen] == list('bbaaa')
 
   def test_sound_of_a_shorter_clip_is_made_to_fit(self, root):
     long, short = (read_index(root, 'test', [subset])[0] for subset in ('v2', 'v1s'))
-    heard = sounds.load_sound(long, short)
+    heard = listening.load_sound(long, short)
     own = load_log_mel(short)
     np.testing.assert_array_equal(heard[:5], own)
     np.testing.assert_array_equal(heard[5:], own[4:].repeat(5, axis=0))
-    np.testing.assert_array_equal(sounds.load_sound(short, long), load_log_mel(long)[:5])
+    np.testing.assert_array_equal(listening.load_sound(short, long), load_log_mel(long)[:5])
 
 
 def _write_table(root, rows, without=''):
@@ -108,8 +108,8 @@ def test_noise_is_white_of_fixed_power_and_a_clips_own(data_root, monkeypatch):
     return log_mel_examples(waveform)
 
   monkeypatch.setattr(audio, 'log_mel_examples', listen)
-  heard = [sounds.load_sound(clip, 'noise') for clip in clips]
-  again = [sounds.load_sound(clip, 'noise') for clip in reversed(clips)][::-1]
+  heard = [listening.load_sound(clip, 'noise') for clip in clips]
+  again = [listening.load_sound(clip, 'noise') for clip in reversed(clips)][::-1]
   for clip, one, two in zip(clips, heard, again):
     assert one.shape == (clip.num_frames, 96, 64) and one.dtype == np.float32
     np.testing.assert_array_equal(one, two)
@@ -124,4 +124,4 @@ def test_noise_is_white_of_fixed_power_and_a_clips_own(data_root, monkeypatch):
 
 def test_an_unknown_audio_is_refused(data_root):
   with pytest.raises(UserError, match="the audio 'loud' is unknown: choose one of true, other"):
-    sounds.choose_sounds(read_index(data_root, 'test'), 'loud')
+    listening.choose_sounds(read_index(data_root, 'test'), 'loud')

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from . import errors
+from .. import errors
 
 Picture = Callable[[float, float], tuple[np.ndarray, np.ndarray]]
 
@@ -110,7 +110,7 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 def drawn_picture(kind: int, variant: int) -> Picture:
-  """One variant of the drawn look of class number `kind`, 0..69 in the order of compose.CLASSES.
+  """One variant of the drawn look of class number `kind`, 0..69 in the order of scenes.CLASSES.
 
   The class fixes outline, base hue and texture; the variant its shade, aspect ratio, and the scale
   and phase of the texture.

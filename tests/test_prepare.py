@@ -22,10 +22,10 @@ import pytest
 
 from aavs_jax import cli
 from aavs_jax import config as config_lib
-from aavs_jax.input_pipeline import masks, pipeline, prepared, shards, sounds
+from aavs_jax.input_pipeline import listening, masks, pipeline, prepare, prepared
 from aavs_jax.input_pipeline.bad_clips import find_bad_clips
 from aavs_jax.input_pipeline.clips import SPLITS
-from aavs_jax.input_pipeline.compose import compose
+from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.index import KINDS, read_index
 from aavs_jax.input_pipeline.items import (
@@ -57,7 +57,7 @@ def pairs(data_root, object_root, tmp_path_factory):
   out = tmp_path_factory.mktemp('shards')
   roots = {'semantic': data_root, 'object': object_root}
   for layout, root in roots.items():
-    shards.prepare(root, out / layout, **SIZES, clips_per_shard=3, workers=1)
+    prepare.prepare(root, out / layout, **SIZES, clips_per_shard=3, workers=1)
   return {layout: (root, str(out / layout)) for layout, root in roots.items()}
 
 
@@ -110,19 +110,19 @@ def test_items_are_those_of_the_files(pairs, layout, semantic, prior):
 
 
 @pytest.mark.parametrize('layout', ['semantic', 'object'])
-@pytest.mark.parametrize('choice', sounds.CHOICES)
+@pytest.mark.parametrize('choice', listening.CHOICES)
 def test_every_sound_is_that_of_the_files(pairs, layout, choice):
   heard = []
   for root in pairs[layout]:
     # Of AVSBench-object S4 alone tells what sounds.
     clips = read_index(root, 'train', ['v1s'] if layout == 'object' else ('v1m', 'v2'))
     try:
-      chosen = sounds.choose_sounds(clips, choice)
+      chosen = listening.choose_sounds(clips, choice)
     except UserError as error:
       assert choice == 'offscreen'  # there may be none among so few clips
       heard.append([str(error)])
     else:
-      heard.append([sounds.load_sound(*pair).tolist() for pair in zip(clips, chosen)])
+      heard.append([listening.load_sound(*pair).tolist() for pair in zip(clips, chosen)])
   assert heard[1] == heard[0]
 
 
@@ -173,13 +173,13 @@ def test_frames_come_back_as_they_were(size):
 
 _PREPARE = """
 import sys
-from aavs_jax.input_pipeline.shards import prepare
+from aavs_jax.input_pipeline.prepare import prepare
 prepare(*sys.argv[1:], image_size=32, eval_size=24, clips_per_shard=1, workers=2)
 """
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
-  shards.prepare(data_root, tmp_path / 'whole', **SIZES, clips_per_shard=1, workers=1)
+  prepare.prepare(data_root, tmp_path / 'whole', **SIZES, clips_per_shard=1, workers=1)
   out = tmp_path / 'out'
   process = subprocess.Popen(
     [sys.executable, '-c', _PREPARE, data_root, str(out)], start_new_session=True
@@ -206,7 +206,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
       left = out / f'.{note.stem}.array_record.writing'
       left.mkdir(exist_ok=True)
       (left / 'part').write_bytes(b'half')
-  shards.prepare(data_root, out, **SIZES, clips_per_shard=1, workers=1)
+  prepare.prepare(data_root, out, **SIZES, clips_per_shard=1, workers=1)
   assert files(out) == files(tmp_path / 'whole')
   assert all((out / name).stat().st_mtime_ns == when for name, when in done.items())
 
@@ -214,11 +214,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(data_root, tmp_path):
 def test_two_runs_do_not_write_to_one_folder(data_root, tmp_path):
   def second(done, total):
     with pytest.raises(UserError, match='is being written by another process'):
-      shards.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1)
+      prepare.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1)
     refused.append(done)
 
   refused = []
-  shards.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1, progress=second)
+  prepare.prepare(data_root, tmp_path, image_size=32, eval_size=32, workers=1, progress=second)
   assert refused
 
 
@@ -235,15 +235,15 @@ def test_other_settings_and_other_clips_are_refused(own, object_root, tmp_path):
     ({'workers': 0}, 'workers is 0'),
     ({'on_bad_clip': 'ignore'}, "on_bad_clip is 'ignore'"),
   ):
-    refusal(lambda change=change: shards.prepare(root, out, **settings | change), *found)
-  refusal(lambda: shards.prepare(object_root, out, **settings), 'other clips, not those of')
-  refusal(lambda: shards.prepare(out, tmp_path / 'again', **settings), 'holds prepared shards')
+    refusal(lambda change=change: prepare.prepare(root, out, **settings | change), *found)
+  refusal(lambda: prepare.prepare(object_root, out, **settings), 'other clips, not those of')
+  refusal(lambda: prepare.prepare(out, tmp_path / 'again', **settings), 'holds prepared shards')
   assert files(out) == before
   foreign = tmp_path / 'foreign'
   foreign.mkdir()
   (foreign / 'thesis.tex').write_text('words')
-  refusal(lambda: shards.prepare(root, foreign, **settings), 'holds something')
-  refusal(lambda: shards.prepare(root, 'nowhere', image_size=0), 'image_size is 0')
+  refusal(lambda: prepare.prepare(root, foreign, **settings), 'holds something')
+  refusal(lambda: prepare.prepare(root, 'nowhere', image_size=0), 'image_size is 0')
 
 
 def _flip(path, place):
@@ -279,7 +279,7 @@ def test_damage_is_named_and_mended(own):
   refusal(lambda: read_index(out), path, 'bytes: run `aavs prepare` again')
   path.unlink()
   refusal(lambda: read_index(out), path, 'has no of')
-  shards.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
+  prepare.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
   assert files(out) == whole
   prepared._open.cache_clear()
   assert load_training_item(first[0], Item(0, 0, 5), task)['weight'].all()
@@ -364,7 +364,7 @@ def test_the_note_of_a_shard_is_not_trusted(own):
     note | {'clips': note['clips'][1:]}, note | {'bad_clips': [{'clip': note['clips'][0]}]},
   ):  # fmt: skip
     path.write_text(json.dumps(wrong))
-    shards.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
+    prepare.prepare(root, out, **SIZES, clips_per_shard=3, workers=1)
     assert files(out) == whole
 
 
@@ -442,10 +442,10 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
     os.truncate(clip.audio_path, 0)
   out = tmp_path / 'out'
   settings = dict(SIZES, clips_per_shard=3, workers=1)
-  refusal(lambda: shards.prepare(root, out, **settings), bad[0].audio_path)
+  refusal(lambda: prepare.prepare(root, out, **settings), bad[0].audio_path)
   skip = settings | {'on_bad_clip': 'skip'}
-  refusal(lambda: shards.prepare(root, out, **skip, max_bad_clips=1), 'max_bad_clips is 1')
-  manifest = shards.prepare(root, out, **skip, max_bad_clips=2)
+  refusal(lambda: prepare.prepare(root, out, **skip, max_bad_clips=1), 'max_bad_clips is 1')
+  manifest = prepare.prepare(root, out, **skip, max_bad_clips=2)
   names = {f'{clip.split}/{clip.subset}/{clip.uid}' for clip in bad}
   assert {row['clip'] for row in manifest['bad_clips']} == names
   assert sum(row['clips'] for row in manifest['counts']) == 18
@@ -460,13 +460,13 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
 
   for clip in bad:
     shutil.copyfile(dataclasses.replace(clip, root=data_root).audio_path, clip.audio_path)
-  shards.prepare(root, out, **settings)
-  shards.prepare(root, tmp_path / 'mended', **settings)
+  prepare.prepare(root, out, **settings)
+  prepare.prepare(root, tmp_path / 'mended', **settings)
   assert files(out) == files(tmp_path / 'mended')
 
 
 def test_a_bucket_gets_the_same_files(own, bucket, tmp_path):
   root, local = own
   for _ in range(2):  # the second time all is there
-    shards.prepare(root, bucket / 'shards', **SIZES, clips_per_shard=3, workers=1)
+    prepare.prepare(root, bucket / 'shards', **SIZES, clips_per_shard=3, workers=1)
     assert files(tmp_path / 'bucket' / 'run' / 'shards') == files(local)

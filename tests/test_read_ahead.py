@@ -55,7 +55,7 @@ def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp
 _READER = """
 import itertools, multiprocessing, os, signal, sys, time
 from aavs_jax.input_pipeline.index import read_index
-from tests.test_loaders import _open
+from tests.test_read_ahead import _open
 
 if __name__ == '__main__':
   noted = []

@@ -1,0 +1,1 @@
+"""Data sets that can only be solved by listening, drawn and mixed."""
