@@ -2,8 +2,8 @@
 
 Stage 1 learns where the sound comes from. Stage 2 learns what it is, and is given where: the prior.
 While stage 2 trains, the prior is the TRUTH, its labels without their classes
-(pipeline.load_training_item). Stage 1's masks take its place in validation and test alone
-(pipeline.load_eval_item), so they are written of these splits and of no other.
+(items.load_training_item). Stage 1's masks take its place in validation and test alone
+(items.load_eval_item), so they are written of these splits and of no other.
 """
 
 import functools
