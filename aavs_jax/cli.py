@@ -18,6 +18,7 @@ from aavs_jax import configs
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 _CONFIGS = Path(configs.__path__[0])
+_TAKE_OVERRIDES = ('start', 'train', 'bench', 'aot', 'quickstart')  # --config.KEY=VALUE
 _CONFIG_FILE = 'config file; override with --config.KEY=VALUE'
 
 
@@ -158,6 +159,21 @@ def _distributed_argument(sub) -> None:
     metavar='HOST:PORT,PROCESSES,INDEX',
     help='one of several processes; without a value on Cloud TPU, Slurm and GKE',
   )
+
+
+def _start_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help=_CONFIG_FILE)
+  sub.add_argument('--data', required=True, help='labelled clips to learn from')
+  sub.add_argument('--out', required=True, help='new folder, for --config.train.init')
+
+
+def _start(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.console import say
+  from aavs_jax.hearing import hear
+
+  hear(config_lib.load(args.config, args.overrides), args.out, args.data)
+  say(f'written to {args.out}: train from it with --config.train.init={args.out}')
 
 
 def _train_arguments(sub) -> None:
@@ -529,6 +545,9 @@ _COMMANDS = (
   ('prepare', _prepare_arguments, _prepare,
    'write a data set as shards, from which training reads much faster',
    'aavs prepare data data_shards'),
+  ('start', _start_arguments, _start,
+   'teach a small audio network to hear, from the labels of clips, as a start for training',
+   'aavs start --config configs/quick_stage1.py --data data --out runs/start'),
   ('train', _train_arguments, _train, 'train one stage, or go on with it',
    'aavs train --config configs/avss_stage2.py --workdir runs/stage2 --data data '
    '--config.optimizer.lr=2e-4'),
@@ -653,7 +672,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   args, rest = parser.parse_known_args(argv)
   args.overrides = [text for text in rest if text.startswith('--config.')]
   unknown = [text for text in rest if text not in args.overrides]
-  if unknown or (args.overrides and args.command not in ('train', 'bench', 'aot', 'quickstart')):
+  if unknown or (args.overrides and args.command not in _TAKE_OVERRIDES):
     parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
   return args
 

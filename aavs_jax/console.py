@@ -22,10 +22,10 @@ class Progress:
 
   def __init__(self, what: str, total: int, unit: str):
     self._what, self._total, self._unit = what, total, unit
-    self._done = 0
+    self._done = self._first = 0
 
   def __enter__(self):
-    self._started = self._shown = time.monotonic()
+    self._started = self._shown = self._warm = time.monotonic()
     self._terminal = sys.stdout.isatty()
     return self
 
@@ -35,16 +35,22 @@ class Progress:
   def advance_to(self, done: int) -> None:
     self._done = done
     now = time.monotonic()
+    if not self._first:
+      # What the first ones took, compilation for example, says nothing of the others.
+      self._first, self._warm = done, now
     if self._done < self._total and now - self._shown < (0.2 if self._terminal else 10):
       return
     self._shown = now
-    self._show(now - self._started, end='\r' if self._terminal else '\n')
+    self._show(now, end='\r' if self._terminal else '\n')
 
-  def _show(self, elapsed: float, end: str) -> None:
-    left = elapsed / self._done * (self._total - self._done) if self._done else 0
-    line = f'  {self._what}: {self._done}/{self._total} {self._unit}, {duration(left)} left'
+  def _show(self, now: float, end: str) -> None:
+    line = f'  {self._what}: {self._done}/{self._total} {self._unit}'
+    if self._done > self._first:
+      pace = (now - self._warm) / (self._done - self._first)
+      line += f', {duration(pace * (self._total - self._done))} left'
     if self._done == self._total:
-      line, end = f'  {self._what}: {self._total} {self._unit} in {duration(elapsed)}', '\n'
+      spent = duration(now - self._started)
+      line, end = f'  {self._what}: {self._total} {self._unit} in {spent}', '\n'
     print(f'{line:<78}', end=end, flush=True)
 
   def __exit__(self, kind, *_):

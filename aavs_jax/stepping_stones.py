@@ -64,19 +64,19 @@ def stepping_stones(
   stage1.seed = stage2.seed = seed
   stage1.data.root = stage2.data.root = data
 
-  say(f'[2] stage 1: where the sound comes from (seed {seed})')
+  say(f'[3] stage 1: where the sound comes from (seed {seed})')
   train(stage1, folder / 'stage1')
 
-  say("[3] stage 1's masks of val and test, the stepping stones of stage 2")
+  say("[4] stage 1's masks of val and test, the stepping stones of stage 2")
   if not hand_over.write_masks(folder / 'stage1', data=data, out=folder / 'masks'):
     say('  all there')
 
-  say('[4] stage 2: what it is')
+  say('[5] stage 2: what it is')
   stage2.train.init = str(folder / 'stage1')
   stage2.data.masks = str(folder / 'masks')
   train(stage2, folder / 'stage2')
 
-  say('[5] evaluation on the test split')
+  say('[6] evaluation on the test split')
   return scores(EVALUATIONS, folder, data=data, masks=folder / 'masks')
 
 

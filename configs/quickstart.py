@@ -17,6 +17,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.image = (160, 120)
   config.stage1 = quick_stage1.get_config()
   config.stage2 = quick_stage2.get_config()
+  for stage in (config.stage1, config.stage2):  # what hears comes with the start, and stays
+    stage.train.trainable = (r'^(?!vggish/)',)
   config.seeds = (0,)
   # Also train the same model on semantic labels from the start, for as many frames as both stages
   # together; False leaves it out.

@@ -149,8 +149,18 @@ def log_mel_examples(waveform: np.ndarray) -> np.ndarray:
     stretch = waveform[start : start + samples_needed(1)]
     frames = np.lib.stride_tricks.sliding_window_view(stretch, _WINDOW_LENGTH)[::_HOP]
     magnitude = np.abs(np.fft.rfft(frames * _WINDOW, _FFT_LENGTH))
-    example[:] = np.log(magnitude @ _MEL_FILTERS + _LOG_OFFSET)
+    example[:] = log_magnitudes(magnitude @ _MEL_FILTERS)
   return examples
+
+
+def log_magnitudes(magnitudes: np.ndarray) -> np.ndarray:
+  """Log-mel of mel magnitudes."""
+  return np.log(magnitudes + _LOG_OFFSET)
+
+
+def magnitudes(log_mel: np.ndarray) -> np.ndarray:
+  """Mel magnitudes of log-mel; those of two sounds together are about the sum."""
+  return np.exp(log_mel) - _LOG_OFFSET
 
 
 def fit_examples(examples: np.ndarray, frames: int) -> tuple[np.ndarray, int]:

@@ -156,8 +156,8 @@ def test_vggish_by_itself_serves_as_the_audio_network(files, run, tmp_path):
     weight = source[f'{theirs}.weight']
     for i in range(len(weight)):  # one unit
       unit = weight[i].transpose(1, 2, 0) if weight.ndim == 4 else weight[i]
-      np.testing.assert_array_equal(a['vggish'][ours]['kernel'][..., i], unit)
-    np.testing.assert_array_equal(a['vggish'][ours]['bias'], source[f'{theirs}.bias'])
+      np.testing.assert_array_equal(a.params['vggish'][ours]['kernel'][..., i], unit)
+    np.testing.assert_array_equal(a.params['vggish'][ours]['bias'], source[f'{theirs}.bias'])
 
 
 class TestStart:

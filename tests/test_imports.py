@@ -19,7 +19,7 @@ FLOORS = (  # each imports only what stands above it here; those of one line do 
   'config',
   'scoring',
   'training',
-  'train evaluate hand_over predict pytorch perf',
+  'train evaluate hand_over predict hearing pytorch perf',
   'stepping_stones',
   'studies',
   'cli',

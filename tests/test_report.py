@@ -296,6 +296,7 @@ def test_commands_are_those_of_the_study(run, tmp_path, seeds):
     re.findall('<code>(aavs train .*?)</code>', page)
   )  # each stands there twice
   commands = [shlex.split(html.unescape(text)) for text in texts]
+  study.stage1.train.init = str(workdir / 'start')
   study.stage2.data.masks = str(workdir / 'masks')
   study.stage2.train.init = str(workdir / 'stage1')
   for name, (_, _, _, path, *given) in zip(('stage1', 'stage2'), commands, strict=True):

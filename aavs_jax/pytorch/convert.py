@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.console import say
-from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
@@ -34,8 +32,8 @@ from aavs_jax.pytorch.names import (
   to_released_layout,
 )
 from aavs_jax.training import checkpoint
-from aavs_jax.training.state import count, create, flat_shapes, flatten, in_groups, matches
-from aavs_jax.training.work_folder import load_trained
+from aavs_jax.training.state import count, flat_shapes, flatten, in_groups, matches
+from aavs_jax.training.work_folder import load_trained, write_converted
 from aavs_jax.types import Variables
 
 KINDS = {
@@ -106,7 +104,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
   }
   del tensors
   _say_what_it_is(source, kind, config, params, note['unused'])
-  _write(out, config, params, note)
+  write_converted(out, config, params, note)
   return note
 
 
@@ -280,15 +278,6 @@ def _say_what_it_is(source: Path, kind: str, config, params: Flat, unused: Seque
     say(f'  known to have no part in the model ({len(unused)} tensors): {in_groups(unused)}')
   if kind == 'mask2former':
     say('  it has no adapters and does not hear: training from it initialises those anew')
-
-
-def _write(out: Path, config, params: Flat, note: dict) -> None:
-  """The work folder, under its name only when complete; all parameters in its `frozen`."""
-  with files.writing_folder(out) as working:
-    with checkpoint.make_manager(working / 'checkpoints', keep=1) as manager:
-      checkpoint.save(manager, create(params, (), optax.identity()), 1, None)
-    files.write_json(working / 'config.json', config.to_dict())
-    files.write_json(working / checkpoint.CONVERTED, note)
 
 
 def export(workdir: str | Path, out: str | Path) -> Path:

@@ -121,7 +121,7 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   folder = folder.resolve()
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
   stages = {
-    'stage1': '',
+    'stage1': f' --config.train.init={place}/start',
     'stage2': f' --config.data.masks={place}/masks --config.train.init={place}/stage1',
   }
   commands = {
@@ -129,6 +129,10 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
     f'{given}{_overrides(folder, stage)}'
     for stage, given in stages.items()
   }
+  commands['start'] = (
+    f'aavs start --config configs/quick_stage1.py --data {data} --out {place}/start'
+    f'{_overrides(folder, "stage1")}'
+  )
   commands['masks'] = f'aavs masks --workdir {place}/stage1 --data {data} --out {place}/masks'
   for name, evaluation in EVALUATIONS.items():
     out = f'{place}/eval/{name}'

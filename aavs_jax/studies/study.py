@@ -1,16 +1,21 @@
-"""Stepping Stones end to end: clips, stage 1, its masks, stage 2, evaluations, report."""
+"""Stepping Stones end to end: clips, a start, both stages, evaluations, report."""
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
 
 from aavs_jax.console import Progress, duration, say
+from aavs_jax.hearing import hear
 from aavs_jax.input_pipeline import files, prepared
+from aavs_jax.input_pipeline.avsbench import SUBSETS
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
+from aavs_jax.input_pipeline.pipeline import epoch_size
 from aavs_jax.scoring import tables
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies.report import STUDY, write_report
@@ -47,6 +52,7 @@ def run_study(
       )
     files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
+  config = config.copy_and_resolve_references()
 
   say('[1] clips')
   if not data:
@@ -57,8 +63,10 @@ def run_study(
   prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
+  for stage in (config.stage1, config.stage2):
+    _make_as_long(stage, config.clips.train, [clip for clip in index if clip.split == 'train'])
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
-  say('[6] report')
+  say('[7] report')
   reports = [write_report(folder, data) for folder in folders.values()]
   if config.end_to_end:
     comparison = _compare(results)
@@ -81,8 +89,30 @@ def _make_clips(config: ml_collections.ConfigDict, root: str) -> None:
     )
 
 
+def _make_as_long(stage, made: Mapping[str, int], clips: Sequence[Clip]) -> None:
+  """As many steps and validations as on the made clips, however many clips there are."""
+  data = stage.data
+  items = sum(count * SUBSETS[subset] // data.item_frames for subset, count in made.items())
+  steps, _ = epoch_size(clips, data.item_frames, data.batch_items)
+  stage.train.epochs *= items / data.batch_items / steps
+  stage.train.eval_every_epochs *= items / data.batch_items / steps
+
+
+def _start(stage, folder: Path, data: str, seed: int) -> None:
+  """What both stages begin with, if it is not there yet."""
+  if folder.exists():
+    say('  it is there')
+    return
+  stage = stage.copy_and_resolve_references()
+  stage.seed = seed
+  hear(stage, folder, data)
+
+
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
-  """Both stages and all evaluations of one seed; returns the evaluations by name."""
+  """The start, both stages and all evaluations of one seed; returns the evaluations by name."""
+  say(f'[2] the start: it hears (seed {seed})')
+  _start(config.stage1, folder / 'start', data, seed)
+  config.stage1.train.init = str(folder / 'start')
   results = stepping_stones(config.stage1, config.stage2, folder, data=data, seed=seed)
   if config.end_to_end:
     single = _end_to_end(config.stage1, config.stage2)
@@ -99,7 +129,7 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single = stage2.copy_and_resolve_references()
   single.use_prior = False
   single.data.masks = ''
-  single.train.init = ''
+  single.train.init = stage1.train.init
   single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   return single

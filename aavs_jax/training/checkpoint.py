@@ -169,11 +169,11 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
 
 
 def converted(folder: str | Path) -> dict[str, Any] | None:
-  """What `aavs convert` noted about a folder that it wrote; None for any other folder.
+  """What was noted about a folder of numbers that no training made; None for any other folder.
 
-  Keys: 'kind', one of convert.KINDS; 'source' and 'vggish', names of the files; 'lacking', patterns
-  of the parameters that a start for training lacks; 'names', the source's tensors in their order;
-  'unused', those of them that have no part in the model.
+  Keys: 'kind', one of convert.KINDS or 'hearing', see hearing.hear; 'source' and 'vggish', names of
+  the files; 'lacking', patterns of the parameters that a start for training lacks; 'names', the
+  source's tensors in their order; 'unused', those of them that have no part in the model.
   """
   path = epath.Path(folder) / CONVERTED
   if not path.exists():

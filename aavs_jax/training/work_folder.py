@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import optax
 from etils import epath
 
 from aavs_jax import config as config_lib
@@ -28,6 +29,7 @@ from aavs_jax.training.state import (
   Flat,
   TrainState,
   count,
+  create,
   digest,
   flat_shapes,
   in_groups,
@@ -227,6 +229,24 @@ def announce(
     say(f'  going on from step {step}')
 
 
+def write_converted(
+  out: str | Path, config: ml_collections.ConfigDict, flat: Flat, note: dict[str, Any]
+) -> None:
+  """A work folder of numbers that no training here has made, under its name only when complete.
+
+  Args:
+    out: a new folder.
+    config: of the model.
+    flat: its numbers, or some of them, which are a start alone.
+    note: see checkpoint.converted.
+  """
+  with files.writing_folder(out) as working:
+    with checkpoint.make_manager(working / 'checkpoints', keep=1) as manager:
+      checkpoint.save(manager, create(flat, (), optax.identity()), 1, None)
+    files.write_json(working / 'config.json', config.to_dict())
+    files.write_json(working / checkpoint.CONVERTED, note)
+
+
 def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variables, int]:
   """Config, model (see local_variables) and step of a work folder's best checkpoint.
 
@@ -238,7 +258,7 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
   if note and note['lacking']:
     alone = note['kind'] == 'vggish'
     raise UserError(
-      f'{workdir} holds no audio-visual model but what `aavs convert` made of {note["source"]}: '
+      f'{workdir} holds no audio-visual model but what was made of {note["source"]}: '
       f'{"give it to that as --vggish" if alone else "train from it, with --config.train.init"}'
     )
   config = config_lib.from_json(epath.Path(workdir) / 'config.json')

@@ -1,0 +1,76 @@
+"""The start that hears: what it is taught, and how training begins from it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aavs_jax import hearing, methods
+from aavs_jax.evaluate import evaluate
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.compose.dataset import compose
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.training.start import fill, load_start, start_lacks
+from aavs_jax.training.state import flatten
+from tests import tiny
+
+
+@pytest.fixture(scope='module')
+def start(data_root, tmp_path_factory):
+  """A start of few steps, and the share of seconds of val that it tags right."""
+  folder = tmp_path_factory.mktemp('start') / 'start'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(hearing, 'STEPS', 6)
+    return folder, hearing.hear(tiny.get_config('stage1'), folder, data_root)
+
+
+def test_training_begins_with_what_hears_and_the_rest_anew(start):
+  config = tiny.get_config('stage1')
+  config.train.init = str(start[0])
+  method = methods.of(config)
+  fresh = jax.jit(lambda key: flatten(method.init(key)))(jax.random.key(config.seed))
+  first, lacking = fill(fresh, load_start(config, method), method.of_stage, start_lacks(config))
+  hears = {path for path in fresh if path.startswith('vggish/')}
+  assert hears and set(lacking) == fresh.keys() - hears
+  assert any((first[path] != fresh[path]).any() for path in hears)
+  assert 0 <= start[1] <= 1
+
+
+def test_it_is_no_model_of_its_own(start, data_root, tmp_path):
+  with pytest.raises(UserError, match=r'holds no audio-visual model .*--config\.train\.init'):
+    evaluate(start[0], data=data_root, out=tmp_path / 'r.json')
+
+
+def test_it_learns_to_tell_sounds(monkeypatch):
+  """Two sounds in two bands; of their mixtures, both."""
+  monkeypatch.setattr(hearing, 'STEPS', 60)
+  config = tiny.get_config('stage1')
+  config.vggish.conv_widths = (4,) * 6
+  rng = np.random.default_rng(0)
+  sounding = np.eye(2, dtype=bool)[rng.integers(0, 2, 200)]
+  bands = np.repeat(sounding, 32, axis=1)[:, None] * np.ones((1, 96, 1))
+  log_mel = audio.log_magnitudes(bands * rng.uniform(0.5, 2, (200, 96, 64))).astype(np.float32)
+  _, tags = hearing._train(config, log_mel, sounding, rng)
+  assert np.mean(tags(log_mel) == sounding) > 0.95
+  both = audio.log_magnitudes(rng.uniform(0.5, 2, (50, 96, 64))).astype(np.float32)
+  assert np.mean(tags(both)) > 0.8
+
+
+def test_in_a_mixture_magnitudes_add_up_and_either_sounds(monkeypatch):
+  monkeypatch.setattr(hearing, '_LOUDNESS', 0.0)
+  magnitudes = np.array([1.0, 10.0])[:, None, None] * np.ones((1, 96, 64))
+  log_mel = audio.log_magnitudes(magnitudes).astype(np.float32)
+  mixed, heard = hearing._batch(log_mel, np.eye(2, dtype=bool), np.random.default_rng(0))
+  found = {(round(float(audio.magnitudes(x).mean())), *map(bool, y)) for x, y in zip(mixed, heard)}
+  assert found == {(1, 1, 0), (2, 1, 0), (10, 0, 1), (20, 0, 1), (11, 1, 1)}
+  assert mixed.dtype == np.float32 and jnp.isfinite(mixed).all()
+
+
+def test_labels_without_classes_are_refused(tmp_path):
+  few = {'v1s': 1, 'v1m': 1, 'v2': 0}
+  compose(
+    tmp_path / 'data', clips=dict(train=few, val=few, test=few), size=(64, 48), layout='object'
+  )
+  with pytest.raises(UserError, match='not as what'):
+    hearing.hear(tiny.get_config('stage1'), tmp_path / 'start', str(tmp_path / 'data'))
+  assert not (tmp_path / 'start').exists()
