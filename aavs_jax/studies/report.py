@@ -283,7 +283,8 @@ def _naming(run: _Run) -> str:
 def _curves(run: _Run, stage: str) -> str:
   rows = _read_log(run.folder / stage)
   if not rows:
-    return _missing(run, [stage])
+    begins = stage == 'stage1' and not files.is_there(run.folder / 'start')
+    return _missing(run, ['start', stage] if begins else [stage])
   train = [row for row in rows if row['kind'] == 'train']
   val = [row for row in rows if row['kind'] == 'val']
   figure = Figure(figsize=(10.4, 2.9), layout='constrained')
