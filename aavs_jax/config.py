@@ -18,6 +18,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import require_classes
 from aavs_jax.input_pipeline.items import Task
 from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.input_pipeline.pipeline import EVAL_ITEM_FRAMES
 from aavs_jax.input_pipeline.prepared import require_sizes
 
 # All numbers of a config are finite and positive; these may be zero besides.
@@ -128,6 +129,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       need('train.trainable', False, f'{pattern!r} is not a regular expression ({error})')
   method.check(config, need)
   unit = method.method(config).unit
+  fits = not EVAL_ITEM_FRAMES % unit
+  need('method', fits, f'it sees {unit} frames together, where 1 or {EVAL_ITEM_FRAMES} can be')
   need(
     'data.item_frames',
     not data.item_frames % unit,

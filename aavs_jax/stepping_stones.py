@@ -1,4 +1,4 @@
-"""The strategy, in order: stage 1, its masks, stage 2 that starts from it, what both score.
+"""The strategy, in order: stage 1, its masks, stage 2, what both score.
 
 Stage 1 learns where the sound comes from. Stage 2 learns what it is, and is given where: the prior.
 While stage 2 trains, the prior is the TRUTH, its labels without their classes
@@ -52,7 +52,8 @@ def stepping_stones(
 
   Args:
     stage1: config of stage 1.
-    stage2: config of stage 2; its start and its masks are those of stage 1, whatever it says.
+    stage2: config of stage 2; its masks are those of stage 1, and so is its start if it names none
+      (the published stages have both begun with the same one).
     folder: of the run; stage1/, masks/, stage2/ and eval/ appear in it.
     data: the data set.
     seed: of both stages.
@@ -72,7 +73,7 @@ def stepping_stones(
     say('  all there')
 
   say('[5] stage 2: what it is')
-  stage2.train.init = str(folder / 'stage1')
+  stage2.train.init = stage2.train.init or str(folder / 'stage1')
   stage2.data.masks = str(folder / 'masks')
   train(stage2, folder / 'stage2')
 

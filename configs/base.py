@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.image_size = 384
   config.data.eval_size = 224  # of predictions, masks and metrics
   config.data.item_frames = 0  # frames of one training item: 0 = a whole clip, 5 = half of v2's ten
-  config.data.batch_items = 1  # of all processes; if > 1, whole clips are packed: slots of 5 frames
+  config.data.batch_items = 1  # of all processes; with whole clips, if > 1: slots of 5 frames
   config.data.max_targets = 2  # label values in one frame, at most
   config.data.threads = 4  # that read, in every process or, if there are any, in every worker
   config.data.workers = 0  # processes that read for each process in training
@@ -64,12 +64,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.vggish.embedding = 128
   config.vggish.final_relu = False  # the checkpoints were trained without it
 
-  config.loss = ml_collections.ConfigDict()  # method: 3.8
+  config.loss = ml_collections.ConfigDict()  # as released; the paper gives none
   config.loss.class_weight = 2.0
   config.loss.mask_weight = 5.0
   config.loss.dice_weight = 5.0
   config.loss.null_weight = 0.1  # of the null class in the class loss
-  # The release matches with class weight 1 where its loss has 2; mask and dice weigh the same.
+  # The matching has weights of its own: in the release 1 for the class, where the loss has 2.
   config.loss.matching_class_weight = 1.0
   config.loss.matching_mask_weight = 5.0
   config.loss.matching_dice_weight = 5.0

@@ -161,7 +161,7 @@ def test_vggish_by_itself_serves_as_the_audio_network(files, run, tmp_path):
 
 
 class TestStart:
-  """Training from a Mask2Former (method: initialisation of what the checkpoint lacks)."""
+  """Training from a Mask2Former: what it lacks is initialised."""
 
   def config(self, stage, start):
     config = small(stage)

@@ -1,10 +1,4 @@
-"""Methods of audio-visual segmentation, each a module with these functions and names:
-
-method(config) -> Method       what all else uses
-check(config, need)            refuses values of its sections of the config that cannot work by
-                               need(key, ok, what to use)
-MAY_BE_ZERO                    keys of them whose numbers may be 0; all others are positive
-"""
+"""Methods of audio-visual segmentation, by config.method; method.py says what a method is."""
 
 import functools
 import importlib
@@ -21,14 +15,18 @@ def module_of(config: ml_collections.ConfigDict) -> ModuleType:
   """The module that config.method names. Raises UserError if there is none."""
   name = config.method if '.' in config.method else f'{__name__}.{config.method}'
   try:
-    return importlib.import_module(name)
+    module = importlib.import_module(name)
   except ModuleNotFoundError as error:
     if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
       raise  # it is there, and lacks another
+    module = None
+  if not callable(getattr(module, 'method', None)):
     raise UserError(
-      f'config.method is {config.method!r}: name a module of aavs_jax.methods, as aavs, or one of '
-      'your own with dots, as my_project.my_method, where Python finds it'
-    ) from None
+      f'config.method is {config.method!r}, no module with a function `method`: name one of '
+      'aavs_jax.methods, as aavs, or one of your own with dots, as my_project.my_method, where '
+      'Python finds it'
+    )
+  return module
 
 
 def of(config: ml_collections.ConfigDict) -> Method:

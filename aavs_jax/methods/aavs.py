@@ -107,7 +107,7 @@ def normalise(frames: jax.Array) -> jax.Array:
 
 
 def class_scores(outputs: Outputs, image_size: int, out_size: int) -> Float[Array, 'n c e e']:
-  """score[c] = sum over queries of class probability times mask probability (method: 3.7).
+  """score[c] = sum over queries of class probability times mask probability.
 
   Masks are resized to the image before the sigmoid, scores to out_size after the sum; both
   bilinear without antialiasing. The argmax over c is the predicted map.

@@ -1,4 +1,16 @@
-"""What a method is to the rest: pure functions, and patterns of its parameters' paths."""
+"""What a method is to the rest: pure functions, and patterns of its parameters' paths.
+
+It is a module, in this folder or one's own (config.method names it), which has
+
+  method(config) -> Method   what stands below
+  check(config, need)        refuses values of its own keys of the config (model, loss and so on)
+                             that cannot work, by need(key, ok, what to use)
+  MAY_BE_ZERO                tuple of those of its keys, with dots, whose numbers may be 0; all
+                             others must be positive
+
+Its config begins with configs/base.py and replaces what is AAVS's there: model, vggish, loss and
+train.trainable. tests/test_method.py is a small method, whole.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,34 +26,37 @@ Totals = Any  # a pytree of arrays whose first axis is frames
 class Method(NamedTuple):
   """All that training, evaluation, export and benchmarks know of a method.
 
-  Frames of a batch are the first axis of every array, `unit` of them after each other: those of a
-  clip that the method sees together. All else treats units alone.
+  Frames of a batch are the first axis of every array. A method that sees several frames of a clip
+  together finds them after each other, `unit` at a time; all else keeps these together. What a clip
+  lacks of the last unit in evaluation is filled by repeating its last frame, with weight 0.
   """
 
   init: Callable[[jax.Array], Variables]
   """key -> parameters and statistics."""
   apply: Callable[..., tuple[Outputs, Mapping]]
-  """(variables, batch, key=None) -> outputs, statistics; a key, for random draws, means training.
+  """(variables, batch, key=None) -> outputs, statistics.
 
-  Statistics are those of variables without a key, else the new ones, of the batch of all devices.
+  Without a key, in evaluation, the statistics of `variables` are used and returned. A key, for
+  random draws, means training: the new ones are returned, of the batch of all devices.
   """
   totals: Callable[[Batch], Totals]
   """batch -> what the loss of each of its frames is divided by."""
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
   """(outputs, batch, totals, key) -> total, and {name: scalar} to log.
 
-  Of a part of a batch, with totals of the whole, it is a part: they add up.
+  Of a part of a batch, with totals of the whole, it is a part: they add up. All parts get the same
+  key: what is drawn follows batch['position'], a frame's place in the whole.
   """
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
   sees: tuple[str, ...]
   """Keys of a batch that apply reads; what else there is stays on the host in evaluation."""
   unit: int = 1
-  """Frames of a clip that stay together: 1, or the five of an item."""
+  """Frames of a clip that stay together: 1 or 5, as evaluation has items of five."""
   late: tuple[str, ...] = ()
   """Patterns of what is zero in phase 1 of two and trains from phase 2 on."""
   of_stage: tuple[str, ...] = ()
-  """Patterns of what a start may lack or have in another shape, because stages differ in it."""
+  """Patterns of what a start may lack or have in another shape: it differs between stages."""
   same: tuple[str, ...] = ()
   """Keys of the config in which a start must agree, though no shape shows them.
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 class VGGish(nn.Module):
-  """Embeds log-mel examples of 0.96 s (method: audio front end).
+  """Embeds log-mel examples of 0.96 s.
 
   Published widths: convolutions (64, 128, 256, 256, 512, 512), dense (4096, 4096), embedding 128.
   Pooling follows the first, second, fourth and sixth convolution. The released checkpoints were

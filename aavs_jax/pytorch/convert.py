@@ -41,7 +41,7 @@ KINDS = {
   'mask2former': "Mask2Former of the transformers library, a start for AAVS's training",
   'vggish': 'VGGish of torchvggish',
 }
-# Patterns of our parameters that a kind is known to lack (method: initialisation).
+# Patterns of our parameters that a kind is known to lack.
 _LACKING = {
   'aavs': (),
   'mask2former': (

@@ -1,4 +1,4 @@
-"""From records of clips to the scores of a split, by the protocols in use (method: section 5).
+"""From records of clips to the scores of a split, by the protocols in use.
 
 AVSBench: as published; the mean over the clips (binary task), or over the frames in which a class
 occurs and then over the classes (semantic task).

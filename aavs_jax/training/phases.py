@@ -1,6 +1,6 @@
 """The phases of a training: how long each is, what it begins with, and its step, built here alone.
 
-The release trains in two (method: 4): at first what is new but Swin's adapters, which are zero;
+The release trains in two: at first what is new but Swin's adapters, which are zero;
 then, from the best weights of the first, those too.
 """
 

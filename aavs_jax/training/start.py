@@ -53,7 +53,7 @@ def _work_folder_of_start(config: ml_collections.ConfigDict) -> epath.Path:
 def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
   """Patterns of the parameters that the start of config.train.init is known to lack.
 
-  None but for what `aavs convert` made of a network without sound (method: initialisation).
+  There are some only where a folder says so: what `aavs convert` made of a network without sound.
   """
   note = checkpoint.converted(_work_folder_of_start(config)) if config.train.init else None
   return note['lacking'] if note else ()
