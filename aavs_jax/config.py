@@ -16,16 +16,15 @@ from aavs_jax.configs import base
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import require_classes
-from aavs_jax.input_pipeline.items import Task
+from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Task
 from aavs_jax.input_pipeline.labels import IGNORE
-from aavs_jax.input_pipeline.pipeline import EVAL_ITEM_FRAMES
 from aavs_jax.input_pipeline.prepared import require_sizes
 
 # All numbers of a config are finite and positive; these may be zero besides.
 _MAY_BE_ZERO = (
   'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'optimizer.lr',
   'optimizer.lr_phase2', 'optimizer.weight_decay', 'optimizer.clip_norm',
-  'optimizer.warmup_steps', 'train.phase2_epoch',
+  'optimizer.warmup_steps', 'train.phase2_epoch', 'train.steps', 'train.eval_every_steps',
 )  # fmt: skip
 
 _OF_METHOD = ('model', 'vggish', 'loss')  # sections that are another method's own affair
@@ -115,7 +114,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   )
   need(
     'data.subsets',
-    data.subsets and not any(',' in name for name in data.subsets),
+    data.subsets and all(isinstance(name, str) and ',' not in name for name in data.subsets),
     "name one, as v1s, or several as \"('v1s','v1m')\"",
   )
   schedules = ('constant', 'cosine')

@@ -9,13 +9,14 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files, masks
+from aavs_jax.input_pipeline.clips import DataSet
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.scoring import tables
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.scoring.score import score
 from aavs_jax.training.state import digest
-from aavs_jax.training.work_folder import load_trained
+from aavs_jax.training.work_folder import class_names, load_trained
 
 
 def evaluate(
@@ -69,6 +70,8 @@ def evaluate(
     config.data.masks = str(mask_folder)
   clips = read_index(data, split, subsets or config.data.subsets)
   config_lib.require_fit(clips, config)
+  if config.task == 'semantic':
+    _require_same_classes(class_names(workdir), clips[0].data_set, workdir)
   on_clip = None
   if maps is not None:
 
@@ -97,6 +100,15 @@ def evaluate(
     files.write_json(out, result)
     files.write_text(tables_file, tables.format_evaluation(result, markdown=True))
   return result
+
+
+def _require_same_classes(names: Sequence[str], data_set: DataSet, workdir: str | Path) -> None:
+  for i, (name, other) in enumerate(zip(names, data_set.classes)):
+    if name != other:
+      raise UserError(
+        f'class {i} is {name!r} for the model of {workdir}, but {other!r} in {data_set.name}: '
+        'evaluate it on the data set that it was trained on'
+      )
 
 
 def reusable(path: Path, origin: Mapping) -> dict | None:

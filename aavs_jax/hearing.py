@@ -49,7 +49,12 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
   Raises:
     UserError: the data set cannot be read, its labels tell no classes, or `out` cannot be written.
   """
-  splits = {split: read_index(data, split) for split in ('train', 'val')}
+  out = Path(out)
+  if out.exists():
+    raise UserError(f'{out} exists already: name a new folder, or remove it')
+  if 'vggish' not in config:
+    raise UserError('the config has no section vggish: no network is there to learn to hear')
+  splits = {split: read_index(data, split, config.data.subsets) for split in ('train', 'val')}
   config_lib.require_fit(splits['train'] + splits['val'], config)
   require_classes(splits['train'] + splits['val'])
   rng = np.random.default_rng(config.seed)
@@ -70,19 +75,31 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
 def _examples(config, clips: Sequence[Clip], rng: np.random.Generator) -> Examples:
   """Every labelled second of the clips, in any order, or of some if there are very many."""
   sounds, classes = [], []
-  size = config.data.image_size
   with Progress('reading', min(_SECONDS, _labelled(clips)), 'seconds') as progress:
     for i in rng.permutation(len(clips)):
       clip = clips[i]
-      read, log_mel = reader.read_clip(clip, size, config.data.eval_size), reader.load_log_mel(clip)
-      for t in clip.labelled_frames:
-        present = labels.values(read.label_ids(t, size))
-        sounds.append(log_mel[t])
-        classes.append(np.isin(np.arange(1, labels.IGNORE), present))
+      try:
+        heard, seen = _seconds(config, clip)
+      except UserError:
+        if config.data.on_bad_clip == 'error':
+          raise
+        continue  # training counts them
+      sounds.extend(heard)
+      classes.extend(seen)
       progress.advance_to(min(len(sounds), _SECONDS))
       if len(sounds) >= _SECONDS:
         break
   return np.stack(sounds), np.stack(classes)
+
+
+def _seconds(config, clip: Clip) -> Examples:
+  """The labelled ones of a clip."""
+  size, log_mel = config.data.image_size, reader.load_log_mel(clip)
+  read = reader.read_clip(clip, size, config.data.eval_size)
+  present = [labels.values(read.label_ids(t, size)) for t in clip.labelled_frames]
+  return log_mel[list(clip.labelled_frames)], [
+    np.isin(np.arange(1, labels.IGNORE), values) for values in present
+  ]
 
 
 def _labelled(clips: Sequence[Clip]) -> int:

@@ -125,7 +125,8 @@ class _Run:
   def begin(self, wandb: str) -> None:
     """Builds what is trained, as it was left or from its start, and says so."""
     config, workdir, plan, latest = self.config, self.workdir, self.plan, self.latest
-    self.method, self.mesh = methods.of(config), make_mesh(config.mesh.fsdp)
+    method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
+    self.method, self.mesh = method, mesh
     self.key = jax.random.key(config.seed)
     given = work_folder.load_start(
       config, self.method, needed=latest is None or bool(plan.boundary)
@@ -137,7 +138,8 @@ class _Run:
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
-      return phases.build(config, self.method, self.mesh, number, plan.steps_of(number), shapes)
+      # Of nothing that holds the state, which goes with the run and not when memory is looked for.
+      return phases.build(config, method, mesh, number, plan.steps_of(number), shapes)
 
     self.phase_of = phase_of
     if latest is None:
@@ -166,7 +168,7 @@ class _Run:
     self._predictor = Predictor(self.method)
     self._compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
-    self._watch = Watch([clip.uid for clip in self.clips.train], self._last_good)
+    self._watch = Watch([clip.uid for clip in self.clips.train], self.manager, workdir)
 
   def batches(self) -> Iterator[dict[str, np.ndarray]]:
     """Those from the next step on."""
@@ -278,10 +280,6 @@ class _Run:
     say(f'stopped by a signal at step {self.step}; the same command goes on from there')
     # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
     raise SystemExit(0 if self.stop.received == signal.SIGTERM else 130)
-
-  def _last_good(self) -> str:
-    saved = self.manager.latest_step()
-    return 'none' if saved is None else str(self.workdir / 'checkpoints' / str(saved))
 
   def result(self) -> dict[str, float]:
     """Metrics of the best validation, when all is written."""

@@ -87,6 +87,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.epochs = 60.0
+  config.train.steps = 0  # how long, if not `epochs`
   config.train.accumulate = 1  # parts of a batch that go through the model one after the other
   # From this epoch on the Swin adapters train too, from the best weights so far; before it they are
   # zero. 0: one phase, in which all of `trainable` trains.
@@ -100,6 +101,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.frozen_dtype = 'float32'  # 'bfloat16' stores what does not train in half the memory
   config.train.init = ''  # the start: a work folder (its best weights), or one of its checkpoints
   config.train.eval_every_epochs = 1.0
+  config.train.eval_every_steps = 0  # how often, if not `eval_every_epochs`
   config.train.checkpoint_every_steps = 1000
   config.train.keep_checkpoints = 2
   config.train.log_every_steps = 50

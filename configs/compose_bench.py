@@ -7,6 +7,6 @@ def get_config():
   config = quickstart.get_config()
   config.seeds = (0, 1, 2)
   config.end_to_end = True
-  config.stage1.train.epochs = 3.0
-  config.stage2.train.epochs = 2.0
+  config.stage1.train.steps = 540
+  config.stage2.train.steps = 360
   return config

@@ -34,10 +34,10 @@ def get_config():
   config.optimizer.clip_norm = 1.0
   config.optimizer.warmup_steps = 50
   config.optimizer.schedule = 'cosine'
-  config.train.epochs = 2.0
+  config.train.steps = 360  # two epochs of the quickstart's clips; as many on any others
   config.train.phase2_epoch = 0
   config.train.trainable = (r'.*',)
-  config.train.eval_every_epochs = 0.5
+  config.train.eval_every_steps = 120
   config.train.checkpoint_every_steps = 150
   config.train.log_every_steps = 20
   return config

@@ -10,5 +10,5 @@ def get_config():
   config.use_prior = True
   config.data.max_targets = 4
   config.model.num_queries = 10
-  config.train.epochs = 1.5
+  config.train.steps = 240
   return config

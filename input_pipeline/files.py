@@ -163,9 +163,16 @@ def writing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def writing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """As `writing`, of a local folder, which is empty at first; `path` may be an empty one."""
+  if '://' in str(path):
+    raise UserError(f'{path} is in a bucket, where folders do not appear whole: name a local one')
   with _working_folder(path) as folder:
     yield folder
-    os.replace(folder, path)
+    try:
+      os.replace(folder, path)
+    except OSError as error:
+      if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        raise
+      raise UserError(f'{path} is not empty: name another folder, or remove it') from error
 
 
 @contextlib.contextmanager
@@ -177,7 +184,7 @@ def _working_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   with alone_in(working, path):
     try:
       for left in working.iterdir():  # by a process that was killed
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
       yield working
     except BaseException:
       shutil.rmtree(working, ignore_errors=True)
@@ -212,8 +219,9 @@ def alone_in(folder: os.PathLike, name: os.PathLike | None = None) -> Iterator[N
       handle = os.open(folder, os.O_RDONLY)
       held.callback(os.close, handle)
       _lock(handle)
-      if not os.path.samestat(os.fstat(handle), os.stat(folder)):
-        raise BlockingIOError  # it was another's a moment ago, who is done with it
+      # It was another's a moment ago, who is done with it.
+      if not (is_there(folder) and os.path.samestat(os.fstat(handle), os.stat(folder))):
+        raise BlockingIOError
     except BlockingIOError as error:
       raise UserError(
         f'{name} is being written by another process: wait for it, or name another place'

@@ -12,6 +12,8 @@ from .errors import UserError
 from .index import require_classes
 from .reader import Reader, read_clip
 
+EVAL_ITEM_FRAMES = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:

@@ -16,10 +16,8 @@ from . import packing
 from .clips import Clip
 from .errors import UserError
 from .index import require_classes
-from .items import Item, Task, load_training_item, make_items
+from .items import EVAL_ITEM_FRAMES, Item, Task, load_training_item, make_items
 from .read_ahead import read_ahead, unless_stopping
-
-EVAL_ITEM_FRAMES = 5
 
 
 def _stack(items: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -38,6 +38,8 @@ MAY_BE_ZERO = {
   'optimizer.clip_norm',  # no clipping
   'optimizer.warmup_steps',
   'train.phase2_epoch',  # one phase
+  'train.steps',  # epochs
+  'train.eval_every_steps',
   'loss.class_weight',  # without this term
   'loss.mask_weight',
   'loss.dice_weight',
@@ -103,11 +105,13 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
     ('model.swin.depths', (2, 2, 6), 'four'),
     ('vggish.conv_widths', (64, 128), 'six'),
     ('loss.uncertain_share', 1.1, 'at most 1'),
-    ('method', 'nonsense', 'no module with a function'),
-    ('method', 'no_such.method', 'no module with a function'),
-    ('method', 'matching', 'no module with a function'),
+    ('method', 'nonsense', 'no module that has method, check'),
+    ('method', 'no_such.method', 'no module that has method, check'),
+    ('method', '.x', 'no module that has method, check'),
+    ('method', 'matching', 'no module that has method, check'),
     ('train.trainable', (), 'at least one'),
     ('data.subsets', ('v1s,v1m',), "\"('v1s','v1m')\""),
+    ('data.subsets', (1, 2), "\"('v1s','v1m')\""),
     ('data.subsets', (), "\"('v1s','v1m')\""),
     ('data.masks', 'None', 'write --config.data.masks= for none'),
     ('train.init', 'None', 'write --config.train.init= for none'),

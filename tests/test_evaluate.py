@@ -18,7 +18,7 @@ from PIL import Image
 
 from aavs_jax import config as config_lib
 from aavs_jax import evaluate, hand_over, methods
-from aavs_jax.input_pipeline import files, labels, listening, masks
+from aavs_jax.input_pipeline import avsbench, files, labels, listening, masks
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
@@ -299,6 +299,14 @@ def test_training_split_is_scored_on_its_labelled_frames(stage1, model1, data_ro
   expected = tuple(metrics.binary_record(_directly(model1, clip)[:1], target[None])['scores'])
   row = next(r for r in result['per_clip'] if (r['subset'], r['uid']) == ('v1s', clip.uid))
   assert (row['miou'], row['fscore']) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_of_other_classes_is_refused(stage2, data_root, tmp_path):
+  folder = shutil.copytree(stage2, tmp_path / 'model')
+  names = ['kettle' if name == 'axe' else name for name in avsbench.CLASSES]
+  (folder / 'classes.json').write_text(json.dumps(names))
+  with pytest.raises(UserError, match=r"class 3 is 'kettle' for .* but 'axe' in AVSBench"):
+    evaluate.evaluate(folder, data=data_root, out=tmp_path / 'r.json', oracle=True)
 
 
 def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root, tmp_path):

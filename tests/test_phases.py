@@ -6,6 +6,7 @@ import pytest
 
 from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training import phases
 
@@ -91,3 +92,14 @@ def test_the_boundary_is_where_the_release_has_it():
   assert (plan.steps_of(1), plan.steps_of(2)) == (300, 300)
   single = phases.Plan(10, 600, 10, boundary=0)
   assert (single.phase_at(599), single.step_of_phase(599), single.steps_of(1)) == (1, 599, 600)
+
+
+def test_steps_take_the_place_of_epochs():
+  config = quick_stage1.get_config()
+  clips = [SemanticClip('', str(i), 'v1m', 'train', 5) for i in range(10)]
+  config.data.item_frames, config.data.batch_items = 5, 2
+  config.train.update(steps=7, eval_every_steps=3, epochs=100.0, eval_every_epochs=50.0)
+  plan = phases.plan(config, clips, 1)
+  assert plan == phases.Plan(5, 7, 3, 0)
+  config.train.update(steps=0, eval_every_steps=0)
+  assert phases.plan(config, clips, 1) == phases.Plan(5, 500, 250, 0)

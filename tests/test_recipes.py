@@ -78,10 +78,10 @@ QUICK = {
   'optimizer.clip_norm': 1.0,
   'optimizer.warmup_steps': 50,
   'optimizer.schedule': 'cosine',
-  'train.epochs': 2.0,
+  'train.steps': 360,
   'train.phase2_epoch': 0,
   'train.trainable': ('.*',),
-  'train.eval_every_epochs': 0.5,
+  'train.eval_every_steps': 120,
   'train.checkpoint_every_steps': 150,
   'train.log_every_steps': 20,
 }
@@ -120,7 +120,7 @@ TABLE = {
     'num_classes': 71,
     'use_prior': True,
     'data.max_targets': 4,
-    'train.epochs': 1.5,
+    'train.steps': 240,
   },
 }
 

@@ -25,6 +25,7 @@ def get_config(stage='stage1'):
   config.vggish.embedding = 8
   config.loss.points = 16
   config.optimizer.warmup_steps = 2
+  config.train.steps = config.train.eval_every_steps = 0
   config.train.epochs = 2.0
   config.train.eval_every_epochs = 1.0
   config.train.checkpoint_every_steps = 4

@@ -20,11 +20,13 @@ def module_of(config: ml_collections.ConfigDict) -> ModuleType:
     if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
       raise  # it is there, and lacks another
     module = None
-  if not callable(getattr(module, 'method', None)):
+  except TypeError:  # a dot in front
+    module = None
+  if not all(hasattr(module, part) for part in ('method', 'check', 'MAY_BE_ZERO')):
     raise UserError(
-      f'config.method is {config.method!r}, no module with a function `method`: name one of '
-      'aavs_jax.methods, as aavs, or one of your own with dots, as my_project.my_method, where '
-      'Python finds it'
+      f'config.method is {config.method!r}, no module that has method, check and MAY_BE_ZERO: name '
+      'one of aavs_jax.methods, as aavs, or one of your own with dots, as my_project.my_method, '
+      'where Python finds it'
     )
   return module
 

@@ -67,9 +67,12 @@ def _compile(what: str, config: ml_collections.ConfigDict, batch: Any, phase: in
     state, step = built.abstract, built.step
     arguments = lambda batch: (batch, key)  # noqa: E731
 
-    def make_state(key):
+    def begin(key):
       first = flatten(method.init(key))
       return built.begin(first, first)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    make_state = jax.jit(begin, out_shardings=places)
   else:
     make_state = jax.jit(method.init, out_shardings=replicated(mesh))
     state = jax.tree.map(

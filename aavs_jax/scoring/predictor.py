@@ -13,7 +13,7 @@ from aavs_jax.devices import distributed
 from aavs_jax.devices.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
-from aavs_jax.input_pipeline.items import Item
+from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Item
 from aavs_jax.methods.method import Method
 from aavs_jax.types import Batch, Variables
 
@@ -135,7 +135,7 @@ def eval_batch_items(
 
   Rounded up so that its `devices` share them evenly, whole units each.
   """
-  length = pipeline.EVAL_ITEM_FRAMES
+  length = EVAL_ITEM_FRAMES
   frames = config.data.batch_items * (config.data.item_frames or length)
   step = devices * unit // math.gcd(devices * unit, length)
   return -(-frames // (processes * length * step)) * step

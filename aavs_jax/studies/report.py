@@ -163,7 +163,7 @@ def _overrides(folder: Path, stage: str) -> str:
   return ''.join(
     ' ' + shlex.quote(f'--config.{key}={value}')
     for key, value in texts.items()
-    if key not in ('data.root', 'data.masks', 'train.init')
+    if key not in ('data.root', 'data.masks')
   )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_collections
@@ -10,12 +9,9 @@ import ml_collections
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.hearing import hear
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.avsbench import SUBSETS
-from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
-from aavs_jax.input_pipeline.pipeline import epoch_size
 from aavs_jax.scoring import tables
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies.report import STUDY, write_report
@@ -52,7 +48,6 @@ def run_study(
       )
     files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
-  config = config.copy_and_resolve_references()
 
   say('[1] clips')
   if not data:
@@ -63,8 +58,6 @@ def run_study(
   prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
-  for stage in (config.stage1, config.stage2):
-    _make_as_long(stage, config.clips.train, [clip for clip in index if clip.split == 'train'])
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
   say('[7] report')
   reports = [write_report(folder, data) for folder in folders.values()]
@@ -89,33 +82,28 @@ def _make_clips(config: ml_collections.ConfigDict, root: str) -> None:
     )
 
 
-def _make_as_long(stage, made: Mapping[str, int], clips: Sequence[Clip]) -> None:
-  """As many steps and validations as on the made clips, however many clips there are."""
-  data = stage.data
-  items = sum(count * SUBSETS[subset] // data.item_frames for subset, count in made.items())
-  steps, _ = epoch_size(clips, data.item_frames, data.batch_items)
-  stage.train.epochs *= items / data.batch_items / steps
-  stage.train.eval_every_epochs *= items / data.batch_items / steps
-
-
-def _start(stage, folder: Path, data: str, seed: int) -> None:
-  """What both stages begin with, if it is not there yet."""
+def _started(stage, folder: Path, data: str, seed: int) -> ml_collections.ConfigDict:
+  """Stage 1 with its start, which learns to hear here if the config names none."""
+  stage = stage.copy_and_resolve_references()
+  if stage.train.init:
+    say(f'  as given: {stage.train.init}')
+    return stage
+  stage.seed = seed
   if folder.exists():
     say('  it is there')
-    return
-  stage = stage.copy_and_resolve_references()
-  stage.seed = seed
-  hear(stage, folder, data)
+  else:
+    hear(stage, folder, data)
+  stage.train.init = str(folder)
+  return stage
 
 
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   """The start, both stages and all evaluations of one seed; returns the evaluations by name."""
-  say(f'[2] the start: it hears (seed {seed})')
-  _start(config.stage1, folder / 'start', data, seed)
-  config.stage1.train.init = str(folder / 'start')
-  results = stepping_stones(config.stage1, config.stage2, folder, data=data, seed=seed)
+  say(f'[2] the start (seed {seed})')
+  stage1 = _started(config.stage1, folder / 'start', data, seed)
+  results = stepping_stones(stage1, config.stage2, folder, data=data, seed=seed)
   if config.end_to_end:
-    single = _end_to_end(config.stage1, config.stage2)
+    single = _end_to_end(stage1, config.stage2)
     single.seed, single.data.root = seed, data
     say('    the same model end to end on semantic labels, for as many frames')
     train(single, folder / 'end_to_end')
@@ -132,6 +120,7 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single.train.init = stage1.train.init
   single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
+  single.train.steps = stage1.train.steps + stage2.train.steps
   return single
 
 
@@ -160,7 +149,8 @@ def _format_comparison(table: dict) -> str:
 
 def _refuse_foreign(workdir: Path) -> None:
   """UserError for a folder that holds something, but no study."""
-  if workdir.exists() and any(workdir.iterdir()) and not (workdir / STUDY).exists():
+  found = workdir.exists() and any(not p.name.endswith(files.UNFINISHED) for p in workdir.iterdir())
+  if found and not (workdir / STUDY).exists():
     raise UserError(
       f'{workdir} holds files but no {STUDY}, so it was not made by a study: name a new or empty '
       'folder with --workdir'

@@ -61,7 +61,7 @@ def plan(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) ->
   steps_per_epoch, frames = pipeline.epoch_size(
     clips, config.data.item_frames, config.data.batch_items
   )
-  total = max(1, round(train.epochs * steps_per_epoch))
+  total = train.steps or max(1, round(train.epochs * steps_per_epoch))
   boundary = round(train.phase2_epoch * steps_per_epoch)
   if train.phase2_epoch and not 0 < boundary <= total:
     raise UserError(
@@ -75,7 +75,7 @@ def plan(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) ->
       + (f' of whole clips, {unit} frames each' if unit > 1 else '')
       + ': use a multiple of devices times config.train.accumulate'
     )
-  eval_every = max(1, round(train.eval_every_epochs * steps_per_epoch))
+  eval_every = train.eval_every_steps or max(1, round(train.eval_every_epochs * steps_per_epoch))
   return Plan(steps_per_epoch, total, eval_every, boundary)
 
 
@@ -175,16 +175,19 @@ def flat_of_phase(
     return first
   if phase == 1:
     return {
-      path: jnp.zeros_like(value) if matches(path, method.late) else value
+      path: jnp.zeros_like(value) if _waits(path, method) else value
       for path, value in first.items()
     }
-  return {
-    path: first[path] if matches(path, method.late) else value for path, value in best.items()
-  }
+  return {path: first[path] if _waits(path, method) else value for path, value in best.items()}
 
 
 def needed_later(config: ml_collections.ConfigDict, method: Method, first: Flat) -> Flat:
   """The part of the first numbers that a later phase begins with."""
   if not config.train.phase2_epoch:
     return {}
-  return {path: value for path, value in first.items() if matches(path, method.late)}
+  return {path: value for path, value in first.items() if _waits(path, method)}
+
+
+def _waits(path: str, method: Method) -> bool:
+  """Whether a parameter is zero in phase 1 of two."""
+  return is_parameter(path) and matches(path, method.late)

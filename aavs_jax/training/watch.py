@@ -1,10 +1,12 @@
 """Stops a training whose numbers are not finite, without making the host wait for the devices."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
 _LAG = 2
@@ -15,11 +17,12 @@ class Watch:
 
   Args:
     names: of the clips by index.
-    last_good: what to say of the last checkpoint.
+    manager: of the checkpoints in
+    workdir.
   """
 
-  def __init__(self, names: Sequence[str], last_good: Callable[[], str]):
-    self._names, self._last_good = names, last_good
+  def __init__(self, names: Sequence[str], manager: ocp.CheckpointManager, workdir: epath.Path):
+    self._names, self._manager, self._workdir = names, manager, workdir
     self._in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
 
   def add(self, step: int, clips: np.ndarray, metrics: Mapping[str, jax.Array]) -> None:
@@ -38,8 +41,10 @@ class Watch:
       # A gradient that is not finite spoils the parameters, though this step's loss is still good.
       loss, norm = float(metrics['loss']), float(metrics['gradient_norm'])
       if not np.isfinite([loss, norm]).all():
+        saved = self._manager.latest_step()
+        last = 'none' if saved is None else self._workdir / 'checkpoints' / str(saved)
         raise FloatingPointError(
           f'the loss of step {step} is {loss} and its gradient {norm} on clips '
           f'{", ".join(self._names[i] for i in dict.fromkeys(clips.tolist()))}; the last good '
-          f'checkpoint is {self._last_good()}: lower optimizer.lr or look at these clips'
+          f'checkpoint is {last}: lower optimizer.lr or look at these clips'
         )

@@ -275,6 +275,17 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
 
 
 def class_names(workdir: str | Path) -> Sequence[str]:
-  """Names of a model's classes by id; those of AVSBench for a model that was converted."""
+  """Names of a model's classes by id; those of AVSBench for a model that was converted.
+
+  Raises:
+    UserError: it has more classes than there are names.
+  """
   path = epath.Path(workdir) / _CLASSES
-  return files.read_json(path, [str], _RESTORE) if path.exists() else avsbench.CLASSES
+  names = files.read_json(path, [str], _RESTORE) if path.exists() else list(avsbench.CLASSES)
+  count = config_lib.from_json(epath.Path(workdir) / 'config.json').num_classes
+  if count > len(names):
+    raise UserError(
+      f'the model of {workdir} has {count} classes, of which {len(names)} have names: it is of '
+      'another data set, use it as a start'
+    )
+  return names[:count]
