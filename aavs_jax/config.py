@@ -98,8 +98,9 @@ def check(config: ml_collections.ConfigDict) -> None:
 
   data = config.data
   need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
-  classes = (2,) if config.task == 'binary' else range(2, IGNORE + 1)
-  need('num_classes', config.num_classes in classes, f'use {classes}')
+  binary = config.task == 'binary'
+  fits = config.num_classes == 2 if binary else 2 <= config.num_classes <= IGNORE
+  need('num_classes', fits, 'use 2' if binary else f'use 2 to {IGNORE}, the background included')
   for key in ('dtype', 'train.frozen_dtype'):
     need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(

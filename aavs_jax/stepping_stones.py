@@ -52,8 +52,8 @@ def stepping_stones(
 
   Args:
     stage1: config of stage 1.
-    stage2: config of stage 2; its masks are those of stage 1, and so is its start if it names none
-      (the published stages have both begun with the same one).
+    stage2: config of stage 2; its masks are those of stage 1. If it names no start, it begins with
+      what stage 1 has learnt, while the published stages both begin with one and the same start.
     folder: of the run; stage1/, masks/, stage2/ and eval/ appear in it.
     data: the data set.
     seed: of both stages.

@@ -1,4 +1,4 @@
-"""AVSS, stage 2 (what): semantic labels, with stage 1's masks as the prior."""
+"""AVSS, stage 2 (what): semantic labels; the prior is the truth in training, then stage 1's masks."""
 
 from aavs_jax.configs import base
 

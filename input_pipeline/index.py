@@ -18,9 +18,8 @@ def read_index(
 ) -> list[Clip]:
   """The clips of a data set, in the order of the tables that list them.
 
-  Which data set it is shows in its tables: metadata.csv is that of AVSBench-semantic,
-  s4_meta_data.csv and ms3_meta_data.csv (one of them or both) are those of AVSBench-object. Every
-  row is checked, also those of other splits and subsets. Whether a clip's files exist shows when
+  Which data set it is shows in the tables that it holds, see clips.DataSet.tables. Every row is
+  checked, also those of other splits and subsets. Whether a clip's files exist shows when
   they are read.
 
   A folder that `aavs prepare` wrote gives the same clips (prepared.PreparedClip) in the same order.

@@ -1,4 +1,7 @@
-"""Stage 1's masks on disk, the prior of stage 2: MASKS/SUBSET/UID/{0..}.png, 0 or 255."""
+"""Stage 1's masks on disk: MASKS/SUBSET/UID/{0..}.png, 0 or 255.
+
+They are the prior of stage 2 in validation and test.
+"""
 
 import io
 import os

@@ -46,10 +46,14 @@ LAYOUTS = {
 
 
 # Parameters of the tiny model are all below the size from which arrays are spread.
-SPREAD = (
-  'import sys; from aavs_jax import cli; from aavs_jax.devices import mesh; mesh.FSDP_MIN_SIZE = 1; '
-  'sys.exit(cli.main())'
-)
+SPREAD = """
+import sys
+from aavs_jax import cli
+from aavs_jax.devices import mesh
+
+mesh.FSDP_MIN_SIZE = 1
+sys.exit(cli.main())
+"""
 
 
 def _free_port():

@@ -8,8 +8,9 @@ It is a module, in this folder or one's own (config.method names it), which has
   MAY_BE_ZERO                tuple of those of its keys, with dots, whose numbers may be 0; all
                              others must be positive
 
-Its config begins with configs/base.py and replaces what is AAVS's there: model, vggish, loss and
-train.trainable. tests/test_method.py is a small method, whole.
+Its config begins with configs/base.py and replaces what is AAVS's there: model, vggish, loss, and
+of the recipe at least train.trainable, train.phase2_epoch and optimizer.clip_norm.
+tests/test_method.py is a small method, whole.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,7 +29,8 @@ class Method(NamedTuple):
 
   Frames of a batch are the first axis of every array. A method that sees several frames of a clip
   together finds them after each other, `unit` at a time; all else keeps these together. What a clip
-  lacks of the last unit in evaluation is filled by repeating its last frame, with weight 0.
+  lacks of the last unit in evaluation is filled by repeating its last frame, with weight 0; in
+  training clips and items must be whole units, and parts of a batch have statistics of their own.
   """
 
   init: Callable[[jax.Array], Variables]
