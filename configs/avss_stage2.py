@@ -1,4 +1,4 @@
-"""AVSS, stage 2 (what): semantic labels; the prior is the truth in training, then stage 1's masks."""
+"""AVSS, stage 2 (what): semantic labels; the prior is the truth in training, then the masks."""
 
 from aavs_jax.configs import base
 

@@ -238,9 +238,15 @@ def test_a_config_is_refused_that_has_more_classes(root):
 
 def test_a_work_folder_keeps_its_class_names_for_predict(root, tmp_path):
   found = work_folder.Clips(index.read_index(root, 'train'), [], [])
-  work_folder.claim(epath.Path(tmp_path, 'run'), tiny.get_config('stage2'), found, None)
+  config = tiny.get_config('stage2')
+  with pytest.raises(UserError, match='71 classes, of which 5 have names'):
+    work_folder.claim(epath.Path(tmp_path, 'run'), config, found, None)
+    work_folder.class_names(tmp_path / 'run')
+  config.num_classes = 5
+  work_folder.claim(epath.Path(tmp_path, 'run'), config, found, None)
   assert work_folder.class_names(tmp_path / 'run') == list(TOWN.classes)
-  assert work_folder.class_names(tmp_path) == avsbench.CLASSES  # of a converted model
+  (tmp_path / 'run' / 'classes.json').unlink()  # as in a converted model's folder
+  assert work_folder.class_names(tmp_path / 'run') == list(avsbench.CLASSES[:5])
 
 
 def test_maps_do_not_replace_its_clips(root):
