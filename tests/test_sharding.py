@@ -46,14 +46,8 @@ LAYOUTS = {
 
 
 # Parameters of the tiny model are all below the size from which arrays are spread.
-SPREAD = """
-import sys
-from aavs_jax import cli
-from aavs_jax.devices import mesh
-
-mesh.FSDP_MIN_SIZE = 1
-sys.exit(cli.main())
-"""
+ALL_SPREAD = 'from aavs_jax.devices import mesh; mesh.FSDP_MIN_SIZE = 1\n'
+SPREAD = ALL_SPREAD + 'import sys; from aavs_jax import cli; sys.exit(cli.main())'
 
 
 def _free_port():
@@ -207,7 +201,7 @@ def test_sigterm_to_one_process_saves_and_ends_all(start, tmp_path):
 def test_a_stop_among_validations_ends_all_and_nothing_is_lost(start, tmp_path):
   layout = LAYOUTS['2 processes of 4']
   often = '--config.train.epochs=20.0', '--config.train.eval_every_epochs=0.5'
-  stopping = STOPPED.format(where='validation')
+  stopping = ALL_SPREAD + STOPPED.format(where='validation')
   output = _finish(
     start(tmp_path / 'work', layout, *often, STAND_IN, program=stopping), timeout=120
   )[0]
