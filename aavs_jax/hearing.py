@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 
 from aavs_jax import config as config_lib
 from aavs_jax.console import Progress, say
-from aavs_jax.input_pipeline import audio, labels, reader
+from aavs_jax.input_pipeline import audio, files, labels, reader
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
@@ -49,8 +49,8 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
   Raises:
     UserError: the data set cannot be read, its labels tell no classes, or `out` cannot be written.
   """
-  out = Path(out)
-  if out.exists():
+  files.refuse_bucket(out)
+  if Path(out).exists():
     raise UserError(f'{out} exists already: name a new folder, or remove it')
   if 'vggish' not in config:
     raise UserError('the config has no section vggish: no network is there to learn to hear')
@@ -89,6 +89,10 @@ def _examples(config, clips: Sequence[Clip], rng: np.random.Generator) -> Exampl
       progress.advance_to(min(len(sounds), _SECONDS))
       if len(sounds) >= _SECONDS:
         break
+  if not sounds:
+    raise UserError(
+      f'{clips[0].table}: no clip of {clips[0].split} can be read: see `aavs check-data`'
+    )
   return np.stack(sounds), np.stack(classes)
 
 

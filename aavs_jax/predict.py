@@ -67,6 +67,7 @@ def predict(
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
       this ends; what SIGKILL leaves goes with the next call for `out`.
   """
+  files.refuse_bucket(out)
   source, target = Path(source), _checked_target(Path(out))
   is_video = source.is_file()
   windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)

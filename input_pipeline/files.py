@@ -43,6 +43,15 @@ def is_there(path: str | os.PathLike) -> bool:
   return True
 
 
+def refuse_bucket(path: str | os.PathLike) -> None:
+  """Raises UserError for gs:// and the like, where folders do not appear whole.
+
+  To be asked before pathlib makes a local path of it.
+  """
+  if '://' in str(path):
+    raise UserError(f'{path} is in a bucket, where this cannot be: mount it or name a shared disk')
+
+
 def read_file(path: str, limit: int, what: str, advice: str) -> bytes:
   """All of a file.
 
@@ -163,8 +172,7 @@ def writing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def writing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """As `writing`, of a local folder, which is empty at first; `path` may be an empty one."""
-  if '://' in str(path):
-    raise UserError(f'{path} is in a bucket, where folders do not appear whole: name a local one')
+  refuse_bucket(path)
   with _working_folder(path) as folder:
     yield folder
     try:

@@ -24,15 +24,9 @@ def mask_path(root: str, clip: Clip, t: int) -> str:
   return os.path.join(root, clip.subset, clip.uid, f'{t}.png')
 
 
-def refuse_bucket(root: str | os.PathLike) -> None:
-  """Raises UserError for gs:// and the like, whose files are not read and written one by one."""
-  if '://' in str(root):
-    raise UserError(f'{root} is in a bucket, where maps cannot be: mount it or name a shared disk')
-
-
 def refuse_data_set(root: str | os.PathLike) -> None:
   """Raises UserError if maps below root would replace a data set's clips, or are in a bucket."""
-  refuse_bucket(root)
+  files.refuse_bucket(root)
   tables = [table for kind in index.KINDS for table in tables_in(root, kind.data_set)]
   if tables:
     raise UserError(f'{tables[0]} says that {root} is a data set: name another folder for the maps')

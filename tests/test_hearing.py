@@ -1,5 +1,7 @@
 """The start that hears: what it is taught, and how training begins from it."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,24 @@ def test_labels_without_classes_are_refused(tmp_path):
   with pytest.raises(UserError, match='not as what'):
     hearing.hear(tiny.get_config('stage1'), tmp_path / 'start', str(tmp_path / 'data'))
   assert not (tmp_path / 'start').exists()
+
+
+@pytest.mark.parametrize('out', ['gs://bucket/start', ''])
+def test_where_it_cannot_be_written_is_said_before_it_learns(out, data_root, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(hearing, '_train', None)
+  with pytest.raises(UserError, match='in a bucket' if out else 'exists already'):
+    hearing.hear(tiny.get_config('stage1'), out or tmp_path, data_root)
+  assert not any(tmp_path.iterdir())
+
+
+def test_clips_of_which_none_can_be_read_are_said_in_one_sentence(data_root, tmp_path):
+  root = shutil.copytree(data_root, tmp_path / 'data')
+  for sound in root.glob('v*/*/audio.wav'):
+    sound.write_bytes(b'')
+  config = tiny.get_config('stage1')
+  with pytest.raises(UserError, match=r'audio\.wav'):
+    hearing.hear(config, tmp_path / 'start', str(root))
+  config.data.on_bad_clip = 'skip'
+  with pytest.raises(UserError, match='no clip of train can be read'):
+    hearing.hear(config, tmp_path / 'start', str(root))

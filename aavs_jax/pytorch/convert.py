@@ -15,6 +15,7 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2
 from aavs_jax.console import say
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
@@ -75,6 +76,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     UserError: `out` exists; a file is damaged, of no known kind or not the one asked for; tensors
       do not make up the model.
   """
+  files.refuse_bucket(out)
   source, out = Path(source), Path(out)
   if out.exists():
     raise UserError(f'{out} exists already: name a new folder, or remove it')

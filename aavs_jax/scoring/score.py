@@ -11,7 +11,7 @@ from aavs_jax import config as config_lib
 from aavs_jax.console import Progress
 from aavs_jax.devices import distributed
 from aavs_jax.devices.distributed import share
-from aavs_jax.input_pipeline import items, listening, masks
+from aavs_jax.input_pipeline import files, items, listening
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import metrics, protocols
@@ -45,7 +45,7 @@ def score(
     title: of the line that shows the progress.
   """
   task = config_lib.task_of(config)
-  masks.refuse_bucket(task.masks)
+  files.refuse_bucket(task.masks)
   if task.use_prior and not (task.masks or config.oracle_prior):
     raise UserError(
       'config.data.masks is empty: write the masks of stage 1 with `aavs masks`, or ask for the '

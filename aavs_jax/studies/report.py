@@ -73,7 +73,6 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     html.section('Configurations', ''.join(_config(run, stage) for stage in _STAGES)),
   ]
   out = workdir / 'report.html' if out is None else Path(out)
-  out.parent.mkdir(parents=True, exist_ok=True)
   files.write_text(out, html.page(title, ''.join(body)))
   return out
 

@@ -214,7 +214,7 @@ def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
   Raises:
     UserError: one is missing or damaged, or the work folder has been used with others.
   """
-  mask_files.refuse_bucket(folder)
+  files.refuse_bucket(folder)
   size = config_lib.from_json(workdir / 'stage2' / 'config.json').data.eval_size
   total = hashlib.sha256()
   for clip in clips:

@@ -187,7 +187,7 @@ def claim_inputs(
 
 def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:
   """Of the masks that validation reads; each process reads those of its share of the clips."""
-  masks.refuse_bucket(config.data.masks)
+  files.refuse_bucket(config.data.masks)
 
   def read(clip):
     digest = hashlib.sha256()
