@@ -154,6 +154,7 @@ def task_of(config: ml_collections.ConfigDict) -> Task:
     image_size=config.data.image_size,
     eval_size=config.data.eval_size,
     max_targets=config.data.max_targets,
+    all_frames=config.data.all_frames,
     use_prior=config.use_prior,
     masks='' if config.oracle_prior else config.data.masks,
   )

@@ -216,7 +216,12 @@ class _Run:
     return compiled, work
 
   def enter_phase_2(self) -> None:
-    """From the best of phase 1, and with what has waited."""
+    """From the best of phase 1, and with what has waited; or from the last, see Method.goes_on."""
+    if self.method.goes_on:
+      state, self.phase = self.state, 2
+      self.state = self.phase_of(2).begin(self._first, state.flat, state.opt_state, step=self.step)
+      say(f'phase 2 from step {self.step}: what has waited trains too')
+      return
     self.manager.wait_until_finished()
     best = checkpoint.best_step(self.manager)
     best = checkpoint.restore(self.manager, best, self.phase_of(1).abstract).flat

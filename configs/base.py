@@ -28,6 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.image_size = 384
   config.data.eval_size = 224  # of predictions, masks and metrics
   config.data.item_frames = 0  # frames of one training item: 0 = a whole clip, 5 = half of v2's ten
+  # Training clips with one label (v1s): False: its frame stands for all, as AAVS has it; True: all
+  # frames as they are, of which one has weight.
+  config.data.all_frames = False
   config.data.batch_items = 1  # of all processes; with whole clips, if > 1: slots of 5 frames
   config.data.max_targets = 2  # label values in one frame, at most
   config.data.threads = 4  # that read, in every process or, if there are any, in every worker

@@ -26,6 +26,7 @@ class Task:
   max_targets: int
   use_prior: bool
   masks: str  # folder of stage 1's masks, '' = ground truth as the prior
+  all_frames: bool = False  # see load_training_item
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +100,17 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
   """One item of training: arrays with a leading axis of its frames (keys: aavs_jax.types.Batch).
 
   v1s has one labelled frame a training clip: it stands five times, with the five sounds, as in the
-  release. The prior is the ground truth.
+  release. The prior is the ground truth. With task.all_frames, which other methods want, frames
+  stand for themselves, without weight where there is no label; nor is a silent clip skipped then.
 
   Raises:
     UserError: a file is missing or damaged, or a frame has a class of num_classes or more, or more
       than max_targets label values.
   """
   reader = read_clip(clip, task.image_size, task.eval_size)
-  times = [0] * item.frames if clip.labelled_frames == (0,) else _times(item)
+  times = _times(item)
+  if clip.labelled_frames == (0,) and not task.all_frames:
+    times = [0] * item.frames
   frames = _empty_frames(item, task)
   maps, priors = {}, {}
   classes = np.full((item.frames, task.max_targets), -1, np.int32)
@@ -115,6 +119,10 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
       frames[i], classes[i] = frames[i - 1], classes[i - 1]
       continue
     frames[i] = reader.frame(t)
+    if t not in clip.labelled_frames:
+      maps[t] = np.zeros((task.image_size, task.image_size), np.uint8)
+      priors[t] = np.zeros((task.eval_size, task.eval_size), np.uint8)
+      continue
     maps[t] = targets_of(reader, t, task)
     if task.use_prior:
       priors[t] = _prior(reader, t, task)
@@ -126,13 +134,15 @@ def load_training_item(clip: Clip, item: Item, task: Task) -> dict[str, np.ndarr
       )
     classes[i, : len(present)] = present
   # In which nothing sounds at all, be the item all of it or one frame.
-  silent = not task.semantic and clip.skipped_if_silent and _is_silent(clip, reader, maps, task)
+  skipped = not task.semantic and not task.all_frames and clip.skipped_if_silent
+  silent = skipped and _is_silent(clip, reader, maps, task)
+  weight = np.isin(times, clip.labelled_frames).astype(np.float32)
   batch = {
     'frames': frames,
     'log_mel': _log_mel(clip, clip, item),
     'labels': np.stack([maps[t] for t in times]),
     'target_classes': classes,
-    'weight': np.full(item.frames, 0.0 if silent else 1.0, np.float32),
+    'weight': np.zeros_like(weight) if silent else weight,
     'clip': np.full(item.frames, item.clip, np.int32),
   }
   if task.use_prior:

@@ -57,6 +57,12 @@ class Method(NamedTuple):
   """Frames of a clip that stay together: 1 or 5, as evaluation has items of five."""
   late: tuple[str, ...] = ()
   """Patterns of what is zero in phase 1 of two and trains from phase 2 on."""
+  goes_on: bool = False
+  """Whether phase 2 goes on from the last numbers of phase 1, with its optimiser.
+
+  Then what is late is not zero before, it only does not train, and its own optimiser begins with
+  it, as PyTorch's does. Otherwise see `phases.flat_of_phase`.
+  """
   of_stage: tuple[str, ...] = ()
   """Patterns of what a start may lack or have in another shape: it differs between stages."""
   same: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from aavs_jax.models.adapters import AdaptedProjection
+from aavs_jax.models.attention import attend
 from aavs_jax.models.audio_queries import TorchDense
 from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.pixel_decoder import sine_positions
@@ -26,21 +27,6 @@ class Outputs:
 
   mask_logits: Float[Array, 's n q h w']  # at stride 4
   class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
-
-
-def _attend(query, key, value, heads: int, blocked=None):
-  """Softmax attention; query [n q d], key and value [n k d], blocked bool [n q k]."""
-  n, queries, width = query.shape
-
-  def split(x):
-    return x.reshape(n, -1, heads, width // heads)
-
-  scores = jnp.einsum('nqhc,nkhc->nhqk', split(query), split(key)).astype(jnp.float32)
-  scores = scores * (width // heads) ** -0.5
-  if blocked is not None:
-    scores = jnp.where(blocked[:, None], -jnp.inf, scores)
-  weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-  return jnp.einsum('nhqk,nkhc->nqhc', weights, split(value)).reshape(n, queries, width)
 
 
 class MaskedCrossAttention(nn.Module):
@@ -61,7 +47,7 @@ class MaskedCrossAttention(nn.Module):
     kernels = jnp.split(kernel.astype(self.dtype), 3, axis=1)
     biases = jnp.split(bias.astype(self.dtype), 3)
     q, k, v = (x @ w + b for x, w, b in zip((query, key, value), kernels, biases))
-    h = _attend(q, k, v, self.heads, blocked)
+    h = attend(q, k, v, self.heads, blocked)
     return nn.Dense(width, dtype=self.dtype, name='projection')(h)
 
 
@@ -80,7 +66,7 @@ class QuerySelfAttention(nn.Module):
       )
 
     placed = x + positions.astype(x.dtype)
-    h = _attend(dense('query')(placed), dense('key')(placed), dense('value')(x), self.heads)
+    h = attend(dense('query')(placed), dense('key')(placed), dense('value')(x), self.heads)
     return AdaptedProjection(
       self.adapter_variant, nn.initializers.xavier_uniform(), self.dtype, name='output'
     )(h)

@@ -5,69 +5,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from aavs_jax.models.convolutions import Convolution
 from aavs_jax.models.deformable_attention import DeformableAttention
 from aavs_jax.models.norms import group_norm, layer_norm
 from aavs_jax.models.repeat import run_layers
 from aavs_jax.models.sampling import resize
 
 
-def sine_positions(height: int, width: int, features: int) -> np.ndarray:
-  """float32 [height, width, features]: sines of the normalised position, y half first, then x."""
+def sine_positions(
+  height: int, width: int, features: int, *, normalised: bool = True
+) -> np.ndarray:
+  """float32 [height, width, features]: sines of the position, y half first, then x.
+
+  Positions are 1, 2, ... along an axis; normalised, the last one is 2 pi.
+  """
   half = features // 2
   scale = 10000.0 ** (2 * (np.arange(half) // 2) / half)
 
   def encode(length):
-    angle = (np.arange(1, length + 1) / (length + 1e-6) * 2 * np.pi)[:, None] / scale
+    place = np.arange(1, length + 1)
+    if normalised:
+      place = place / (length + 1e-6) * 2 * np.pi
+    angle = place[:, None] / scale
     return np.stack([np.sin(angle[:, 0::2]), np.cos(angle[:, 1::2])], -1).reshape(length, half)
 
   y = np.broadcast_to(encode(height)[:, None], (height, width, half))
   x = np.broadcast_to(encode(width)[None, :], (height, width, half))
   return np.concatenate([y, x], -1).astype(np.float32)
-
-
-@jax.custom_vjp
-def convolve(
-  x: Float[Array, 'n h w c'], kernel: Float[Array, 'k k c d']
-) -> Float[Array, 'n h w d']:
-  """2D convolution, padded to the same size; k is odd.
-
-  The gradient of x is written as the convolution that it is, with the kernel turned: left to JAX,
-  XLA on CPUs takes five times as long for it inside a loop (a generic product, 0.45 for 0.09 s).
-  """
-  numbers = ('NHWC', 'HWIO', 'NHWC')
-  return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=numbers)
-
-
-def _convolve_forward(x, kernel):
-  return convolve(x, kernel), (x, kernel)
-
-
-def _convolve_backward(kept, gradient):
-  x, kernel = kept
-  _, gradient_of_kernel = jax.vjp(functools.partial(convolve.fun, x), kernel)
-  turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-  return convolve(gradient, turned), *gradient_of_kernel(gradient)
-
-
-convolve.defvjp(_convolve_forward, _convolve_backward)
-
-
-class Convolution(nn.Module):
-  """`convolve` with a kernel of 3x3 and no bias."""
-
-  features: int
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w d']:
-    shape = (3, 3, x.shape[-1], self.features)
-    kernel = self.param('kernel', nn.initializers.lecun_normal(), shape)
-    return convolve(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class EncoderLayer(nn.Module):
@@ -160,7 +128,14 @@ class PixelDecoder(nn.Module):
     h = norm('lateral_norm')(lateral(maps[0]))
     finest = outputs[-1].transpose(0, 3, 1, 2)
     h = h + resize(finest, maps[0].shape[1:3]).transpose(0, 2, 3, 1)
-    smooth = Convolution(self.hidden, self.dtype, name='smooth')
+    smooth = Convolution(
+      self.hidden,
+      3,
+      self.dtype,
+      use_bias=False,
+      kernel_init=nn.initializers.lecun_normal(),
+      name='smooth',
+    )
     h = nn.relu(norm('smooth_norm')(smooth(h)))
     mask_features = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name='mask_features')(h)
     return outputs, mask_features

@@ -1,7 +1,8 @@
-"""Bilinear resizing and point sampling, as PyTorch defines them (align_corners false)."""
+"""Bilinear resizing and point sampling as PyTorch defines them, align_corners false by default."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -9,6 +10,24 @@ def resize(maps: Float[Array, '... h w'], size: tuple[int, int]) -> Float[Array,
   """Bilinear resize of the last two axes without antialiasing, also where it shrinks."""
   shape = (*maps.shape[:-2], *size)
   return jax.image.resize(maps, shape, 'bilinear', antialias=False)
+
+
+def resize_maps(maps: Float[Array, 'n h w c'], size: tuple[int, int]) -> Float[Array, 'n y x c']:
+  """The same of maps whose channels are last."""
+  shape = (len(maps), *size, maps.shape[-1])
+  return jax.image.resize(maps, shape, 'bilinear', antialias=False)
+
+
+def enlarge_aligned(maps: Float[Array, 'n h w c']) -> Float[Array, 'n 2h 2w c']:
+  """Twice the size, bilinear with align_corners true: corners of both stand on each other."""
+
+  def weights(length):
+    at = np.arange(2 * length) * ((length - 1) / (2 * length - 1))
+    near = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(length)))
+    return jnp.asarray(near, maps.dtype)
+
+  maps = jnp.einsum('nhwc,yh->nywc', maps, weights(maps.shape[1]))
+  return jnp.einsum('nywc,xw->nyxc', maps, weights(maps.shape[2]))
 
 
 def hat_weights(position: Float[Array, '...'], length: int) -> Float[Array, '... length']:

@@ -1,7 +1,8 @@
 """The phases of a training: how long each is, what it begins with, and its step, built here alone.
 
 The release trains in two: at first what is new but Swin's adapters, which are zero;
-then, from the best weights of the first, those too.
+then, from the best weights of the first, those too. Other methods go on from the last weights, see
+Method.goes_on.
 """
 
 import functools
@@ -19,7 +20,7 @@ from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
-from aavs_jax.training.optimizer import make_optimizer
+from aavs_jax.training.optimizer import make_optimizer, taken_over
 from aavs_jax.training.state import Flat, TrainState, create, flat_shapes, is_parameter, matches
 from aavs_jax.training.step import train_step
 
@@ -85,7 +86,8 @@ class Phase(NamedTuple):
   step: Callable  # jitted: (state, batch, key) -> next state, metrics; takes over the state
   schedule: optax.Schedule  # learning rate by step of the phase
   abstract: TrainState  # shapes and shardings of its state
-  begin: Callable  # jitted: (first numbers, best ones of phase 1 or None, step=0) -> state
+  # jitted: (first numbers, those of phase 1 or None, its optimiser's or None, step=0) -> state
+  begin: Callable
 
 
 def build(
@@ -112,12 +114,21 @@ def build(
   if shapes is None:
     shapes = flat_shapes(method)
   lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
-  optimizer, schedule = make_optimizer(config.optimizer, lr, steps_of_phase)
+  two_counts = method.goes_on and config.train.phase2_epoch
+  optimizer, schedule = make_optimizer(
+    config.optimizer,
+    lr,
+    steps_of_phase,
+    functools.partial(matches, patterns=method.late) if two_counts else None,
+  )
   paths = trainable_paths(config, method, shapes, phase)
 
-  def begin(first, best=None, step=0):
+  def begin(first, best=None, opt_state=None, step=0):
     flat = flat_of_phase(config, method, phase, first, best)
-    return create(flat, paths, optimizer, step, config.train.frozen_dtype)
+    state = create(flat, paths, optimizer, step, config.train.frozen_dtype)
+    if opt_state is None:
+      return state
+    return state.replace(opt_state=taken_over(state.opt_state, opt_state))
 
   abstract = jax.eval_shape(begin, shapes, shapes)
   places = state_sharding(mesh, abstract)
@@ -170,9 +181,12 @@ def flat_of_phase(
 
   Phase 1 of two: the first ones, what waits for phase 2 zero. Phase 2: the best of phase 1 on
   validation, what has waited as it was first initialised. With one phase: the first as they are.
+  A method that goes on takes in phase 2, in the place of the best ones, the last.
   """
   if not config.train.phase2_epoch:
     return first
+  if method.goes_on:
+    return first if phase == 1 else best
   if phase == 1:
     return {
       path: jnp.zeros_like(value) if _waits(path, method) else value
@@ -183,7 +197,7 @@ def flat_of_phase(
 
 def needed_later(config: ml_collections.ConfigDict, method: Method, first: Flat) -> Flat:
   """The part of the first numbers that a later phase begins with."""
-  if not config.train.phase2_epoch:
+  if not config.train.phase2_epoch or method.goes_on:
     return {}
   return {path: value for path, value in first.items() if _waits(path, method)}
 

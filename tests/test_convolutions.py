@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from aavs_jax.models.pixel_decoder import convolve
+from aavs_jax.models.convolutions import convolve
 
 
 @pytest.fixture
