@@ -166,6 +166,4 @@ def check(config: ml_collections.ConfigDict, need) -> None:
     need('model.backbone.dims', divide, 'use multiples of the first, the width of a head')
     need('model.backbone.drop_path', backbone.drop_path < 1, 'use a probability below 1')
   for name in lists:
-    need(
-      f'model.backbone.{name}', len(backbone[name]) == 4, 'give a number for each of four stages'
-    )
+    need(f'model.backbone.{name}', len(backbone[name]) == 4, 'give one for each of four stages')

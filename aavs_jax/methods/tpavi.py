@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jaxtyping import Array, Float
 
 from aavs_jax.methods import maps
 from aavs_jax.methods.method import Method
@@ -59,22 +60,22 @@ def matching(outputs, binary: bool) -> jax.Array:
   logits = outputs.logits
   total = 0.0
   for features, heard in zip(outputs.features, outputs.audio):
-    n, height, width, _ = features.shape
-
-    def pool(x, height=height, width=width):
-      shape = (n, height, x.shape[1] // height, width, x.shape[2] // width)
-      return x.reshape(shape).mean((2, 4))
-
+    height, width = features.shape[1:3]
     if binary:
-      mask = jax.nn.sigmoid(pool(logits[..., 0]))
+      mask = jax.nn.sigmoid(_pool(logits[..., 0], height, width))
     else:
-      mask = pool((jnp.argmax(logits, -1) != 0).astype(jnp.float32))
+      mask = _pool((jnp.argmax(logits, -1) != 0).astype(jnp.float32), height, width)
     # Of all positions: the release does not divide by the area of the mask.
     seen = jnp.einsum('nyxd,nyx->nd', features.astype(jnp.float32), mask) / (height * width)
     log_heard = jax.nn.log_softmax(heard.astype(jnp.float32))
     difference = log_heard - jax.nn.log_softmax(seen)
     total = total + (jnp.exp(log_heard) * difference).sum(-1)
   return total / len(outputs.features)
+
+
+def _pool(x: Float[Array, 'n h w'], height: int, width: int) -> Float[Array, 'n y x']:
+  shape = (len(x), height, x.shape[1] // height, width, x.shape[2] // width)
+  return x.reshape(shape).mean((2, 4))
 
 
 def check(config: ml_collections.ConfigDict, need) -> None:

@@ -22,9 +22,7 @@ _DILATIONS = (3, 6, 12, 18)
 
 class Outputs(NamedTuple):
   logits: Float[Array, 'n h w c']  # at the size of the frames
-  features: list[
-    Float[Array, 'n y x d']
-  ]  # of each level after TPAVI, as the matching loss reads it
+  features: list[Float[Array, 'n y x d']]  # of each level after TPAVI, for the matching loss
   audio: list[Float[Array, 'n d']]  # aligned with each level
 
 

@@ -1,5 +1,6 @@
 """Checkpoints in and out: Flax's names and layouts here, PyTorch's there."""
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.models.swin import relative_position_index
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.pytorch import torch_files
+from aavs_jax.pytorch import maps_names, torch_files
 from aavs_jax.pytorch.names import (
   PIXEL,
   SWIN,
@@ -33,15 +34,21 @@ from aavs_jax.pytorch.names import (
   to_released_layout,
 )
 from aavs_jax.training import checkpoint
-from aavs_jax.training.state import count, flat_shapes, flatten, in_groups, matches
+from aavs_jax.training.start import BACKBONES
+from aavs_jax.training.state import count, flat_shapes, flatten, in_groups, is_parameter, matches
 from aavs_jax.training.work_folder import load_trained, write_converted
 from aavs_jax.types import Variables
 
 KINDS = {
   'aavs': 'an AAVS checkpoint of the release',
   'mask2former': "Mask2Former of the transformers library, a start for AAVS's training",
+  'tpavi': 'a checkpoint of TPAVI (AVSBench)',
+  'avsegformer': 'a checkpoint of AVSegFormer',
+  'pvt_v2': 'PVT-v2 of ImageNet, a start for TPAVI and AVSegFormer',
+  'resnet': 'ResNet of torchvision, a start for TPAVI and AVSegFormer',
   'vggish': 'VGGish of torchvggish',
 }
+_NEW_BEHIND_BACKBONE = (r'^(statistics/)?(tpavi|avsegformer)/',)
 # Patterns of our parameters that a kind is known to lack.
 _LACKING = {
   'aavs': (),
@@ -50,8 +57,14 @@ _LACKING = {
     r'aavs/audio_projection/',
     r'aavs/decoder/(silent|uncertain|sounding)_key',
   ),
+  'tpavi': (),
+  'avsegformer': (),
+  'pvt_v2': _NEW_BEHIND_BACKBONE,
+  # Files of torchvision from before it counted batches are still about.
+  'resnet': (*_NEW_BEHIND_BACKBONE, r'^statistics/backbone/.*/count$'),
   'vggish': (r'^aavs/',),
 }
+_OF_MAPS = ('tpavi', 'avsegformer', *BACKBONES)
 # Points of a head on each of the three levels of the pixel decoder; no checkpoint has others.
 _POINTS, _LEVELS = 4, 3
 
@@ -63,11 +76,12 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
   every parameter is filled or one that the kind is known to lack.
 
   Args:
-    source: an AVSS checkpoint of the release, stage 1 or 2; a Mask2Former of the transformers
-      library, file or folder; or VGGish as torchvggish has it. See torch_files.read_tensors.
+    source: an AVSS checkpoint of the release, stage 1 or 2; one of TPAVI's or AVSegFormer's; a
+      Mask2Former of the transformers library, file or folder; PVT-v2 or torchvision's ResNet; or
+      VGGish as torchvggish has it. See torch_files.read_tensors.
     out: a new folder; it appears only when all of it is written.
-    vggish: the audio network, which the first two do not hold: torchvggish's file, or a folder
-      that this function made of it.
+    vggish: the audio network, which of these AVSegFormer alone holds: torchvggish's file, or a
+      folder that this function made of it.
 
   Returns:
     What OUT/converted.json holds; see checkpoint.converted.
@@ -87,6 +101,13 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
       raise UserError(f'{source} is VGGish itself: leave --vggish out')
     config = avss_stage1.get_config()
     config.vggish, params = _vggish(source, tensors)
+  elif kind == 'avsegformer':
+    if vggish:
+      raise UserError(f'{source} holds an audio network of its own: leave --vggish out')
+    own = {name.removeprefix('vggish.'): v for name, v in tensors.items() if 'vggish.' in name}
+    audio_config, audio = _vggish(source, own)
+    config, params = _maps_model(source, kind, tensors, audio_config)
+    params |= audio
   else:
     if not vggish:
       raise UserError(
@@ -94,7 +115,8 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
         'folder converted from it'
       )
     audio_config, audio = _read_vggish(Path(vggish))
-    config, params = _model(source, kind, tensors, audio_config)
+    read = _maps_model if kind in _OF_MAPS else _model
+    config, params = read(source, kind, tensors, audio_config)
     params |= audio
   note = {
     'kind': kind,
@@ -102,7 +124,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     'vggish': Path(vggish).name,
     'lacking': list(_LACKING[kind]),
     'names': list(tensors),
-    'unused': [name for name in tensors if matches(name, UNUSED)],
+    'unused': [name for name in tensors if matches(name, _unused_of(kind))],
   }
   del tensors
   _say_what_it_is(source, kind, config, params, note['unused'])
@@ -111,6 +133,9 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
 
 
 def _kind(source: Path, tensors: Mapping[str, np.ndarray]) -> str:
+  if known := maps_names.kind_of(tensors):
+    return known
+
   def any_of(*beginnings):
     return any(name.startswith(beginnings) for name in tensors)
 
@@ -122,9 +147,9 @@ def _kind(source: Path, tensors: Mapping[str, np.ndarray]) -> str:
     return 'vggish'
   names = ', '.join(sorted(tensors)[:3])
   raise UserError(
-    f'{source} holds {len(tensors)} tensors ({names} ...), which are no AAVS checkpoint, no '
-    'Mask2Former with a Swin backbone in the names of the transformers library, and no VGGish: '
-    'give one of these'
+    f'{source} holds {len(tensors)} tensors ({names} ...), which are no checkpoint of AAVS, '
+    'TPAVI or AVSegFormer, no Mask2Former with a Swin backbone in the names of the transformers '
+    'library, no PVT-v2, ResNet or VGGish: give one of these'
   )
 
 
@@ -170,6 +195,43 @@ def _vggish(
   return config, released_to_params(
     tensors, flatten(Variables({'vggish': template}, {})), what=str(source)
   )
+
+
+def _unused_of(kind: str) -> Sequence[str]:
+  if kind in maps_names.CONFIGS:
+    return ()  # all of it is in the model, what does nothing there too
+  return maps_names.UNUSED_OF_IMAGENET if kind in _OF_MAPS else UNUSED
+
+
+def _maps_model(
+  source: Path,
+  kind: str,
+  tensors: Mapping[str, np.ndarray],
+  vggish: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, Flat]:
+  """Config of a model of TPAVI, AVSegFormer or a backbone for them, and numbers but VGGish's."""
+  config = maps_names.config_of(kind, tensors, functools.partial(_size, source, tensors))
+  config.vggish = vggish
+  config.vggish.final_relu = True
+  try:
+    config_lib.check(config)
+  except UserError as error:
+    raise UserError(f'{source} has sizes that no model has: {error}') from error
+  method = kind if kind in maps_names.CONFIGS else ''
+  name_of = maps_names.names_of(method, config.model.backbone.kind)
+  shapes = flat_shapes(methods.of(config))
+  lacking = _LACKING[kind]
+  wanted = {
+    path: leaf
+    for path, leaf in shapes.items()
+    if not path.startswith('vggish/') and not matches(path, _NEW_BEHIND_BACKBONE if lacking else ())
+  }
+  # Of an AVSegFormer's tensors the audio network's have been looked at.
+  rest = {name: value for name, value in tensors.items() if not name.startswith('vggish.')}
+  params = released_to_params(
+    rest, wanted, name_of=name_of, unused=_unused_of(kind), lacking=lacking, what=str(source)
+  )
+  return config, params
 
 
 def _model(
@@ -268,8 +330,14 @@ def released_config(
 
 
 def _say_what_it_is(source: Path, kind: str, config, params: Flat, unused: Sequence[str]) -> None:
-  say(f'{source}: {KINDS[kind]}, {count(params) / 1e6:.1f} M parameters with VGGish')
-  if kind != 'vggish':
+  parameters = {path: value for path, value in params.items() if is_parameter(path)}
+  say(f'{source}: {KINDS[kind]}, {count(parameters) / 1e6:.1f} M parameters with VGGish')
+  if kind in _OF_MAPS:
+    sizes = ', '.join(f'{key} {value}' for key, value in config.model.backbone.items())
+    say(f'  backbone: {sizes}')
+    if kind in maps_names.CONFIGS and config.task == 'binary':
+      say('  S4 and MS3 have the same tensors: evaluate on either, with --subsets')
+  elif kind != 'vggish':
     model, swin = config.model, config.model.swin
     say(
       f'  {config.num_classes} classes, {model.num_queries} queries, Swin {swin.embed_dim} wide '
@@ -283,20 +351,22 @@ def _say_what_it_is(source: Path, kind: str, config, params: Flat, unused: Seque
 
 
 def export(workdir: str | Path, out: str | Path) -> Path:
-  """Writes the best checkpoint of a work folder as the release's state dict, without VGGish.
+  """Writes the best checkpoint of a work folder as the release's state dict.
+
+  Without VGGish, which AVSegFormer's alone has.
 
   Names, shapes and (in a .pth file) the order are those of the release, or of the file that the
   folder was converted from, which comes out bit by bit.
 
   Args:
-    workdir: a folder of `aavs train`, or of `aavs convert` with an AAVS checkpoint.
+    workdir: a folder of `aavs train`, or of `aavs convert` with a released checkpoint.
     out: a new file, .pth or .safetensors.
 
   Returns:
     out.
 
   Raises:
-    UserError: the folder holds no AAVS model; `out` exists or ends otherwise.
+    UserError: the folder holds no model of a released method; `out` exists or ends otherwise.
   """
   out = Path(out)
   if out.suffix not in torch_files.WRITABLE:
@@ -304,32 +374,45 @@ def export(workdir: str | Path, out: str | Path) -> Path:
   if out.exists():
     raise UserError(f'{out} exists already: name a new file, or remove it')
   config, variables, _ = load_trained(workdir)
-  if config.model.adapter_variant == 'none':
+  if config.method in maps_names.CONFIGS:
+    name_of = maps_names.names_of(config.method, config.model.backbone.kind)
+    kept = '' if config.method == 'avsegformer' else '(?!vggish/)'
+  elif config.method != 'aavs':
+    raise UserError(f'{workdir} holds a {config.method}, which has no released checkpoints')
+  elif config.model.adapter_variant == 'none':
     raise UserError(f"{workdir} holds a model without adapters, which is none of the release's")
+  else:
+    name_of, kept = released_name, 'aavs/'
   tensors = {
-    released_name(path): to_released_layout(path, np.asarray(value))
+    name_of(path): to_released_layout(path, np.asarray(value))
     for path, value in flatten(variables).items()
-    if path.startswith('aavs/')
+    if re.match(kept, path)
   }
-  index = relative_position_index(config.model.swin.window)
-  for name in [name for name in tensors if name.endswith('.relative_position_bias_table')]:
-    tensors[name.replace('_bias_table', '_index')] = index
+  names = list(tensors)
+  if config.method == 'aavs':
+    index = relative_position_index(config.model.swin.window)
+    for name in [name for name in tensors if name.endswith('.relative_position_bias_table')]:
+      tensors[name.replace('_bias_table', '_index')] = index
+    names = sorted(tensors, key=released_order)
   _warn_of_what_is_lost(Path(workdir), config, tensors)
   note = checkpoint.converted(workdir)
-  names = [name for name in note['names'] if name in tensors] if note else None
-  torch_files.write_tensors(
-    out, {name: tensors[name] for name in names or sorted(tensors, key=released_order)}
-  )
+  if note:
+    names = [name for name in note['names'] if name in tensors]
+  torch_files.write_tensors(out, {name: tensors[name] for name in names})
   return out
 
 
 def _warn_of_what_is_lost(workdir: Path, config, tensors: Mapping[str, np.ndarray]) -> None:
   """Says in what else than numbers the model differs from one that is read from the tensors."""
-  told = released_config(workdir, tensors).model
+  if config.method == 'aavs':
+    told = released_config(workdir, tensors).model
+  else:
+    size = functools.partial(_size, workdir, tensors)
+    told = maps_names.config_of(config.method, tensors, size).model
   lost = [
     line.split(' ')[0]
     for line in config_lib.differences(told, config.model)
-    if not line.startswith(('sampling', 'remat', 'swin.drop_path'))  # not what is computed
+    if not re.match(r'sampling|remat|(swin|backbone)\.drop_path|dropout', line)  # not of the result
   ]
   if lost:
     say(

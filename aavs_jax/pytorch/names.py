@@ -1,7 +1,7 @@
 """Names and layouts of the release's tensors, and of torchvggish's, for parameters and back."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,13 +95,16 @@ VGGISH_MODULES = {
   'dense1': 'embeddings.2',
   'embedding': 'embeddings.4',
 }
-_LEAVES = {
+LEAVES = {
   'kernel': '.weight',
   'scale': '.weight',
   'bias': '.bias',
   'relative_position_bias_table': '.relative_position_bias_table',
   'in_kernel': '.in_proj_weight',
   'in_bias': '.in_proj_bias',
+  'mean': '.running_mean',
+  'var': '.running_var',
+  'count': '.num_batches_tracked',
 }
 
 
@@ -138,7 +141,7 @@ def released_name(path: str) -> str:
     return _PARAMETERS[path]
   module, leaf = path.rsplit('/', 1)
   if network == 'vggish':
-    return VGGISH_MODULES[module] + _LEAVES[leaf]
+    return VGGISH_MODULES[module] + LEAVES[leaf]
   for pattern, name in _MODULES:
     match = re.fullmatch(pattern, module)
     if not match:
@@ -153,7 +156,7 @@ def released_name(path: str) -> str:
         if isinstance(part, dict):
           part = part['pixel' if module.startswith('pixel_decoder') else 'query']
       name = name.replace(inner[0], part)
-    return name + _LEAVES[leaf]
+    return name + LEAVES[leaf]
   raise KeyError(f'no released name for the parameter {path}')
 
 
@@ -169,22 +172,24 @@ def from_released_layout(path: str, value: np.ndarray) -> np.ndarray:
 
   PyTorch keeps linear weights as [out, in] and convolutions as [out, in, height, width].
   """
-  if path.endswith('kernel'):
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+  if path.endswith('kernel') and value.ndim > 1:
+    return np.moveaxis(value, (1, 0), (-2, -1))
   return value
 
 
 def to_released_layout(path: str, value: np.ndarray) -> np.ndarray:
   """The inverse of from_released_layout."""
   if path.endswith('kernel'):
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-  return value
+    return np.moveaxis(value, (-2, -1), (1, 0))
+  return value.astype(np.int64) if path.endswith('/count') else value
 
 
 def released_to_params(
   source: Mapping[str, np.ndarray],
   template: Mapping[str, Any],
   *,
+  name_of: Callable[[str], str] = released_name,
+  unused: Sequence[str] = UNUSED,
   lacking: Sequence[str] = (),
   prefix: str = '',
   what: str = 'the checkpoint',
@@ -194,6 +199,8 @@ def released_to_params(
   Args:
     source: tensors by released name.
     template: what the model has.
+    name_of: path -> released name.
+    unused: patterns of tensors that have no part in the model.
     lacking: patterns of paths that need not be filled, and are left out then.
     prefix: of the names in source, not there in the file.
     what: names the source in errors.
@@ -204,7 +211,7 @@ def released_to_params(
   """
   filled, missing, misfits, used = {}, [], [], set()
   for path, leaf in template.items():
-    name = released_name(path)
+    name = name_of(path)
     if name not in source:
       if not matches(path, lacking):
         missing.append(name.removeprefix(prefix))
@@ -220,7 +227,7 @@ def released_to_params(
   unknown = [
     f'{name.removeprefix(prefix)} {value.shape}'
     for name, value in source.items()
-    if name not in used and not matches(name, UNUSED)
+    if name not in used and not matches(name, unused)
   ]
   problems = [
     f'{len(names)} {fault}: {", ".join(names[:3])}{" ..." if len(names) > 3 else ""}'

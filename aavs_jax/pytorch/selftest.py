@@ -21,7 +21,7 @@ from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.mask_decoder import Outputs
 from aavs_jax.models.vggish import VGGish
-from aavs_jax.pytorch import recordings
+from aavs_jax.pytorch import maps_recordings, recordings
 from aavs_jax.pytorch.names import from_released_layout, released_name, released_to_params
 from aavs_jax.pytorch.recordings import CONFIGS, Arrays, Flat, Recording, draws, legible
 from aavs_jax.pytorch.verdicts import (
@@ -132,7 +132,9 @@ def selftest(files: Sequence[str | Path] = ()) -> bool:
 
 def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
   """The comparison that the arrays of a file are for. UserError if they are for none."""
-  if 'config' in arrays:
+  if 'in/frames' in arrays:
+    return functools.partial(maps_recordings.compare_maps, maps_recordings.recording_of(arrays))
+  if 'config' in arrays and 'crop/0/frame' not in arrays:
     return functools.partial(compare_model, recordings.recording_of(arrays))
   if 'vggish/parameter_order' in arrays:
     return functools.partial(compare_audio, arrays)

@@ -36,7 +36,8 @@ def make_optimizer(
   adamw = optax.adamw(schedule, weight_decay=config.weight_decay)
   if is_late:
     adamw = optax.partition(
-      {False: adamw, True: adamw}, lambda params: {path: is_late(path) for path in params}
+      {'early': adamw, 'late': adamw},
+      lambda params: {path: 'late' if is_late(path) else 'early' for path in params},
     )
   if config.clip_norm > 0:
     adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
@@ -44,6 +45,7 @@ def make_optimizer(
 
 
 def taken_over(fresh: optax.OptState, old: optax.OptState) -> optax.OptState:
-  """The state that an optimiser begins with, but for what is in an old one of the same kind."""
-  known = dict(jax.tree_util.tree_flatten_with_path(old)[0])
+  """The state that an optimiser begins with, but for what is early, which is as in an old one."""
+  late = jax.tree_util.DictKey('late')  # has counted steps all the same
+  known = {path: x for path, x in jax.tree_util.tree_flatten_with_path(old)[0] if late not in path}
   return jax.tree_util.tree_map_with_path(lambda path, leaf: known.get(path, leaf), fresh)

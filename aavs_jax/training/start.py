@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -15,6 +16,8 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import Flat, flatten, matches
+
+BACKBONES = ('pvt_v2', 'resnet')  # kinds of converted folders that hold a backbone and VGGish alone
 
 
 def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
@@ -33,14 +36,21 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
     )
   start, _ = checkpoint.load_flat(config.train.init)
   other = config_lib.from_json(work_folder / 'config.json')
-  for key in ('method', *method.same):
-    ours, theirs = (functools.reduce(getattr, key.split('.'), c) for c in (config, other))
+  # The backbone of ImageNet alone is a start for every method that has it.
+  own = () if note and note['kind'] in BACKBONES else ('method',)
+  for key in (*own, *method.same):
+    ours, theirs = (functools.reduce(_of, key.split('.'), c) for c in (config, other))
     if theirs not in (ours, 'none'):
       raise UserError(
         f'config.{key} is {ours!r}, but {config.train.init} was trained with {theirs!r}: '
         'start from a checkpoint of the same config.model'
       )
   return start
+
+
+def _of(section: ml_collections.ConfigDict, key: str) -> Any:
+  """A part of a config; 'none' where another method has no such."""
+  return section.get(key, 'none')
 
 
 def _work_folder_of_start(config: ml_collections.ConfigDict) -> epath.Path:

@@ -1,0 +1,397 @@
+"""Recorded runs of TPAVI's and AVSegFormer's releases, run again and compared.
+
+tests/goldens/methods/README.md says what the files hold.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+
+from aavs_jax import methods
+from aavs_jax.configs import _maps
+from aavs_jax.devices.mesh import make_mesh
+from aavs_jax.models.pvt_v2 import PVTv2
+from aavs_jax.models.resnet import ResNet
+from aavs_jax.pytorch import maps_names
+from aavs_jax.pytorch.names import from_released_layout, released_to_params
+from aavs_jax.pytorch.recordings import Arrays, Flat, legible
+from aavs_jax.pytorch.verdicts import (
+  Errors,
+  Row,
+  Table,
+  compare,
+  largest_difference,
+  of_largest,
+  share_unequal,
+  worst,
+)
+from aavs_jax.scoring import metrics
+from aavs_jax.training import phases
+from aavs_jax.training.state import flat_shapes, flatten_statistics, is_parameter, unflatten
+from aavs_jax.types import Batch
+
+# A bias before a BatchNorm has a gradient of zero but for rounding, from which Adam makes steps.
+_NO_GRADIENT = r'^tpavi/level\d/projection/bias$'
+WITH_GRADIENT = 1e-3  # of a tensor's largest gradient: below it Adam's steps follow rounding
+OFF = 0.02  # of a tensor's largest change: an element further away than this is off
+# In bfloat16 only maps can be asked to agree. Shares of the pixels that differ, on the CPU:
+BFLOAT16_TOLERANCE = 0.05
+
+
+class Recording(NamedTuple):
+  """The recorded run of one model."""
+
+  arrays: Arrays
+  sizes: dict  # its config
+  config: ml_collections.ConfigDict  # ours, with the recorded recipe
+  batch: Batch
+  begin: Flat  # all numbers at the start, but VGGish's
+
+  def name_of(self, path: str) -> str:
+    return maps_names.names_of(self.config.method, self.config.model.backbone.kind)(path)
+
+  def ours(self, paths: Mapping, prefix: str) -> dict[str, np.ndarray]:
+    """What was recorded under a prefix by our paths and in our layout; by name what is not ours."""
+    names = {self.name_of(path): path for path in paths}
+    return {
+      names.get(name, name): from_released_layout(names.get(name, name), value)
+      for name, value in self.arrays.under(prefix).items()
+    }
+
+
+class Trained(NamedTuple):
+  """One forward pass in training mode and the gradient of its loss."""
+
+  logits: np.ndarray  # [n c h w]
+  intermediates: dict[str, np.ndarray]
+  total: np.ndarray
+  terms: dict[str, np.ndarray]
+  statistics: dict[str, np.ndarray]
+  gradient: dict[str, np.ndarray]
+
+
+class Steps(NamedTuple):
+  """Optimiser steps from the recorded start."""
+
+  totals: list[float]  # the loss before each
+  flat: list[Flat]  # all numbers after each
+
+
+def recording_of(arrays: Arrays) -> Recording:
+  """The recording that a file holds. Raises UserError for what is missing or does not fit."""
+  with legible(arrays.path):
+    sizes = json.loads(bytes(arrays['config']))
+    method, task = sizes['method'], sizes['task']
+    tensors = arrays.under('param/')
+
+    def size(name, axis=0):
+      return arrays[f'param/{name}'].shape[axis]
+
+    if method not in maps_names.CONFIGS or task not in _maps.SUBSETS:
+      raise KeyError(f'{method} {task}')
+    config = maps_names.config_of(method, tensors, size)
+    recipe = importlib.import_module(f'aavs_jax.configs.{method}_{task}').get_config()
+    for section in ('loss', 'optimizer', 'train'):
+      config[section] = recipe[section]
+    if config.model.backbone.kind == 'pvt_v2':
+      config.model.backbone.drop_path = 0.0
+    if method == 'avsegformer':
+      config.model.update(heads=sizes['num_heads'], encoder_points=sizes['points'], dropout=0.0)
+    config.vggish.embedding = arrays['in/audio_features'].shape[1]
+    wanted = {
+      path: leaf
+      for path, leaf in flat_shapes(methods.of(config)).items()
+      if not path.startswith('vggish/')
+    }
+    name_of = maps_names.names_of(method, config.model.backbone.kind)
+    begin = released_to_params(tensors, wanted, name_of=name_of, unused=(), what=str(arrays.path))
+    return Recording(arrays, sizes, config, _batch(arrays, sizes), begin)
+
+
+def _batch(arrays: Arrays, sizes: dict) -> Batch:
+  frames = arrays.numbers('in/frames', None, 3, None, None)
+  n, _, height, width = frames.shape
+  batch = {
+    'frames': frames.transpose(0, 2, 3, 1),
+    'audio': arrays.numbers('in/audio_features', n, None),
+  }
+  if sizes['task'] == 'avss':
+    batch['labels'] = arrays.numbers('in/labels', n, height, width)
+    batch['weight'] = arrays.numbers('in/truth_flag', n)
+    batch['real'] = arrays.numbers('in/video_flag', n)
+  else:
+    batch['labels'] = arrays.numbers('in/masks', n, height, width)
+    first = np.arange(n) % sizes['frames'] == 0
+    batch['weight'] = (first if sizes['task'] == 's4' else np.ones(n)).astype(np.float32)
+  return batch
+
+
+def evaluate(recording: Recording, dtype: str = 'float32') -> tuple[np.ndarray, dict]:
+  """Logits [n c h w] and intermediates in evaluation mode, float32 with products in full."""
+  config = recording.config.copy_and_resolve_references()
+  config.dtype = dtype
+  method = methods.of(config)
+
+  def run(flat, batch):
+    with _Noting() as noted:
+      outputs, _ = method.apply(unflatten(flat), batch)
+    return outputs.logits, method.predict(outputs), noted.of(outputs)
+
+  logits, predictions, found = jax.device_get(jax.jit(run)(recording.begin, recording.batch))
+  return logits.transpose(0, 3, 1, 2), predictions, _as_recorded(found, recording)
+
+
+def trained_paths(recording: Recording, phase: int = 2) -> list[str]:
+  """What trains, by path."""
+  config = recording.config
+  return phases.trainable_paths(config, methods.of(config), recording.begin, phase)
+
+
+def train(recording: Recording) -> Trained:
+  """Loss and gradient of the recorded batch at the start."""
+  method = methods.of(recording.config)
+  paths = trained_paths(recording)
+  key = jax.random.key(0)  # nothing is drawn
+
+  def loss_of(trained, begin, batch):
+    with _Noting() as noted:
+      outputs, statistics = method.apply(unflatten({**begin, **trained}), batch, key)
+    total, terms = method.loss(outputs, batch, method.totals(batch), key)
+    found = noted.of(outputs)
+    return total, (outputs.logits, found, terms, flatten_statistics(statistics))
+
+  run = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+  trained = {path: recording.begin[path] for path in paths}
+  (total, aux), gradient = jax.device_get(run(trained, recording.begin, recording.batch))
+  logits, found, terms, statistics = aux
+  found = _as_recorded(found, recording)
+  return Trained(logits.transpose(0, 3, 1, 2), found, total, terms, statistics, gradient)
+
+
+class _Noting:
+  """Notes what the modules of interest return while it is entered, by name."""
+
+  _OF_INTEREST = re.compile(
+    r'channels\d|level\d|path[123]|audio_projection|generator|encoder|decoder|mixer|query_mlp2'
+  )
+
+  def __enter__(self) -> '_Noting':
+    self._found = {}
+    self._context = nn.intercept_methods(self._note)
+    self._context.__enter__()
+    return self
+
+  def __exit__(self, *error):
+    self._context.__exit__(*error)
+
+  def _note(self, call, arguments, options, context):
+    result = call(*arguments, **options)
+    module = context.module
+    if isinstance(module, (PVTv2, ResNet)):
+      self._found |= {f'backbone/{i}': x for i, x in enumerate(result)}
+    elif len(module.path) == 1 and self._OF_INTEREST.fullmatch(module.name):
+      self._found[module.name] = result
+    return result
+
+  def of(self, outputs) -> dict[str, jax.Array]:
+    """All of it, named as recorded."""
+    found = {}
+    for name, value in self._found.items():
+      kind, number = re.fullmatch(r'(\D+?)(\d?)', name).groups()
+      if name.startswith('backbone'):
+        found[name] = value
+      elif kind == 'level':
+        found[f'tpavi/{number}'], found[f'audio/{number}'] = value
+      elif kind == 'encoder':
+        found['encoder/last'] = value[0]
+      else:
+        names = {'channels': f'conv/{number}', 'path': f'path/{number}', 'decoder': 'decoder/last'}
+        names |= {'audio_projection': 'audio', 'generator': 'generated_queries'}
+        names |= {'mixer': 'mixer_gate', 'query_mlp': 'query_features'}
+        found[names[kind]] = value
+    if hasattr(outputs, 'mask_features'):
+      found['mask_features'] = outputs.mask_features
+    return found
+
+
+def _as_recorded(found: dict, recording: Recording) -> dict[str, np.ndarray]:
+  """Intermediates in the layout of the recording, some of every few frames alone."""
+  sizes, result = recording.sizes, {}
+  for name, value in found.items():
+    if value.ndim == 4:
+      value = value.transpose(0, 3, 1, 2)
+    if name.startswith('audio/'):
+      value = value.reshape(-1, 5, value.shape[-1])
+    if name.startswith(('generated', 'encoder', 'decoder', 'mask', 'query')):
+      value = value[:: sizes['keep']]
+    if name.endswith('/last'):
+      name = name.replace('last', str(sizes[f'{name[:7]}_layers'] - 1))
+    result[name] = value
+  return result
+
+
+def take_steps(recording: Recording, frozen: int = 0, count: int = 3) -> Steps:
+  """Optimiser steps of the recipe, the first few of them in phase 1 of two."""
+  config = recording.config.copy_and_resolve_references()
+  config.train.phase2_epoch = frozen
+  method, mesh = methods.of(config), make_mesh(1, jax.devices()[:1])
+  key, state, totals, flat = jax.random.key(0), None, [], []
+  phase = None
+  for step in range(count):
+    if phase is None or step == frozen:
+      number = 1 if step < frozen else 2
+      phase = phases.build(config, method, mesh, number, count, recording.begin)
+      old = (None, None) if state is None else (state.flat, state.opt_state)
+      state = phase.begin(recording.begin, *old, step=step)
+    state, metrics = phase.step(state, recording.batch, key)
+    totals.append(float(metrics['loss']))
+    flat.append(jax.device_get(state.flat))
+  return Steps(totals, flat)
+
+
+def evaluation_errors(recording: Recording) -> Errors:
+  """Of intermediates, logits and map in evaluation mode."""
+  arrays = recording.arrays
+  logits, predictions, found = evaluate(recording)
+  recorded = arrays.under('eval/')
+  whole = recorded.pop('logits')
+  earlier = {f'{part}/{i}' for part in ('encoder', 'decoder') for i in range(9)} - found.keys()
+  wanted = {name: value for name, value in recorded.items() if name not in earlier}
+  if predictions.ndim == 4:
+    predictions = predictions.argmax(1)
+  return {
+    'intermediates': compare(found, wanted, of_largest),
+    'logits': compare({'eval/logits': logits}, {'eval/logits': whole}, of_largest),
+    'map': compare({'map': predictions}, {'map': arrays['post/map']}, share_unequal),
+  }
+
+
+def training_errors(recording: Recording, result: Trained) -> Errors:
+  """Of everything that was recorded in training mode at the start."""
+  arrays = recording.arrays
+  inner = {name: value for name, value in arrays.under('train/').items() if '/' in name}
+  statistics = recording.ours(result.statistics, 'train/buffers/')
+  inner = {name: value for name, value in inner.items() if not name.startswith('buffers')}
+  names = {'entropy': 'iou_loss', 'segmentation': 'iou_loss', 'matching': 'sa_loss'}
+  terms = {names.get(name, f'{name[:3]}_loss'): value for name, value in result.terms.items()}
+  recorded = {name: arrays.number(f'loss/{name}') for name in terms}
+  gradient = {p: v for p, v in result.gradient.items() if not re.search(_NO_GRADIENT, p)}
+  wanted = recording.ours(gradient, 'grad/')
+  left_out = {recording.name_of(path) for path in result.gradient if path not in gradient}
+  wanted = {name: value for name, value in wanted.items() if name not in left_out}
+  found = {name: result.intermediates[name] for name in inner if name in result.intermediates}
+  errors = {
+    'logits': compare(
+      {'train/logits': result.logits[..., ::2, ::2]},
+      {'train/logits': arrays['train/logits']},
+      of_largest,
+    ),
+    'loss': {'total': of_largest(result.total, arrays.number('loss/total'))},
+    'loss terms': compare(terms, recorded, of_largest),
+    'gradients': compare(gradient, wanted, of_largest),
+  }
+  if inner:
+    errors['intermediates'] = compare(found, inner, of_largest)
+  if statistics:
+    moved = {p: v for p, v in result.statistics.items() if not p.endswith('/count')}
+    errors['running statistics'] = compare(moved, statistics, of_largest)
+  return errors
+
+
+def step_errors(recording: Recording, taken: Steps, gradient: Mapping[str, np.ndarray]) -> Errors:
+  """Of three losses, of the change by two steps, and of the statistics after them."""
+  errors = _step_errors(recording, taken, 'step/', 'change/', taken.flat[1], gradient)
+  after = {p: v for p, v in taken.flat[1].items() if not is_parameter(p)}
+  if after:
+    # Those that changed were recorded; the spare branch keeps its own.
+    moved = {p: v for p, v in after.items() if np.any(v != recording.begin[p])}
+    recorded = recording.ours(moved, 'buffers_after/')
+    errors['running statistics'] = compare(moved, recorded, of_largest)
+  return errors
+
+
+def frozen_errors(recording: Recording, taken: Steps) -> Errors:
+  """Of three steps of which the first leaves the backbone as it is."""
+  prefix = 'frozen/'
+  return _step_errors(recording, taken, f'{prefix}step/', f'{prefix}change/', taken.flat[2], None)
+
+
+def _step_errors(recording, taken, step_prefix, change_prefix, flat, gradient) -> Errors:
+  arrays, begin = recording.arrays, recording.begin
+  keys = [f'{step_prefix}{i}/total' for i in range(len(taken.totals))]
+  losses = {k: of_largest(total, arrays.number(k)) for k, total in zip(keys, taken.totals)}
+  paths = [path for path in trained_paths(recording) if not re.search(_NO_GRADIENT, path)]
+  lr = recording.sizes['lr']
+  found = {path: (flat[path] - begin[path]) / lr for path in paths}
+  wanted = recording.ours({**found, **dict.fromkeys(trained_paths(recording))}, change_prefix)
+  wanted = {path: value for path, value in wanted.items() if not re.search(_NO_GRADIENT, path)}
+  if gradient is None:  # of some modules alone
+    found = {path: value for path, value in found.items() if path in wanted}
+    counted = {path: np.ones(value.shape, bool) for path, value in found.items()}
+  else:
+    counted = {p: np.abs(g) > WITH_GRADIENT * np.abs(g).max() for p, g in gradient.items()}
+  errors = {'losses of the steps': losses}
+  far, elements = 0, 0
+  for path, value in wanted.items():
+    if path in found and found[path].shape == value.shape:
+      far += np.count_nonzero(np.abs(found[path] - value) > OFF * np.abs(value).max())
+      elements += value.size
+  errors['changes, elements that are off'] = {change_prefix: far / max(elements, 1)}
+  if gradient is not None:
+    found, wanted = (
+      {p: np.where(counted[p], v, 0) if p in counted else v for p, v in side.items()}
+      for side in (found, wanted)
+    )
+    errors['changes, with a gradient'] = compare(found, wanted, of_largest)
+  return errors
+
+
+def metric_errors(recording: Recording) -> dict[str, float]:
+  """Of the metrics of the recorded logits."""
+  arrays, batch = recording.arrays, recording.batch
+  logits, labels = arrays['eval/logits'], batch['labels']
+  if recording.sizes['task'] == 'avss':
+    record = metrics.semantic_record(
+      logits.argmax(1).astype(np.uint8), labels, recording.config.num_classes
+    )
+    found = dict(zip(('iou_sum', 'f_sum', 'count'), record['frames']))
+  else:
+    scores = np.concatenate([np.zeros_like(logits), logits / 2], 1)
+    found = dict(zip(('miou', 'fscore'), metrics.binary_record(scores, labels > 0)['scores']))
+  return compare(found, arrays.under('metric/'), largest_difference)
+
+
+def bfloat16_row(recording: Recording) -> Row:
+  """How many pixels of the map a model of bfloat16 gives otherwise."""
+  _, predictions, _ = evaluate(recording, 'bfloat16')
+  if predictions.ndim == 4:
+    predictions = predictions.argmax(1)
+  share = share_unequal(predictions, recording.arrays['post/map'])
+  return Row('map', 'share of the pixels', share, BFLOAT16_TOLERANCE, f'{1 - share:.2%} agree')
+
+
+def compare_maps(recording: Recording) -> Iterator[Table]:
+  """A table for float32, and one for bfloat16, of a recorded model."""
+  name = recording.arrays.path.name
+  with jax.default_matmul_precision('highest'):
+    errors = evaluation_errors(recording)
+    result = train(recording)
+    taken = take_steps(recording)
+    parts = [training_errors(recording, result), step_errors(recording, taken, result.gradient)]
+    parts.append({'metrics': metric_errors(recording)})
+    for part in parts:
+      for quantity, found in part.items():
+        errors[quantity] = errors.get(quantity, {}) | found
+    rows = [worst(quantity, found) for quantity, found in errors.items()]
+    if recording.arrays.under('frozen/'):
+      frozen = frozen_errors(recording, take_steps(recording, frozen=1))
+      rows += [worst(quantity, found, 'frozen: ') for quantity, found in frozen.items()]
+  yield Table(f'{name}, float32', rows)
+  yield Table(f'{name}, bfloat16', [bfloat16_row(recording)])
