@@ -37,6 +37,7 @@ def method(config: ml_collections.ConfigDict) -> Method:
     'avsegformer',
     network,
     loss,
+    released_batch=2,
     late=('^backbone/',),
     goes_on=True,
     of_stage=(r'avsegformer/head/conv2/',),

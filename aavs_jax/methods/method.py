@@ -55,6 +55,11 @@ class Method(NamedTuple):
   """Keys of a batch that apply reads; what else there is stays on the host in evaluation."""
   unit: int = 1
   """Frames of a clip that stay together: 1 or 5, as evaluation has items of five."""
+  released_batch: int = 0
+  """Clips of a batch of the release's own evaluation, where its metrics are others than AAVS's.
+
+  0: they are not. See protocols.as_released.
+  """
   late: tuple[str, ...] = ()
   """Patterns of what is zero in phase 1 of two and trains from phase 2 on."""
   goes_on: bool = False

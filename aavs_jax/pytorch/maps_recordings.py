@@ -6,17 +6,17 @@ tests/goldens/methods/README.md says what the files hold.
 import importlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+import optax
 
 from aavs_jax import methods
 from aavs_jax.configs import _maps
-from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.models.pvt_v2 import PVTv2
 from aavs_jax.models.resnet import ResNet
 from aavs_jax.pytorch import maps_names
@@ -34,12 +34,16 @@ from aavs_jax.pytorch.verdicts import (
 )
 from aavs_jax.scoring import metrics
 from aavs_jax.training import phases
+from aavs_jax.training.optimizer import taken_over
 from aavs_jax.training.state import flat_shapes, flatten_statistics, is_parameter, unflatten
 from aavs_jax.types import Batch
 
 # A bias before a BatchNorm has a gradient of zero but for rounding, from which Adam makes steps.
 _NO_GRADIENT = r'^tpavi/level\d/projection/bias$'
 WITH_GRADIENT = 1e-3  # of a tensor's largest gradient: below it Adam's steps follow rounding
+_TERMS = {  # ours -> as recorded
+  'entropy': 'iou_loss', 'segmentation': 'iou_loss', 'matching': 'sa_loss', 'mixer': 'mix_loss',
+}  # fmt: skip
 OFF = 0.02  # of a tensor's largest change: an element further away than this is off
 # In bfloat16 only maps can be asked to agree. Shares of the pixels that differ, on the CPU:
 BFLOAT16_TOLERANCE = 0.05
@@ -154,25 +158,29 @@ def trained_paths(recording: Recording, phase: int = 2) -> list[str]:
   return phases.trainable_paths(config, methods.of(config), recording.begin, phase)
 
 
-def train(recording: Recording) -> Trained:
-  """Loss and gradient of the recorded batch at the start."""
+def compiled(recording: Recording) -> Callable[[Flat], Trained]:
+  """All numbers of the model -> what training mode makes of the recorded batch; compiled once."""
   method = methods.of(recording.config)
   paths = trained_paths(recording)
   key = jax.random.key(0)  # nothing is drawn
 
-  def loss_of(trained, begin, batch):
+  def loss_of(trained, flat, batch):
     with _Noting() as noted:
-      outputs, statistics = method.apply(unflatten({**begin, **trained}), batch, key)
+      outputs, statistics = method.apply(unflatten({**flat, **trained}), batch, key)
     total, terms = method.loss(outputs, batch, method.totals(batch), key)
     found = noted.of(outputs)
     return total, (outputs.logits, found, terms, flatten_statistics(statistics))
 
   run = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-  trained = {path: recording.begin[path] for path in paths}
-  (total, aux), gradient = jax.device_get(run(trained, recording.begin, recording.batch))
-  logits, found, terms, statistics = aux
-  found = _as_recorded(found, recording)
-  return Trained(logits.transpose(0, 3, 1, 2), found, total, terms, statistics, gradient)
+
+  def train(flat):
+    trained = {path: flat[path] for path in paths}
+    (total, aux), gradient = jax.device_get(run(trained, flat, recording.batch))
+    logits, found, terms, statistics = aux
+    found = _as_recorded(found, recording)
+    return Trained(logits.transpose(0, 3, 1, 2), found, total, terms, statistics, gradient)
+
+  return train
 
 
 class _Noting:
@@ -237,23 +245,29 @@ def _as_recorded(found: dict, recording: Recording) -> dict[str, np.ndarray]:
   return result
 
 
-def take_steps(recording: Recording, frozen: int = 0, count: int = 3) -> Steps:
-  """Optimiser steps of the recipe, the first few of them in phase 1 of two."""
+def take_steps(recording: Recording, train: Callable[[Flat], Trained], frozen: int = 0) -> Steps:
+  """Three optimiser steps of the recipe, the first `frozen` of them in phase 1 of two."""
   config = recording.config.copy_and_resolve_references()
   config.train.phase2_epoch = frozen
-  method, mesh = methods.of(config), make_mesh(1, jax.devices()[:1])
-  key, state, totals, flat = jax.random.key(0), None, [], []
-  phase = None
-  for step in range(count):
-    if phase is None or step == frozen:
-      number = 1 if step < frozen else 2
-      phase = phases.build(config, method, mesh, number, count, recording.begin)
-      old = (None, None) if state is None else (state.flat, state.opt_state)
-      state = phase.begin(recording.begin, *old, step=step)
-    state, metrics = phase.step(state, recording.batch, key)
-    totals.append(float(metrics['loss']))
-    flat.append(jax.device_get(state.flat))
-  return Steps(totals, flat)
+  method = methods.of(config)
+  flat, totals, after, state = recording.begin, [], [], None
+  for step in range(3):
+    if step in (0, frozen):
+      phase = 1 if step < frozen else 2
+      paths = phases.trainable_paths(config, method, recording.begin, phase)
+      optimizer, _ = phases.optimizer_of(config, method, phase, 1)
+      update = jax.jit(optimizer.update)
+      fresh = optimizer.init({path: flat[path] for path in paths})
+      state = taken_over(fresh, state) if step else fresh
+    result = train(flat)
+    trained = {path: flat[path] for path in paths}
+    gradient = {path: result.gradient[path] for path in paths}
+    updates, state = update(gradient, state, trained)
+    trained = jax.device_get(optax.apply_updates(trained, updates))
+    flat = {**flat, **trained, **result.statistics}
+    totals.append(float(result.total))
+    after.append(flat)
+  return Steps(totals, after)
 
 
 def evaluation_errors(recording: Recording) -> Errors:
@@ -262,31 +276,25 @@ def evaluation_errors(recording: Recording) -> Errors:
   logits, predictions, found = evaluate(recording)
   recorded = arrays.under('eval/')
   whole = recorded.pop('logits')
-  earlier = {f'{part}/{i}' for part in ('encoder', 'decoder') for i in range(9)} - found.keys()
-  wanted = {name: value for name, value in recorded.items() if name not in earlier}
   if predictions.ndim == 4:
     predictions = predictions.argmax(1)
   return {
-    'intermediates': compare(found, wanted, of_largest),
+    'intermediates': _compare_recorded(found, recorded),
     'logits': compare({'eval/logits': logits}, {'eval/logits': whole}, of_largest),
     'map': compare({'map': predictions}, {'map': arrays['post/map']}, share_unequal),
   }
 
 
+def _compare_recorded(found: Mapping, recorded: Mapping) -> dict[str, float]:
+  """Errors of what was recorded: a recording may hold some tensors or layers alone."""
+  return compare({n: found[n] for n in recorded if n in found}, recorded, of_largest)
+
+
 def training_errors(recording: Recording, result: Trained) -> Errors:
   """Of everything that was recorded in training mode at the start."""
   arrays = recording.arrays
-  inner = {name: value for name, value in arrays.under('train/').items() if '/' in name}
-  statistics = recording.ours(result.statistics, 'train/buffers/')
-  inner = {name: value for name, value in inner.items() if not name.startswith('buffers')}
-  names = {'entropy': 'iou_loss', 'segmentation': 'iou_loss', 'matching': 'sa_loss'}
-  terms = {names.get(name, f'{name[:3]}_loss'): value for name, value in result.terms.items()}
-  recorded = {name: arrays.number(f'loss/{name}') for name in terms}
-  gradient = {p: v for p, v in result.gradient.items() if not re.search(_NO_GRADIENT, p)}
-  wanted = recording.ours(gradient, 'grad/')
-  left_out = {recording.name_of(path) for path in result.gradient if path not in gradient}
-  wanted = {name: value for name, value in wanted.items() if name not in left_out}
-  found = {name: result.intermediates[name] for name in inner if name in result.intermediates}
+  inner = {n: v for n, v in arrays.under('train/').items() if re.match('backbone|tpavi', n)}
+  terms = {_TERMS[name]: value for name, value in result.terms.items()}
   errors = {
     'logits': compare(
       {'train/logits': result.logits[..., ::2, ::2]},
@@ -294,63 +302,74 @@ def training_errors(recording: Recording, result: Trained) -> Errors:
       of_largest,
     ),
     'loss': {'total': of_largest(result.total, arrays.number('loss/total'))},
-    'loss terms': compare(terms, recorded, of_largest),
-    'gradients': compare(gradient, wanted, of_largest),
+    'loss terms': {n: of_largest(v, arrays.number(f'loss/{n}')) for n, v in terms.items()},
+    'gradients': _compare_recorded(
+      result.gradient, _with_gradient(recording.ours(result.gradient, 'grad/'))
+    ),
   }
   if inner:
-    errors['intermediates'] = compare(found, inner, of_largest)
-  if statistics:
+    errors['intermediates'] = _compare_recorded(result.intermediates, inner)
+  if result.statistics:
     moved = {p: v for p, v in result.statistics.items() if not p.endswith('/count')}
-    errors['running statistics'] = compare(moved, statistics, of_largest)
+    errors['running statistics'] = compare(
+      moved, recording.ours(moved, 'train/buffers/'), of_largest
+    )
   return errors
 
 
 def step_errors(recording: Recording, taken: Steps, gradient: Mapping[str, np.ndarray]) -> Errors:
   """Of three losses, of the change by two steps, and of the statistics after them."""
-  errors = _step_errors(recording, taken, 'step/', 'change/', taken.flat[1], gradient)
-  after = {p: v for p, v in taken.flat[1].items() if not is_parameter(p)}
-  if after:
-    # Those that changed were recorded; the spare branch keeps its own.
-    moved = {p: v for p, v in after.items() if np.any(v != recording.begin[p])}
-    recorded = recording.ours(moved, 'buffers_after/')
-    errors['running statistics'] = compare(moved, recorded, of_largest)
+  after = taken.flat[1]
+  found, recorded = _changes(recording, after, 'change/')
+  errors = _loss_and_far(recording, taken, 'step/', found, recorded)
+  for path, value in found.items():  # where there is none, what was recorded counts as right
+    slope = np.abs(gradient[path])
+    found[path] = np.where(slope > WITH_GRADIENT * slope.max(), value, recorded[path])
+  errors['changes, with a gradient'] = compare(found, recorded, of_largest)
+  # Those that changed were recorded; the spare branch keeps its own.
+  moved = {
+    p: v for p, v in after.items() if not is_parameter(p) and np.any(v != recording.begin[p])
+  }
+  if moved:
+    errors['running statistics'] = compare(
+      moved, recording.ours(moved, 'buffers_after/'), of_largest
+    )
   return errors
 
 
 def frozen_errors(recording: Recording, taken: Steps) -> Errors:
   """Of three steps of which the first leaves the backbone as it is."""
-  prefix = 'frozen/'
-  return _step_errors(recording, taken, f'{prefix}step/', f'{prefix}change/', taken.flat[2], None)
+  found, recorded = _changes(recording, taken.flat[2], 'frozen/change/')
+  return _loss_and_far(recording, taken, 'frozen/step/', found, recorded)
 
 
-def _step_errors(recording, taken, step_prefix, change_prefix, flat, gradient) -> Errors:
-  arrays, begin = recording.arrays, recording.begin
-  keys = [f'{step_prefix}{i}/total' for i in range(len(taken.totals))]
-  losses = {k: of_largest(total, arrays.number(k)) for k, total in zip(keys, taken.totals)}
-  paths = [path for path in trained_paths(recording) if not re.search(_NO_GRADIENT, path)]
+def _with_gradient(flat: Mapping) -> dict:
+  return {path: value for path, value in flat.items() if not re.search(_NO_GRADIENT, path)}
+
+
+def _changes(recording: Recording, flat: Flat, prefix: str) -> tuple[dict, dict]:
+  """Changes of what trains in learning rates, and those recorded, of some tensors or all."""
+  paths = trained_paths(recording)
+  recorded = _with_gradient(recording.ours(dict.fromkeys(paths), prefix))
   lr = recording.sizes['lr']
-  found = {path: (flat[path] - begin[path]) / lr for path in paths}
-  wanted = recording.ours({**found, **dict.fromkeys(trained_paths(recording))}, change_prefix)
-  wanted = {path: value for path, value in wanted.items() if not re.search(_NO_GRADIENT, path)}
-  if gradient is None:  # of some modules alone
-    found = {path: value for path, value in found.items() if path in wanted}
-    counted = {path: np.ones(value.shape, bool) for path, value in found.items()}
-  else:
-    counted = {p: np.abs(g) > WITH_GRADIENT * np.abs(g).max() for p, g in gradient.items()}
-  errors = {'losses of the steps': losses}
-  far, elements = 0, 0
-  for path, value in wanted.items():
-    if path in found and found[path].shape == value.shape:
-      far += np.count_nonzero(np.abs(found[path] - value) > OFF * np.abs(value).max())
-      elements += value.size
-  errors['changes, elements that are off'] = {change_prefix: far / max(elements, 1)}
-  if gradient is not None:
-    found, wanted = (
-      {p: np.where(counted[p], v, 0) if p in counted else v for p, v in side.items()}
-      for side in (found, wanted)
-    )
-    errors['changes, with a gradient'] = compare(found, wanted, of_largest)
-  return errors
+  found = {p: (flat[p] - recording.begin[p]) / lr for p in paths if p in recorded}
+  return found, recorded
+
+
+def _loss_and_far(recording: Recording, taken: Steps, prefix: str, found, recorded) -> Errors:
+  """Errors of the losses before each step, and the share of elements whose change is off."""
+  keys = [f'{prefix}{i}/total' for i in range(len(taken.totals))]
+  losses = {
+    key: of_largest(total, recording.arrays.number(key)) for key, total in zip(keys, taken.totals)
+  }
+  far = [
+    np.abs(found[path] - v) > OFF * np.abs(v).max()
+    if path in found and found[path].shape == v.shape
+    else np.ones(v.shape, bool)
+    for path, v in recorded.items()
+  ]
+  share = sum(map(np.count_nonzero, far)) / max(sum(map(np.size, far)), 1)
+  return {'losses of the steps': losses, 'changes, elements that are off': {prefix: share}}
 
 
 def metric_errors(recording: Recording) -> dict[str, float]:
@@ -377,21 +396,32 @@ def bfloat16_row(recording: Recording) -> Row:
   return Row('map', 'share of the pixels', share, BFLOAT16_TOLERANCE, f'{1 - share:.2%} agree')
 
 
+def all_errors(recording: Recording) -> Errors:
+  """Of everything in float32; of the steps with the backbone frozen at first as 'frozen: ...'."""
+  with jax.default_matmul_precision('highest'):
+    train = compiled(recording)
+    result, taken = train(recording.begin), take_steps(recording, train)
+    errors = {}
+    for part in (
+      evaluation_errors(recording),
+      training_errors(recording, result),
+      step_errors(recording, taken, result.gradient),
+      {'metrics': metric_errors(recording)},
+    ):
+      for quantity, found in part.items():
+        errors[quantity] = errors.get(quantity, {}) | found
+    if recording.arrays.under('frozen/'):
+      frozen = frozen_errors(recording, take_steps(recording, train, frozen=1))
+      errors |= {f'frozen: {quantity}': found for quantity, found in frozen.items()}
+  return errors
+
+
 def compare_maps(recording: Recording) -> Iterator[Table]:
   """A table for float32, and one for bfloat16, of a recorded model."""
   name = recording.arrays.path.name
-  with jax.default_matmul_precision('highest'):
-    errors = evaluation_errors(recording)
-    result = train(recording)
-    taken = take_steps(recording)
-    parts = [training_errors(recording, result), step_errors(recording, taken, result.gradient)]
-    parts.append({'metrics': metric_errors(recording)})
-    for part in parts:
-      for quantity, found in part.items():
-        errors[quantity] = errors.get(quantity, {}) | found
-    rows = [worst(quantity, found) for quantity, found in errors.items()]
-    if recording.arrays.under('frozen/'):
-      frozen = frozen_errors(recording, take_steps(recording, frozen=1))
-      rows += [worst(quantity, found, 'frozen: ') for quantity, found in frozen.items()]
+  rows = []
+  for quantity, found in all_errors(recording).items():
+    prefix = 'frozen: ' * quantity.startswith('frozen: ')
+    rows.append(worst(quantity.removeprefix(prefix), found, prefix))
   yield Table(f'{name}, float32', rows)
   yield Table(f'{name}, bfloat16', [bfloat16_row(recording)])

@@ -24,12 +24,15 @@ def record_type(task: str, num_classes: int) -> np.dtype:
     scores [2], binary task: mIoU and F-measure of the clip as published.
     ranks [2, 256], binary task: pixels that are silent (0) or sound (1) in truth, by the number
       of thresholds that their probability reaches. `f_curve` makes F-measures of them.
+    curve [256], binary task: sums over the frames in which something sounds of their F-measure at
+      each of 255 thresholds, and the number of these frames.
     frames [3, c], semantic task: sums over the clip's frames of each class's IoU and F-measure, and
       the number of frames in which the class occurs in prediction or target.
   """
   pixels = ('pixels', np.float64, (3, num_classes))
   if task == 'binary':
-    return np.dtype([pixels, ('scores', np.float64, (2,)), ('ranks', np.float64, (2, 256))])
+    scores, ranks = ('scores', np.float64, (2,)), ('ranks', np.float64, (2, 256))
+    return np.dtype([pixels, scores, ranks, ('curve', np.float64, (256,))])
   return np.dtype([pixels, ('frames', np.float64, (3, num_classes))])
 
 
@@ -63,7 +66,8 @@ def binary_record(
   with np.errstate(over='ignore'):  # exp of a large number: the probability is 0, as it should be
     probabilities = 1 / (1 + np.exp(background - 2 * sounding))
   ranks = np.stack([_count_ranks(p, t) for p, t in zip(probabilities, target)])
-  fscore = f_curve(ranks[sounds]).mean(axis=0).max() if sounds.any() else 0.0
+  curve = np.append(f_curve(ranks[sounds]).sum(axis=0), np.count_nonzero(sounds))
+  fscore = best_of_curve(curve)
 
   silent = ~predicted & ~target
   pixels = [
@@ -71,7 +75,8 @@ def binary_record(
     [np.count_nonzero(~predicted), np.count_nonzero(predicted)],
     [np.count_nonzero(~target), np.count_nonzero(target)],
   ]
-  return np.array((pixels, (iou.mean(), fscore), ranks.sum(axis=0)), record_type('binary', 2))
+  record = (pixels, (iou.mean(), fscore), ranks.sum(axis=0), curve)
+  return np.array(record, record_type('binary', 2))
 
 
 def _count_ranks(probabilities: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -88,6 +93,11 @@ def _threshold_rank(probabilities: np.ndarray) -> np.ndarray:
   rank -= _THRESHOLDS[rank] > probabilities
   rank += np.append(_THRESHOLDS, np.float32(np.inf))[rank + 1] <= probabilities
   return rank + 1
+
+
+def best_of_curve(curve: np.ndarray) -> float:
+  """F-measure at its best threshold, of `record_type`'s curve or a sum of such; 0 without frames."""
+  return curve[:-1].max() / max(curve[-1], 1)
 
 
 def f_curve(ranks: np.ndarray) -> np.ndarray:

@@ -12,6 +12,11 @@ best of 255 thresholds, one for the whole split. J&F is the mean of IoU and F.
 False positives: the share of silent pixels that are predicted sounding. With any audio but its own,
 nothing in a clip sounds.
 
+As released: what the code of TPAVI and AVSegFormer prints. In the binary task it takes mIoU and F,
+with its best threshold, of a batch of clips and then means over batches: larger batches give lower
+F. In the semantic one clips of five frames are filled up to ten, and the empty frames count as
+background that is found; and "without background" it leaves out the last class, not the first.
+
 All but what is kept of single clips and classes has 95 % intervals over clips: percentiles of the
 score in 1000 bootstrap samples.
 """
@@ -21,7 +26,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from aavs_jax.input_pipeline.clips import Clip
-from aavs_jax.scoring.metrics import f_curve, frame_values, pixel_values
+from aavs_jax.scoring.metrics import best_of_curve, f_curve, frame_values, pixel_values
 
 Sums = dict[str, np.ndarray]  # a field of the records -> its sum over clips, [...] or [s ...]
 Scores = dict[str, np.ndarray]  # a score's name -> its value, [] or [s]
@@ -84,6 +89,32 @@ def summarise(clips: Sequence[Clip], records: np.ndarray, *, audio: str = 'true'
     for clip, j, f in zip(clips, miou, fscore)
   ]
   return result
+
+
+def as_released(clips: Sequence[Clip], records: np.ndarray, batch: int) -> dict[str, float]:
+  """miou and fscore as TPAVI's and AVSegFormer's code takes them.
+
+  Args:
+    clips: in the order of the data set's table.
+    records: the clips' records, [n] of metrics.record_type.
+    batch: clips of a batch of the binary task: 4 in TPAVI, 2 in AVSegFormer.
+
+  Returns:
+    Of the semantic task also miou_without_last and fscore_without_last.
+  """
+  if 'scores' in records.dtype.names:
+    parts = np.split(records, range(batch, len(records), batch))
+    iou = np.mean([part['scores'][:, 0].mean() for part in parts])
+    f = np.mean([best_of_curve(part['curve'].sum(axis=0)) for part in parts])
+    return {'miou': float(iou), 'fscore': float(f)}
+  frames = records['frames'].sum(axis=0)
+  longest = max(clips[0].data_set.subsets.values())
+  frames[:, 0] += sum(longest - clip.num_frames for clip in clips)
+  scores = {}
+  for name, values in zip(('miou', 'fscore'), frame_values(frames)):
+    values = np.nan_to_num(values)
+    scores[name], scores[f'{name}_without_last'] = float(values.mean()), float(values[:-1].mean())
+  return scores
 
 
 def _class_rows(

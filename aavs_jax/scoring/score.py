@@ -31,6 +31,8 @@ def score(
 ) -> dict:
   """Scores of a model over clips by every protocol, as `protocols.summarise` returns them.
 
+  Of methods whose release has metrics of its own also these, as 'released'.
+
   One pass over the data; clips are scored in threads while the devices go on. Of several processes
   each takes its share of the clips; all of them must call this, and all return the scores of all.
 
@@ -77,7 +79,11 @@ def score(
       if on_clip:
         on_clip(mine[index], ids)
       progress.advance(1)
-  return protocols.summarise(clips, _gather(records, len(clips)), audio=audio)
+  records = _gather(records, len(clips))
+  result = protocols.summarise(clips, records, audio=audio)
+  if batch := predictor.method.released_batch:
+    result['released'] = protocols.as_released(clips, records, batch)
+  return result
 
 
 def _gather(mine: np.ndarray, total: int) -> np.ndarray:

@@ -60,6 +60,9 @@ def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
       "IoU and F are against the clips' own labels; every pixel predicted sounding is a false "
       'positive.'
     )
+  if 'released' in result:
+    scores = ', '.join(f'{name} {100 * value:.2f}' for name, value in result['released'].items())
+    notes.append(f'By the metric of the released code: {scores}.')
   sections = _sections(result)
   head = ['all', *result['subsets']]
   rows = [

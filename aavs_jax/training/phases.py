@@ -113,14 +113,7 @@ def build(
   """
   if shapes is None:
     shapes = flat_shapes(method)
-  lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
-  two_counts = method.goes_on and config.train.phase2_epoch
-  optimizer, schedule = make_optimizer(
-    config.optimizer,
-    lr,
-    steps_of_phase,
-    functools.partial(matches, patterns=method.late) if two_counts else None,
-  )
+  optimizer, schedule = optimizer_of(config, method, phase, steps_of_phase)
   paths = trainable_paths(config, method, shapes, phase)
 
   def begin(first, best=None, opt_state=None, step=0):
@@ -141,6 +134,17 @@ def build(
     abstract=jax.tree.map(placed, abstract, places),
     begin=jax.jit(begin, static_argnames='step', out_shardings=places),
   )
+
+
+def optimizer_of(
+  config: ml_collections.ConfigDict, method: Method, phase: int, steps_of_phase: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+  """See make_optimizer."""
+  lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
+  is_late = None
+  if method.goes_on and config.train.phase2_epoch:
+    is_late = functools.partial(matches, patterns=method.late)
+  return make_optimizer(config.optimizer, lr, steps_of_phase, is_late)
 
 
 def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
