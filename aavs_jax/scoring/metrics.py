@@ -96,7 +96,7 @@ def _threshold_rank(probabilities: np.ndarray) -> np.ndarray:
 
 
 def best_of_curve(curve: np.ndarray) -> float:
-  """F-measure at its best threshold, of `record_type`'s curve or a sum of such; 0 without frames."""
+  """F at its best threshold, of `record_type`'s curve or a sum of such; 0 without frames."""
   return curve[:-1].max() / max(curve[-1], 1)
 
 

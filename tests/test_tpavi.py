@@ -1,0 +1,111 @@
+"""TPAVI against recorded runs of its release, and piece by piece against its formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aavs_jax import methods
+from aavs_jax.models.tpavi import ResidualUnit, Tpavi
+from aavs_jax.pytorch import maps_recordings
+from aavs_jax.training.state import flatten, unflatten
+from aavs_jax.types import Variables
+from tests import parity, small_maps
+
+ALL = set(parity.MAPS_TOLERANCES)
+FILES = ('tpavi_s4', pytest.param('tpavi_ms3', marks=pytest.mark.slow), 'tpavi_avss')
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_recorded_run(name):
+  parity.require_maps(name, ALL)
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_bfloat16_gives_the_same_map(name):
+  row = maps_recordings.bfloat16_row(parity.maps_recording(name))
+  assert row.error < 0.05, row.where
+
+
+def _numbers(module, *arguments):
+  variables = module.init(jax.random.key(0), *arguments)
+  rng = np.random.default_rng(0)
+  return jax.tree.map(
+    lambda x: x if x.dtype == np.int32 else rng.random(x.shape, np.float32) + 0.1, variables
+  )
+
+
+def test_the_short_cut_is_the_matrix_of_all_positions():
+  module = Tpavi(True, jnp.float32)
+  rng = np.random.default_rng(1)
+  f = rng.standard_normal((10, 3, 4, 8)).astype(np.float32)
+  audio = rng.random((10, 6), np.float32)
+  variables = _numbers(module, f, audio, False)
+  params = {path: np.asarray(v) for path, v in flatten(Variables(variables['params'], {})).items()}
+  z, s = module.apply(variables, f, audio, False)
+
+  def pointwise(name, x):
+    return x @ params[f'{name}/kernel'][0, 0, 0] + params[f'{name}/bias']
+
+  np.testing.assert_allclose(s, audio @ params['align/kernel'] + params['align/bias'], rtol=1e-5)
+  for clip in range(2):
+    own = slice(5 * clip, 5 * clip + 5)
+    positions = f[own].reshape(-1, 8)
+    sound = np.repeat(np.asarray(s)[own], 12, 0)
+    matrix = pointwise('theta', positions) @ pointwise('phi', sound).T / len(positions)
+    y = pointwise('projection', matrix @ pointwise('g', positions))
+    norm = {k: np.asarray(v) for k, v in variables['statistics']['projection_norm'].items()}
+    y = (y - norm['mean']) / np.sqrt(norm['var'] + 1e-5)
+    y = y * params['projection_norm/scale'] + params['projection_norm/bias'] + positions
+    y = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
+    y = y * params['norm/scale'] + params['norm/bias']
+    np.testing.assert_allclose(np.asarray(z)[own].reshape(-1, 8), y, rtol=1e-4, atol=1e-4)
+
+
+def test_the_skip_of_a_residual_unit_carries_no_negative():
+  module = ResidualUnit(jnp.float32)
+  x = np.full((1, 2, 2, 3), -1, np.float32)
+  variables = jax.tree.map(jnp.zeros_like, module.init(jax.random.key(0), x))
+  np.testing.assert_array_equal(module.apply(variables, x), 0)
+
+
+def test_clips_do_not_see_each_other_and_frames_of_a_clip_do():
+  config = small_maps.get_config('tpavi')
+  method = methods.of(config)
+  flat = small_maps.numbers(method)
+  batch = small_maps.batch(config, 10)
+  other = {**batch, 'frames': batch['frames'].copy()}
+  other['frames'][7] = 255 - other['frames'][7]
+  a, b = (method.apply(unflatten(flat), each)[0].logits for each in (batch, other))
+  same = [np.array_equal(x, y) for x, y in zip(a, b)]
+  assert same == [True] * 5 + [False] * 5
+
+
+def test_the_matching_loss_of_ms3_is_a_sum_over_frames():
+  config = small_maps.get_config('tpavi')
+  config.loss.matching_weight = 0.5
+  method = methods.of(config)
+  outputs, _ = method.apply(unflatten(small_maps.numbers(method)), small_maps.batch(config, 5))
+  found = []
+  for times in (1, 2):
+    batch = small_maps.batch(config, 5)
+    batch = {name: np.concatenate([value] * times) for name, value in batch.items()}
+    repeated = jax.tree.map(lambda x: jnp.concatenate([x] * times), outputs)  # noqa: B023
+    total, terms = method.loss(repeated, batch, method.totals(batch), None)
+    np.testing.assert_allclose(total, terms['entropy'] + 0.5 * terms['matching'], rtol=1e-6)
+    found.append(terms)
+  np.testing.assert_allclose(found[1]['entropy'], found[0]['entropy'], rtol=1e-6)
+  np.testing.assert_allclose(found[1]['matching'], 2 * found[0]['matching'], rtol=1e-5)
+
+
+def test_frames_without_weight_count_in_no_loss():
+  config = small_maps.get_config('tpavi')
+  method = methods.of(config)
+  batch = small_maps.batch(config, 5)
+  outputs, _ = method.apply(unflatten(small_maps.numbers(method)), batch)
+  batch['weight'] = np.array([1, 0, 0, 0, 0], np.float32)
+  losses = []
+  for labels in (batch['labels'], np.concatenate([batch['labels'][:1], batch['labels'][1:] * 0])):
+    batch['labels'] = labels
+    losses.append(float(method.loss(outputs, batch, method.totals(batch), None)[0]))
+  assert losses[0] == losses[1]
