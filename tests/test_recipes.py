@@ -6,6 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from aavs_jax import cli, methods
 from aavs_jax import config as config_lib
@@ -85,6 +86,53 @@ QUICK = {
   'train.checkpoint_every_steps': 150,
   'train.log_every_steps': 20,
 }
+PVT_V2 = {
+  'kind': 'pvt_v2', 'dims': (64, 128, 320, 512), 'depths': (3, 6, 40, 3),
+  'reductions': (8, 4, 2, 1), 'mlp_ratio': 4, 'drop_path': 0.1,
+}  # fmt: skip
+RESNET50 = {
+  'kind': 'resnet', 'stem': 64, 'planes': (64, 128, 256, 512), 'blocks': (3, 4, 6, 3),
+}  # fmt: skip
+SEMANTIC = {'task': 'semantic', 'num_classes': 71, 'data.max_targets': 8}
+OF_MAPS = {
+  'data.all_frames': True, 'data.image_size': 224, 'data.item_frames': 5, 'data.batch_items': 4,
+  'model.head': (128, 32), 'vggish.final_relu': True, 'optimizer.clip_norm': 0.0,
+  'train.phase2_epoch': 0,
+}  # fmt: skip
+TPAVI = {
+  **OF_MAPS, 'method': 'tpavi', 'model.width': 256, 'loss.matching_weight': 0.0,
+  'optimizer.lr': 1e-4, 'optimizer.weight_decay': 0.0, 'train.epochs': 15.0,
+  'train.trainable': (r'^backbone/(?!spare)', r'^tpavi/(?!path3/unit1/)'),
+}  # fmt: skip
+AVSEGFORMER = {
+  **OF_MAPS, 'method': 'avsegformer', 'data.batch_items': 2, 'data.image_size': 512,
+  'data.eval_size': 512, 'model.queries': 300, 'model.encoder_ffn': 2048,
+  'model.decoder_layers': 6, 'model.generator_layers': 6, 'model.generator_ffn': 1024,
+  'model.mlp_hidden': 2048, 'model.spare_fpn': 256, 'model.dropout': 0.1,
+  'loss.mixer_weight': 0.1, 'optimizer.lr': 2e-5, 'optimizer.lr_phase2': 2e-5,
+  'optimizer.weight_decay': 0.01, 'train.epochs': 30.0, 'train.phase2_epoch': 5,
+  'train.trainable': (r'^backbone/(?!spare)', r'^avsegformer/(?!spare)'),
+}  # fmt: skip
+AVSS = {**SEMANTIC, 'data.item_frames': 0, 'data.batch_items': 8, 'train.eval_every_epochs': 2.0}
+OTHERS = {
+  'tpavi_s4': {**TPAVI, **S4},
+  'tpavi_ms3': {**TPAVI, **MS3, 'loss.matching_weight': 0.5, 'train.epochs': 30.0},
+  'tpavi_avss': {**TPAVI, **AVSS, 'loss.matching_weight': 0.5, 'train.epochs': 60.0},
+  'avsegformer_s4': {**AVSEGFORMER, **S4},
+  'avsegformer_ms3': {**AVSEGFORMER, **MS3, 'train.epochs': 60.0, 'train.phase2_epoch': 10},
+  'avsegformer_avss': {
+    **AVSEGFORMER, **AVSS, 'train.phase2_epoch': 0, 'data.image_size': 224, 'data.eval_size': 224,
+  },
+}  # fmt: skip
+
+
+def _in_full(values, backbone):
+  """With the backbone, and without what is as in base after all."""
+  values = values | {f'model.backbone.{key}': value for key, value in backbone.items()}
+  flat = flatten_dict(base.get_config().to_dict(), sep='.')
+  return {key: value for key, value in values.items() if key not in flat or flat[key] != value}
+
+
 TABLE = {
   'base': {},
   'avss_stage1': {},
@@ -123,6 +171,10 @@ TABLE = {
     'train.steps': 240,
   },
 }
+for _name, _values in OTHERS.items():
+  TABLE[_name] = _in_full(_values, PVT_V2)
+  TABLE[f'{_name}:resnet50'] = _in_full(_values, RESNET50)
+OTHER_METHODS = {name for name in TABLE if name.startswith(('tpavi', 'avsegformer'))}
 
 
 def _load(name):
@@ -136,7 +188,12 @@ def test_a_recipe_differs_from_base_as_the_table_says(name):
   config = _load(name)
   assert recipe_lib.changes(config) == TABLE[name]
   lines = config_lib.differences(base.get_config(), config)
-  assert {line.split(' ')[0] for line in lines} == set(TABLE[name])
+  keys = {line.split(' ')[0] for line in lines}
+  without = flatten_dict(base.get_config().to_dict(), sep='.').keys() - flatten_dict(
+    config.to_dict(), sep='.'
+  )
+  assert keys - without == set(TABLE[name])
+  assert not without or name in OTHER_METHODS
 
 
 def test_no_config_is_missing_in_the_table():
@@ -162,9 +219,12 @@ def parameters():
   def shapes(config):
     small = config.copy_and_resolve_references()
     small.data.image_size = small.data.eval_size = 32
-    small.model.swin.depths = (1, 1, 1, 1)
-    small.model.encoder_layers = small.model.decoder_layers = 1
-    key = repr((small.model, small.num_classes, small.use_prior))
+    if small.method == 'aavs':
+      small.model.swin.depths = (1, 1, 1, 1)
+      small.model.encoder_layers = small.model.decoder_layers = 1
+    elif small.model.backbone.kind == 'pvt_v2':
+      small.model.backbone.depths = (1, 1, 1, 1)
+    key = repr((small.method, small.model, small.num_classes, small.use_prior))
     if key not in kept:
       kept[key] = flat_shapes(methods.of(small))
     return kept[key]
