@@ -4,8 +4,7 @@ import ml_collections
 
 from aavs_jax.configs import base
 
-VARIANTS = ('pvt_v2', 'resnet50')
-_BACKBONES = {
+BACKBONES = {
   'pvt_v2': dict(
     kind='pvt_v2',
     dims=(64, 128, 320, 512),
@@ -25,12 +24,12 @@ def get_config(method: str, task: str, backbone: str) -> ml_collections.ConfigDi
   Args:
     method: of config.method.
     task: a key of SUBSETS.
-    backbone: one of VARIANTS.
+    backbone: a key of BACKBONES.
 
   Raises:
     ValueError: no such backbone.
   """
-  base.check_variant(backbone, VARIANTS)
+  base.check_variant(backbone, BACKBONES)
   config = base.get_config()
   config.method = method
   config.data.subsets = SUBSETS[task]
@@ -45,7 +44,7 @@ def get_config(method: str, task: str, backbone: str) -> ml_collections.ConfigDi
   # eight slots of five frames have no empty ones in them, and one to two more clips.
   config.data.batch_items = 8 if task == 'avss' else 4
   config.model = ml_collections.ConfigDict()
-  config.model.backbone = _BACKBONES[backbone]
+  config.model.backbone = BACKBONES[backbone]
   config.model.remat = 'dots'
   config.vggish.final_relu = True
   config.loss = ml_collections.ConfigDict()

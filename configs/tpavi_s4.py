@@ -2,7 +2,7 @@
 
 from aavs_jax.configs import _maps
 
-VARIANTS = _maps.VARIANTS
+VARIANTS = tuple(_maps.BACKBONES)
 
 
 def get_config(backbone='pvt_v2', task='s4'):

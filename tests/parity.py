@@ -66,7 +66,7 @@ MAPS_TOLERANCES = {
   'losses of the steps': 1e-4,
   'changes, with a gradient': 0.05,
   'changes, elements that are off': 0.005,
-  'metrics': 1e-6,
+  'metrics of the release': 1e-6,
 }
 
 

@@ -160,6 +160,20 @@ def test_labels_classes_and_prior_agree_with_the_files(tiny_stage2, train_clips)
   assert set(np.unique(batch['labels'])) <= {0, 1}
 
 
+def test_all_frames_stand_for_themselves_where_that_is_asked_for(train_clips):
+  clip = next(clip for clip in train_clips if clip.subset == 'v1s')
+  task = Task(True, 71, 32, 32, 8, True, '', all_frames=True)
+  batch = load_training_item(clip, Item(0, 0, 5), task)
+  assert batch['weight'].tolist() == [1, 0, 0, 0, 0]
+  for t in range(5):
+    assert np.array_equal(batch['frames'][t], load_frame(clip, t, 32))
+  for name in ('labels', 'prior'):
+    assert batch[name][0].any() and not batch[name][1:].any()
+  repeated = load_training_item(clip, Item(0, 0, 5), dataclasses.replace(task, all_frames=False))
+  assert repeated['weight'].tolist() == [1] * 5
+  assert np.array_equal(repeated['frames'][4], batch['frames'][0])
+
+
 def test_more_label_values_than_targets_is_refused(train_clips):
   task = Task(True, 71, 32, 32, 1, False, '')
   with pytest.raises(UserError, match=r'labels_semantic.*max_targets is 1'):

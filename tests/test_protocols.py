@@ -7,6 +7,7 @@ import pytest
 
 from aavs_jax.input_pipeline.avsbench import CLASSES, SemanticClip
 from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.pytorch import recordings, selftest
 from aavs_jax.scoring import metrics, protocols
 
 GOLDENS = np.load(Path(__file__).parent / 'goldens' / 'metrics.npz')
@@ -265,3 +266,23 @@ def test_binary_summary_per_subset():
   v1m = summary['subsets']['v1m']
   assert (v1m['clips'], v1m['miou'], v1m['fscore']) == (1, 0.5, 0.0)
   assert summary['per_clip'][1] == {'uid': 'a', 'subset': 'v1m', 'miou': 0.5, 'fscore': 0.0}
+
+
+def test_as_the_code_of_other_methods_takes_them():
+  """On recorded predictions: batches of 4, 2 and 1 clips, and clips filled up to ten frames."""
+  arrays = recordings.read(selftest.GOLDENS / 'methods' / 'other_data.npz')
+  (table,) = selftest.recognise(arrays)()
+  (row,) = table.rows
+  assert row.error < 1e-6, row.where
+
+
+def test_larger_batches_have_a_lower_f_and_the_same_iou():
+  rng = np.random.default_rng(0)
+  records = np.stack([
+    metrics.binary_record(rng.random((5, 2, 8, 8), np.float32), rng.random((5, 8, 8)) > 0.5)
+    for _ in range(4)
+  ])  # fmt: skip
+  one, two, four = (protocols.as_released([], records, batch) for batch in (1, 2, 4))
+  assert one['fscore'] > two['fscore'] > four['fscore']
+  assert one['miou'] == pytest.approx(four['miou'])
+  assert one['fscore'] == pytest.approx(records['scores'][:, 1].mean())

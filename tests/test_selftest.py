@@ -56,7 +56,7 @@ def test_passes_on_the_recordings(capsys):
 @pytest.mark.slow
 def test_passes_on_all_recordings_by_default(capsys):
   assert cli.main(['selftest']) == 0
-  assert '35 of 35' in capsys.readouterr().out.splitlines()[-1]
+  assert '74 of 74' in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_names_what_differs(capsys, tmp_path):

@@ -17,6 +17,7 @@ import optax
 
 from aavs_jax import methods
 from aavs_jax.configs import _maps
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.models.pvt_v2 import PVTv2
 from aavs_jax.models.resnet import ResNet
 from aavs_jax.pytorch import maps_names
@@ -27,12 +28,11 @@ from aavs_jax.pytorch.verdicts import (
   Row,
   Table,
   compare,
-  largest_difference,
   of_largest,
   share_unequal,
   worst,
 )
-from aavs_jax.scoring import metrics
+from aavs_jax.scoring import metrics, protocols
 from aavs_jax.training import phases
 from aavs_jax.training.optimizer import taken_over
 from aavs_jax.training.state import flat_shapes, flatten_statistics, is_parameter, unflatten
@@ -384,7 +384,7 @@ def metric_errors(recording: Recording) -> dict[str, float]:
   else:
     scores = np.concatenate([np.zeros_like(logits), logits / 2], 1)
     found = dict(zip(('miou', 'fscore'), metrics.binary_record(scores, labels > 0)['scores']))
-  return compare(found, arrays.under('metric/'), largest_difference)
+  return compare(found, arrays.under('metric/'), of_largest)
 
 
 def bfloat16_row(recording: Recording) -> Row:
@@ -406,7 +406,7 @@ def all_errors(recording: Recording) -> Errors:
       evaluation_errors(recording),
       training_errors(recording, result),
       step_errors(recording, taken, result.gradient),
-      {'metrics': metric_errors(recording)},
+      {'metrics of the release': metric_errors(recording)},
     ):
       for quantity, found in part.items():
         errors[quantity] = errors.get(quantity, {}) | found
@@ -425,3 +425,36 @@ def compare_maps(recording: Recording) -> Iterator[Table]:
     rows.append(worst(quantity.removeprefix(prefix), found, prefix))
   yield Table(f'{name}, float32', rows)
   yield Table(f'{name}, bfloat16', [bfloat16_row(recording)])
+
+
+def compare_metrics(arrays: Arrays) -> Iterator[Table]:
+  """A table for the metrics of recorded predictions, as the releases compute them."""
+  with legible(arrays.path):
+    found, clips, records = {}, [], []
+    for key in dict.fromkeys(key.rpartition('/')[0] for key in arrays if key.count('/') == 2):
+      if key.startswith('binary/'):
+        logits = arrays[f'{key}/logits'].reshape(-1, 5, 1, *arrays[f'{key}/truth'].shape[1:])
+        truth = arrays[f'{key}/truth'].reshape(logits.shape) > 0
+        own = [
+          metrics.binary_record(np.concatenate([clip * 0, clip / 2], 1), target[:, 0])
+          for clip, target in zip(logits, truth)
+        ]
+        scores = protocols.as_released([], np.stack(own), len(own))
+        found |= {f'{key}/{name}': value for name, value in scores.items()}
+      elif key.startswith('semantic/'):
+        classes, sums = len(arrays[f'{key}/count']), 0.0
+        shape = (-1, 10, *arrays[f'{key}/truth'].shape[1:])
+        parts = (arrays[f'{key}/{name}'].reshape(shape) for name in ('prediction', 'truth'))
+        for flags, prediction, target in zip(arrays[f'{key}/video_flag'].reshape(-1, 10), *parts):
+          real = int(flags.sum())  # the first ones of the clip
+          clips.append(SemanticClip('', str(len(clips)), 'v2' if real > 5 else 'v1s', 'test', real))
+          records.append(metrics.semantic_record(prediction[:real], target[:real], classes))
+          sums = sums + protocols.padded(clips[-1:], records[-1]['frames'])
+        found |= {f'{key}/{n}': v for n, v in zip(('iou_sum', 'f_sum', 'count'), sums)}
+    scores = protocols.as_released(clips, np.stack(records), 1)
+    found |= {f'semantic/{name}': value for name, value in scores.items()}
+  inputs = ('logits', 'truth', 'prediction', 'video_flag', 'frame', 'label')
+  ours = re.compile(r'(binary|semantic)/')
+  wanted = {k: v for k, v in arrays.items() if ours.match(k) and not k.endswith(inputs)}
+  errors = compare(found, wanted, of_largest)
+  yield Table(f'{arrays.path.name}, on the host', [worst('metrics of the release', errors)])

@@ -46,6 +46,10 @@ from aavs_jax.types import Variables
 LOSS = CONFIGS[1].loss  # of both stages
 GOLDENS = Path(__file__).parents[2] / 'tests' / 'goldens'
 DEFAULT_FILES = ('stage1.npz', 'stage2.npz', 'audio.npz', 'metrics.npz')
+OTHER_METHODS = (
+  'methods/tpavi_s4.npz', 'methods/tpavi_avss.npz', 'methods/avsegformer_s4.npz',
+  'methods/other_data.npz',
+)  # fmt: skip
 SAMPLINGS = ('gather', 'dense')
 # One compiled gradient a stage: each sampling's is compared in one of them, the rest in both.
 GRADIENT_SAMPLING = {1: 'gather', 2: 'dense'}
@@ -112,7 +116,7 @@ def selftest(files: Sequence[str | Path] = ()) -> bool:
         f'{GOLDENS} is not there, as after an installation without the tests: name recordings, as '
         '`aavs selftest stage1.npz`, or install a checkout of the project with pip install -e'
       )
-    files = [GOLDENS / name for name in DEFAULT_FILES]
+    files = [GOLDENS / name for name in (*DEFAULT_FILES, *OTHER_METHODS)]
   comparisons = [recognise(recordings.read(path)) for path in files]
   device = jax.devices()[0]
   say(
@@ -134,7 +138,9 @@ def recognise(arrays: Arrays) -> Callable[[], Iterator[Table]]:
   """The comparison that the arrays of a file are for. UserError if they are for none."""
   if 'in/frames' in arrays:
     return functools.partial(maps_recordings.compare_maps, maps_recordings.recording_of(arrays))
-  if 'config' in arrays and 'crop/0/frame' not in arrays:
+  if 'binary/0/logits' in arrays:
+    return functools.partial(maps_recordings.compare_metrics, arrays)
+  if 'config' in arrays:
     return functools.partial(compare_model, recordings.recording_of(arrays))
   if 'vggish/parameter_order' in arrays:
     return functools.partial(compare_audio, arrays)

@@ -107,14 +107,19 @@ def as_released(clips: Sequence[Clip], records: np.ndarray, batch: int) -> dict[
     iou = np.mean([part['scores'][:, 0].mean() for part in parts])
     f = np.mean([best_of_curve(part['curve'].sum(axis=0)) for part in parts])
     return {'miou': float(iou), 'fscore': float(f)}
-  frames = records['frames'].sum(axis=0)
-  longest = max(clips[0].data_set.subsets.values())
-  frames[:, 0] += sum(longest - clip.num_frames for clip in clips)
   scores = {}
-  for name, values in zip(('miou', 'fscore'), frame_values(frames)):
+  sums = padded(clips, records['frames'].sum(axis=0))
+  for name, values in zip(('miou', 'fscore'), frame_values(sums)):
     values = np.nan_to_num(values)
     scores[name], scores[f'{name}_without_last'] = float(values.mean()), float(values[:-1].mean())
   return scores
+
+
+def padded(clips: Sequence[Clip], frames: np.ndarray) -> np.ndarray:
+  """The sum of the clips' `frames`, with those that fill clips up, of background that is found."""
+  longest = max(clips[0].data_set.subsets.values())
+  lacking = sum(longest - clip.num_frames for clip in clips)
+  return frames + lacking * (np.arange(frames.shape[-1]) == 0)
 
 
 def _class_rows(
