@@ -109,3 +109,24 @@ def test_frames_without_weight_count_in_no_loss():
     batch['labels'] = labels
     losses.append(float(method.loss(outputs, batch, method.totals(batch), None)[0]))
   assert losses[0] == losses[1]
+
+
+def test_a_prior_enters_the_last_features_alone():
+  config = small_maps.get_config('tpavi')
+  config.task, config.num_classes, config.use_prior = 'semantic', 3, True
+  method = methods.of(config)
+  assert 'prior' in method.sees
+  variables = unflatten(small_maps.numbers(method))
+  batch = small_maps.batch(config, 5)
+  outputs = []
+  for value in (0, 255):
+    batch['prior'] = np.full_like(batch['prior'], value)
+    outputs.append(method.apply(variables, batch)[0])
+  assert not np.allclose(outputs[0].logits, outputs[1].logits)
+  for a, b in zip(outputs[0].features, outputs[1].features):
+    np.testing.assert_array_equal(a, b)
+  without = config.copy_and_resolve_references()
+  without.use_prior = False
+  np.testing.assert_array_equal(
+    methods.of(without).apply(variables, batch)[0].logits, outputs[0].logits
+  )
