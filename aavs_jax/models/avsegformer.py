@@ -295,7 +295,7 @@ class AVSegFormer(nn.Module):
       Head, widths=self.head, scale=4, use_bias=False, dtype=dtype, kernel_init=_xavier
     )
     if self.is_initializing():
-      head(classes=1, name='spare_attention')(m)
+      head(classes=self.classes, name='spare_attention')(m)
       for i in range(3):
         convolution(self.spare_fpn, 3, f'spare_fpn{i}')(jnp.zeros((1, 1, 1, self.spare_fpn)))
     return Outputs(flagged(head(classes=self.classes, name='head')(features + r)), m)
