@@ -5,7 +5,7 @@ import numpy as np
 
 from aavs_jax.configs import avsegformer_s4, tpavi_s4
 from aavs_jax.perf import bench
-from aavs_jax.training.state import flatten
+from aavs_jax.training.state import flatten, unflatten
 
 SMALL_PVT = dict(
   kind='pvt_v2', dims=(4, 4, 8, 8), depths=(1, 1, 1, 1), reductions=(8, 4, 2, 1), mlp_ratio=2,
@@ -48,3 +48,8 @@ def numbers(method):
 def batch(config, frames):
   """A batch of noise with an object in each frame."""
   return {name: np.asarray(value) for name, value in bench.random_batch(config, frames).items()}
+
+
+def outputs(method, flat, batch):
+  """What the network gives in evaluation."""
+  return jax.jit(lambda *arguments: method.apply(*arguments)[0])(unflatten(flat), batch)

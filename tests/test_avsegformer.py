@@ -11,7 +11,6 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.avsegformer import dice
 from aavs_jax.pytorch import maps_recordings
 from aavs_jax.training import phases
-from aavs_jax.training.state import unflatten
 from tests import parity, runs, small_maps
 
 ALL = set(parity.MAPS_TOLERANCES)
@@ -55,10 +54,11 @@ def test_one_frame_is_a_batch():
   """Which the release cannot do."""
   config = small_maps.get_config('avsegformer')
   method = methods.of(config)
-  variables = unflatten(small_maps.numbers(method))
+  flat = small_maps.numbers(method)
   batch = small_maps.batch(config, 3)
-  whole = method.apply(variables, batch)[0].logits
-  one = method.apply(variables, {name: value[1:2] for name, value in batch.items()})[0].logits
+  whole = small_maps.outputs(method, flat, batch).logits
+  part = {name: value[1:2] for name, value in batch.items()}
+  one = small_maps.outputs(method, flat, part).logits
   np.testing.assert_allclose(one[0], whole[1], rtol=1e-4, atol=1e-5)
 
 

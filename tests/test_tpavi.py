@@ -8,7 +8,7 @@ import pytest
 from aavs_jax import methods
 from aavs_jax.models.tpavi import ResidualUnit, Tpavi
 from aavs_jax.pytorch import maps_recordings
-from aavs_jax.training.state import flatten, unflatten
+from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
 from tests import parity, small_maps
 
@@ -77,7 +77,7 @@ def test_clips_do_not_see_each_other_and_frames_of_a_clip_do():
   batch = small_maps.batch(config, 10)
   other = {**batch, 'frames': batch['frames'].copy()}
   other['frames'][7] = 255 - other['frames'][7]
-  a, b = (method.apply(unflatten(flat), each)[0].logits for each in (batch, other))
+  a, b = (small_maps.outputs(method, flat, each).logits for each in (batch, other))
   same = [np.array_equal(x, y) for x, y in zip(a, b)]
   assert same == [True] * 5 + [False] * 5
 
@@ -86,7 +86,7 @@ def test_the_matching_loss_of_ms3_is_a_sum_over_frames():
   config = small_maps.get_config('tpavi')
   config.loss.matching_weight = 0.5
   method = methods.of(config)
-  outputs, _ = method.apply(unflatten(small_maps.numbers(method)), small_maps.batch(config, 5))
+  outputs = small_maps.outputs(method, small_maps.numbers(method), small_maps.batch(config, 5))
   found = []
   for times in (1, 2):
     batch = small_maps.batch(config, 5)
@@ -103,7 +103,7 @@ def test_frames_without_weight_count_in_no_loss():
   config = small_maps.get_config('tpavi')
   method = methods.of(config)
   batch = small_maps.batch(config, 5)
-  outputs, _ = method.apply(unflatten(small_maps.numbers(method)), batch)
+  outputs = small_maps.outputs(method, small_maps.numbers(method), batch)
   batch['weight'] = np.array([1, 0, 0, 0, 0], np.float32)
   losses = []
   for labels in (batch['labels'], np.concatenate([batch['labels'][:1], batch['labels'][1:] * 0])):
@@ -117,17 +117,17 @@ def test_a_prior_enters_the_last_features_alone():
   config.task, config.num_classes, config.use_prior = 'semantic', 3, True
   method = methods.of(config)
   assert 'prior' in method.sees
-  variables = unflatten(small_maps.numbers(method))
+  flat = small_maps.numbers(method)
   batch = small_maps.batch(config, 5)
   outputs = []
   for value in (0, 255):
     batch['prior'] = np.full_like(batch['prior'], value)
-    outputs.append(method.apply(variables, batch)[0])
+    outputs.append(small_maps.outputs(method, flat, batch))
   assert not np.allclose(outputs[0].logits, outputs[1].logits)
   for a, b in zip(outputs[0].features, outputs[1].features):
     np.testing.assert_array_equal(a, b)
   without = config.copy_and_resolve_references()
   without.use_prior = False
   np.testing.assert_array_equal(
-    methods.of(without).apply(variables, batch)[0].logits, outputs[0].logits
+    small_maps.outputs(methods.of(without), flat, batch).logits, outputs[0].logits
   )
