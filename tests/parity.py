@@ -70,9 +70,12 @@ MAPS_TOLERANCES = {
 }
 
 
-def require_maps(name: str, quantities: set[str]) -> None:
-  """AssertionError unless these quantities, and no others, are within their tolerances."""
-  errors = maps_errors(name)
+def require_maps(name: str, quantities: set[str], frozen: bool = False) -> None:
+  """AssertionError unless these quantities, and no others, are within their tolerances.
+
+  Those of the steps with the backbone frozen at first, or all the others.
+  """
+  errors = {q: e for q, e in maps_errors(name).items() if q.startswith('frozen: ') == frozen}
   assert errors.keys() == quantities
   wrong = {
     quantity: error

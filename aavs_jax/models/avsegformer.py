@@ -262,7 +262,7 @@ class AVSegFormer(nn.Module):
     m = m + resize_maps(finest, m.shape[1:3])
     m = nn.relu(norm('smooth_norm')(convolution(hidden, 3, 'smooth')(m)))
     gate = Mixer(self.heads, dtype, name='mixer')(sound, m)
-    m = flagged(m * gate[:, None, None])
+    m = m * gate[:, None, None]
 
     generated = self.param('generated_queries', _xavier, (self.queries, hidden)).astype(dtype)
     x = QueryLayers(
@@ -298,4 +298,4 @@ class AVSegFormer(nn.Module):
       head(classes=self.classes, name='spare_attention')(m)
       for i in range(3):
         convolution(self.spare_fpn, 3, f'spare_fpn{i}')(jnp.zeros((1, 1, 1, self.spare_fpn)))
-    return Outputs(flagged(head(classes=self.classes, name='head')(features + r)), m)
+    return Outputs(flagged(head(classes=self.classes, name='head')(features + r)), flagged(m))
