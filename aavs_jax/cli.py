@@ -37,6 +37,7 @@ def _compose_arguments(sub) -> None:
     choices=('semantic', 'object'),
     help='object: as AVSBench-object, v1s and v1m alone, 224x224, binary labels (%(default)s)',
   )
+  sub.add_argument('--visible', action='store_true', help='label all that is seen; nothing sounds')
 
 
 def _compose(args) -> None:
@@ -57,6 +58,7 @@ def _compose(args) -> None:
       seed=args.seed,
       sprites=args.sprites,
       layout=args.layout,
+      visible=args.visible,
       progress=lambda done, _: progress.advance_to(done),
     )
   say(f'{total} clips in {args.root}' + (', none of v2' if args.layout == 'object' else ''))

@@ -48,8 +48,9 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  check(config.stage1)
-  check(config.stage2)
+  for stage in (config.stage1, config.stage2, config.looks):
+    if stage is not None:
+      check(stage)
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')
   return config

@@ -279,10 +279,14 @@ def test_empty_workdir_says_what_to_run(run, tmp_path):
   assert f'aavs masks --workdir {tmp_path}/stage1 ' in page
 
 
-@pytest.mark.parametrize('seeds', [(4,), (0, 4)])
-def test_commands_are_those_of_the_study(run, tmp_path, seeds):
+@pytest.mark.parametrize(
+  'seeds, begin', [((4,), ('start', 'stage1')), ((0, 4), ('looks', 'looks'))]
+)
+def test_commands_are_those_of_the_study(run, tmp_path, seeds, begin):
   study = compose_bench.get_config()
   study.seeds = seeds
+  if begin[0] == 'start':
+    study.looks = None
   study.stage1, study.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
   study.stage1.data.subsets = ('v1s',)
   study.stage2.model.robust_key = False
@@ -296,9 +300,9 @@ def test_commands_are_those_of_the_study(run, tmp_path, seeds):
     re.findall('<code>(aavs train .*?)</code>', page)
   )  # each stands there twice
   commands = [shlex.split(html.unescape(text)) for text in texts]
-  study.stage1.train.init = str(workdir / 'start')
+  study.stage1.train.init = str(workdir / begin[0])
   study.stage2.data.masks = str(workdir / 'masks')
-  study.stage2.train.init = str(workdir / 'stage1')
+  study.stage2.train.init = str(workdir / begin[1])
   for name, (_, _, _, path, *given) in zip(('stage1', 'stage2'), commands, strict=True):
     assert given[:4] == ['--data', str(run[1]), '--workdir', str(workdir / name)]
     study[name].seed = 4

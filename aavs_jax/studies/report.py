@@ -118,19 +118,22 @@ def _scores(evaluation: Mapping) -> html.Scores:
 def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   """The command that makes each part of a run, by its name in the folder."""
   folder = folder.resolve()
+  study = _study(folder)
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
+  looks = study is not None and study['looks'] is not None
+  first, second = ('looks', 'looks') if looks else ('start', 'stage1')  # what each begins with
   stages = {
-    'stage1': f' --config.train.init={place}/start',
-    'stage2': f' --config.data.masks={place}/masks --config.train.init={place}/stage1',
+    'stage1': f' --config.train.init={place}/{first}',
+    'stage2': f' --config.data.masks={place}/masks --config.train.init={place}/{second}',
   }
   commands = {
     stage: f'aavs train --config configs/quick_{stage}.py --data {data} --workdir {place}/{stage}'
-    f'{given}{_overrides(folder, stage)}'
+    f'{given}{_overrides(study, folder, stage)}'
     for stage, given in stages.items()
   }
   commands['start'] = (
     f'aavs start --config configs/quick_stage1.py --data {data} --out {place}/start'
-    f'{_overrides(folder, "stage1")}'
+    f'{_overrides(study, folder, "stage1")}'
   )
   commands['masks'] = f'aavs masks --workdir {place}/stage1 --data {data} --out {place}/masks'
   for name, evaluation in EVALUATIONS.items():
@@ -144,13 +147,20 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   return commands
 
 
-def _overrides(folder: Path, stage: str) -> str:
-  """What the study that a run is of, if there is one, changes of the quickstart's stage."""
+def _study(folder: Path) -> dict | None:
+  """The config of the study that a run is of, if there is one."""
   shape = {'stage1': dict, 'stage2': dict, 'seeds': [int], ...: object}
   marks = [place / STUDY for place in (folder, folder.parent) if files.is_there(place / STUDY)]
   if not marks:
-    return ''
+    return None
   study = files.read_json(marks[0], {'config': shape, ...: object}, 'restore it')['config']
+  return {'looks': None, **study}
+
+
+def _overrides(study: dict | None, folder: Path, stage: str) -> str:
+  """What a run's study, if there is one, changes of the quickstart's stage."""
+  if study is None:
+    return ''
   seeds = {f'seed{seed}': seed for seed in study['seeds']}
   seed = seeds.get(folder.name, next(iter(seeds.values())))
   module = {'stage1': quick_stage1, 'stage2': quick_stage2}[stage]
