@@ -17,8 +17,8 @@ def get_config():
   config.looks.use_prior = False
   # As long as the validation rises, see launch/RESULTS.md.
   config.looks.train.steps = 600
-  config.stage1.train.steps = 600
-  config.stage2.train.steps = 600
+  config.stage1.train.steps = 400
+  config.stage2.train.steps = 400
   for stage in (config.looks, config.stage1, config.stage2):
     stage.train.eval_every_steps = 200
   return config
