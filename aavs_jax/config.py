@@ -48,7 +48,7 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  for stage in (config.stage1, config.stage2, config.looks):
+  for stage in (config.stage1, config.stage2, config.looks, config.robust):
     if stage is not None:
       check(stage)
   if not config.seeds:

@@ -19,6 +19,10 @@ def get_config():
   config.looks.train.steps = 600
   config.stage1.train.steps = 400
   config.stage2.train.steps = 400
-  for stage in (config.looks, config.stage1, config.stage2):
+  config.robust = config.stage2.copy_and_resolve_references()
+  config.robust.prior = dict(
+    soft=False, predicted=0.5, none=0.1, missing=0.1, added=0.1, moved=0.02, wrong=0.0
+  )
+  for stage in (config.looks, config.stage1, config.stage2, config.robust):
     stage.train.eval_every_steps = 200
   return config

@@ -12,6 +12,7 @@ from aavs_jax.studies import html
 # Name of an evaluation -> what it is called, and its colour.
 WAYS = {
   'stage2_oracle': ('two stages, true masks (oracle)', '#868e96'),
+  'robust_oracle': ('two stages, robust prior, true masks', '#adb5bd'),
   'robust_masks': ("two stages, robust prior, stage 1's masks", '#0b8457'),
   'stage2_masks': ("two stages as published, stage 1's masks", '#3b5bdb'),
   'end_to_end': ('one stage, as many frames', '#d9730d'),

@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_collections
 
 from aavs_jax.console import Progress, duration, say
+from aavs_jax.cross_fit import cross_fit
 from aavs_jax.hearing import hear
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.compose.dataset import compose
@@ -17,6 +18,11 @@ from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
+
+_FOLDS = 2
+_ROBUST = {
+  f'robust_{prior}': Evaluation('robust', prior=prior) for prior in ('masks', 'oracle', 'none')
+}
 
 
 def run_study(
@@ -151,8 +157,26 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
     say('    the same model end to end on semantic labels, for as many frames')
     train(single, folder / 'end_to_end')
     results |= scores({'end_to_end': Evaluation('end_to_end')}, folder, data=data, masks='')
+  if config.robust is not None:
+    robust = config.robust.copy_and_resolve_references()
+    robust.train.init = stage2.train.init or str(folder / 'stage1')
+    results |= _robust(stage1, robust, folder, data, seed)
   say(tables.format_table(list(results.values())))
   return results
+
+
+def _robust(stage1, stage2, folder: Path, data: str, seed: int) -> dict[str, dict]:
+  """Stage 2 once more, trained on what it will meet; its evaluations by name."""
+  masks = folder / 'masks'
+  if stage2.prior.predicted:
+    say("    stage 1's masks of the training clips, by models that have not been trained on them")
+    stage1 = stage1.copy_and_resolve_references()
+    stage1.seed = seed
+    cross_fit(stage1, folder / 'cross_fit', data=data, out=masks, folds=_FOLDS)
+  say('    stage 2 with a robust prior')
+  stage2.seed, stage2.data.root, stage2.data.masks = seed, data, str(masks)
+  train(stage2, folder / 'robust')
+  return scores(_ROBUST, folder, data=data, masks=masks)
 
 
 def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
