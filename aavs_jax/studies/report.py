@@ -139,6 +139,7 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
       f'aavs eval --data {data} --out {out}.json --workdir {place}/{evaluation.stage}'
       + (f' --audio {evaluation.audio}' if evaluation.audio != 'true' else '')
       + (' --oracle' if evaluation.prior == 'oracle' else '')
+      + (' --no-prior' if evaluation.prior == 'none' else '')
       + (f' --maps {out}' if evaluation.maps else '')
     )
   return commands
