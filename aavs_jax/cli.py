@@ -18,7 +18,8 @@ from aavs_jax import configs
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 _CONFIGS = Path(configs.__path__[0])
-_TAKE_OVERRIDES = ('start', 'train', 'bench', 'aot', 'quickstart')  # --config.KEY=VALUE
+# --config.KEY=VALUE
+_TAKE_OVERRIDES = ('start', 'train', 'cross-fit', 'bench', 'aot', 'quickstart')
 _CONFIG_FILE = 'config file; override with --config.KEY=VALUE'
 
 
@@ -222,7 +223,14 @@ def _masks_arguments(sub) -> None:
   sub.add_argument('--data', required=True)
   sub.add_argument('--out', required=True)
   sub.add_argument('--splits', default='val,test', help='(%(default)s)')
+  _soft_argument(sub)
   _distributed_argument(sub)
+
+
+def _soft_argument(sub) -> None:
+  sub.add_argument(
+    '--soft', action='store_true', help='probabilities, for config.prior.soft of stage 2'
+  )
 
 
 def _masks(args) -> None:
@@ -230,9 +238,33 @@ def _masks(args) -> None:
   from aavs_jax.hand_over import write_masks
 
   written = write_masks(
-    args.workdir, data=args.data, out=args.out, splits=tuple(args.splits.split(','))
+    args.workdir,
+    data=args.data,
+    out=args.out,
+    splits=tuple(args.splits.split(',')),
+    soft=args.soft,
   )
   say(f'masks of {written} clips written, the others were there; all in {args.out}')
+
+
+def _cross_fit_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help=f'of stage 1; {_CONFIG_FILE}')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--workdir', required=True, help='a work folder for each fold goes there')
+  sub.add_argument('--out', required=True, help="folder of stage 1's masks")
+  sub.add_argument('--folds', type=int, default=5, help='trainings of stage 1 (%(default)s)')
+  _soft_argument(sub)
+
+
+def _cross_fit(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.console import say
+  from aavs_jax.cross_fit import cross_fit
+
+  config = config_lib.load(args.config, args.overrides)
+  options = dict(data=args.data, out=args.out, folds=args.folds, soft=args.soft)
+  written = cross_fit(config, args.workdir, **options)
+  say(f'masks of {written} training clips written, the others were there; all in {args.out}')
 
 
 def _eval_arguments(sub) -> None:
@@ -248,6 +280,7 @@ def _eval_arguments(sub) -> None:
     help="what the model hears: its clip, another clip, nothing, noise, a clip of what isn't seen",
   )
   sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
+  sub.add_argument('--no-prior', action='store_true', help='stage 2 without any prior')
   sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
   sub.add_argument('--maps', help='folder for the predicted maps')
   _distributed_argument(sub)
@@ -265,6 +298,7 @@ def _eval(args) -> None:
     split=args.split,
     audio=args.audio,
     oracle=args.oracle,
+    no_prior=args.no_prior,
     mask_folder=args.masks,
     maps=args.maps,
     subsets=args.subsets.split(',') if args.subsets is not None else None,
@@ -555,6 +589,10 @@ _COMMANDS = (
    '--config.optimizer.lr=2e-4'),
   ('masks', _masks_arguments, _masks, "write stage 1's masks, the prior of stage 2",
    'aavs masks --workdir runs/stage1 --data data --out runs/masks'),
+  ('cross-fit', _cross_fit_arguments, _cross_fit,
+   'write such masks of training clips, each by a stage 1 that has not been trained on the clip',
+   'aavs cross-fit --config configs/avss_stage1.py --data data --workdir runs/cross_fit '
+   '--out runs/masks'),
   ('eval', _eval_arguments, _eval, 'score a trained stage on a split by every protocol',
    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json'),
   ('predict', _predict_arguments, _predict,

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -112,6 +113,11 @@ class Clip:
 
   def label_rgb_path(self, t: int) -> str:
     return os.path.join(self.folder, 'labels_rgb', f'{t}.png')
+
+
+def fold_of(clip: Clip, folds: int) -> int:
+  """To which of so many parts of a data set a clip belongs; its name alone decides."""
+  return zlib.crc32(f'{clip.subset}/{clip.uid}'.encode()) % folds
 
 
 def tables_in(root: str, data_set: DataSet) -> list[str]:

@@ -48,6 +48,10 @@ ORIGIN_QUERY = {**FROZEN, 'model.adaptive_query': False}
 FUSION = {'model.mask_fusion': False}
 KEY = {'model.robust_key': False}
 ATTENTION = {'model.prior_attention': False}
+ROBUST = {
+  'prior.predicted': 0.5, 'prior.none': 0.1, 'prior.missing': 0.1, 'prior.added': 0.1,
+  'prior.moved': 0.02,
+}  # fmt: skip
 ORACLE = {'oracle_prior': True}
 QUICK = {
   'data.image_size': 96,
@@ -113,6 +117,8 @@ TABLE = {
   'origin_attention:paper': {**STAGE2, **_paper(30, 10), **FUSION, **KEY, **ATTENTION},
   'oracle_prior': {**STAGE2, **ORACLE},
   'oracle_prior:paper': {**STAGE2, **_paper(30, 10), **ORACLE},
+  'avss_stage2_robust': {**STAGE2, **ROBUST},
+  'avss_stage2_robust:paper': {**STAGE2, **_paper(30, 10), **ROBUST},
   'quick_stage1': QUICK,
   'quick_stage2': {
     **QUICK,

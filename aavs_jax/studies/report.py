@@ -142,6 +142,7 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
       f'aavs eval --data {data} --out {out}.json --workdir {place}/{evaluation.stage}'
       + (f' --audio {evaluation.audio}' if evaluation.audio != 'true' else '')
       + (' --oracle' if evaluation.prior == 'oracle' else '')
+      + (' --no-prior' if evaluation.prior == 'none' else '')
       + (f' --maps {out}' if evaluation.maps else '')
     )
   return commands
@@ -407,6 +408,7 @@ def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> st
   truth = [load_label_ids(clip, t) for t in times]
   place = Path(clip.subset) / clip.uid
   masks = [_read_mask(workdir / 'masks' / place / f'{t}.png') for t in times]
+  masks = [mask if mask is None else mask > 127 for mask in masks]  # soft ones, too
   named = [_read_mask(workdir / 'eval' / 'stage2_masks' / place / f'{t}.png') for t in times]
 
   cells = ['<span></span>', *(f'<span class="faint">second {t}</span>' for t in times)]

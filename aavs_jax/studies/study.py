@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_collections
 
+from aavs_jax.configs import base
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.cross_fit import cross_fit
 from aavs_jax.hearing import hear
@@ -183,6 +184,7 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   """Stage 2's task without a prior, from the start, for the epochs of both stages."""
   single = stage2.copy_and_resolve_references()
   single.use_prior = False
+  single.prior = base.get_config().prior
   single.data.masks = ''
   single.train.init = stage1.train.init
   single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
