@@ -1,6 +1,6 @@
 """Where do stepping stones pay? Made clips of few and of many classes, each way of training."""
 
-from aavs_jax.configs import quickstart
+from aavs_jax.configs import avss_stage2_robust, quickstart
 
 
 def get_config():
@@ -20,9 +20,7 @@ def get_config():
   config.stage1.train.steps = 400
   config.stage2.train.steps = 400
   config.robust = config.stage2.copy_and_resolve_references()
-  config.robust.prior = dict(
-    soft=False, predicted=0.5, none=0.1, missing=0.1, added=0.1, moved=0.02, wrong=0.0
-  )
+  config.robust.prior.update(avss_stage2_robust.get_config().prior)
   for stage in (config.looks, config.stage1, config.stage2, config.robust):
     stage.train.eval_every_steps = 200
   return config
