@@ -14,6 +14,7 @@ from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.training import checkpoint, work_folder
+from aavs_jax.training.state import in_groups
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.
@@ -145,3 +146,10 @@ def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, mo
   tiny_stage1.data.on_bad_clip = 'skip'
   found = work_folder.read_clips(tiny_stage1, folder)
   assert found.train == clips and found.bad == []
+
+
+def test_what_a_start_lacks_is_named_by_its_largest_parts():
+  lacking = ['aavs/queries/positions', 'aavs/queries/features', 'aavs/block0/fc/kernel']
+  lacking += ['aavs/block1/fc/kernel', 'vggish/conv0/kernel']
+  others = ['aavs/block0/norm', 'aavs/block1/norm', 'aavs/decoder/layer0/kernel']
+  assert in_groups(lacking, others) == 'aavs/queries, aavs/block*/fc, vggish'

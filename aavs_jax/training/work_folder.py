@@ -242,7 +242,8 @@ def announce(
       'config.train.init names no start'
     )
   if lacking:
-    say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking)}')
+    others = sorted(state.flat.keys() - set(lacking))
+    say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking, others)}')
   if step:
     say(f'  going on from step {step}')
 
