@@ -1,6 +1,7 @@
 """The `aavs` command; every sub-command is a thin wrapper of a function of the library."""
 
 import argparse
+import dataclasses
 import errno
 import io
 import os
@@ -491,7 +492,9 @@ def _bench_input(args) -> None:
   from aavs_jax.input_pipeline import bench
 
   config = config_lib.load(args.config, args.overrides)
-  task, data = config_lib.task_of(config), config.data
+  # Made clips have neither masks by stage 1 nor, copied, a table.
+  task = dataclasses.replace(config_lib.task_of(config), predicted=0.0, negative_sound=0.0)
+  data = config.data
   loading = bench.Loading(data.item_frames, data.batch_items, data.threads, data.workers)
   if not args.data:
     say('  making clips of 1280x720 ...')

@@ -51,9 +51,23 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  for stage in (config.stage1, config.stage2, config.looks, config.robust):
-    if stage is not None:
-      check(stage)
+  for key in ('stage1', 'stage2', 'looks', 'robust'):
+    if key not in config:
+      raise UserError(f'{path} has no {key}: begin it with a copy of configs/quickstart.py')
+    if config[key] is not None:
+      check(config[key])
+  soft = config.stage2.prior.soft
+  if config.robust is not None and config.robust.prior.soft != soft:
+    raise UserError(
+      f'config.robust.prior.soft is {not soft} and config.stage2.prior.soft is {soft}, but both '
+      'read the same masks: make them equal'
+    )
+  several = not isinstance(config.num_classes, int)
+  if several and not (config.end_to_end or config.robust):
+    raise UserError(
+      f'config.num_classes is {config.num_classes}, and there is nothing to compare for them: set '
+      'config.end_to_end, or use one number'
+    )
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')
   return config
@@ -133,10 +147,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     'config.oracle_prior reads no masks, use 0',
   )
   need('data.negative_sound', data.negative_sound <= 1, 'use a share of at most 1')
-  fold, *folds = data.leave_out
+  whole = all(type(number) is int for number in data.leave_out)
   need(
     'data.leave_out',
-    len(folds) == 1 and (fold < folds[0] or data.leave_out == (0, 0)),
+    data.leave_out == (0, 0)
+    or (len(data.leave_out) == 2 and whole and data.leave_out[0] < data.leave_out[1]),
     'use (k, K), 0 <= k < K, to leave out part k of K, or (0, 0)',
   )
   need(

@@ -33,6 +33,8 @@ class Evaluation(NamedTuple):
   subsets: Sequence[str] | None = None
 
 
+FOLDS = 2  # of the training clips, where stage 2 is trained on stage 1's masks of them
+
 EVALUATIONS = {
   'stage1_true': Evaluation('stage1'),
   'stage1_other': Evaluation('stage1', audio='other'),
@@ -76,7 +78,7 @@ def stepping_stones(
     say('  all there')
   if stage2.prior.predicted:
     say('    and those of the training clips, by models that have not been trained on them')
-    cross_fit(stage1, folder / 'cross_fit', data=data, out=out, soft=soft)
+    cross_fit(stage1, folder / 'cross_fit', data=data, out=out, folds=FOLDS, soft=soft)
 
   say('[5] stage 2: what it is')
   stage2.train.init = stage2.train.init or str(folder / 'stage1')

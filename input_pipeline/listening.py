@@ -120,7 +120,8 @@ def negative_sound(
 ) -> Sound:
   """Silence, noise or the sound of a clip in which nothing sounds that clip number `place` shows.
 
-  The latter only if it is known what the clip shows, and if there is one.
+  The latter only if it is known what the clip shows, and if there is one. AVSBench tells of what
+  sounds alone: what is seen there without a sound may be heard then, with nothing to find.
   """
   shown = objects[place]
   choice = rng.integers(2 if shown is None else 3)

@@ -66,6 +66,8 @@ def of_scores(scores: np.ndarray, soft: bool) -> np.ndarray:
   sounds = np.argmax(scores, 1) == 1
   if not soft:
     return (sounds * 255).astype(np.uint8)
+  if scores.min() < 0:
+    raise ValueError(f'a score of {scores.min()} has no share of a probability')
   silence, sound = np.moveaxis(np.maximum(scores, 1e-12), 1, 0)
   level = np.rint(255 * sound / (silence + sound))
   return np.where(sounds, np.maximum(level, 128), np.minimum(level, 127)).astype(np.uint8)
@@ -77,7 +79,7 @@ def read_mask(root: str, clip: Clip, t: int, size: int, soft: bool = False) -> n
   Raises UserError if missing, damaged or of another size.
   """
   path = mask_path(root, clip, t)
-  advice = 'restore it, or write the masks again with `aavs masks`'
+  advice = f'restore it, or write the masks again with `{_writer(root)}`'
   try:
     # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
     # is smaller than its pixels and the frame of a PNG.
@@ -116,17 +118,24 @@ def read_source(root: str | os.PathLike) -> dict | None:
   return {'kind': kind_of(soft=False), **found}
 
 
+def _writer(root: str | os.PathLike) -> str:
+  return 'aavs cross-fit' if os.path.basename(root) == CROSS_FITTED else 'aavs masks'
+
+
 def kind_of(soft: bool) -> str:
   return 'soft' if soft else 'hard'
 
 
 def require_kind(root: str | os.PathLike, soft: bool) -> None:
   """Raises UserError if a folder holds masks of the other kind than a config reads."""
+  write = f'{_writer(root)}{" --soft" * soft}'
+  if not os.path.isdir(root):
+    raise UserError(f'{root} is missing: name a folder of masks, which `{write}` writes')
   found = (read_source(root) or {'kind': kind_of(soft=False)})['kind']
   if found != kind_of(soft):
     raise UserError(
       f'{root} holds {found} masks, but config.prior.soft is {soft}: name a folder of '
-      f'{kind_of(soft)} ones, which `aavs masks{" --soft" * soft}` writes'
+      f'{kind_of(soft)} ones, which `{write}` writes'
     )
 
 

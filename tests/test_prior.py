@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import pathlib
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -356,12 +358,30 @@ class TestCrossFit:
 
   def test_other_folds_and_kinds_are_refused(self, fitted, data_root):
     folder, _, _ = fitted
-    with pytest.raises(UserError, match='begun with other clips'):
+    with pytest.raises(UserError, match='begun with folds 3, not 2'):
       self._run(data_root, folder, folds=2)
-    with pytest.raises(UserError, match='holds hard masks, and these are soft'):
+    with pytest.raises(UserError, match='begun with kind hard, not soft'):
       self._run(data_root, folder, soft=True)
     with pytest.raises(UserError, match='use 2 or more'):
       self._run(data_root, folder, folds=1)
+
+  def test_a_start_that_has_seen_the_clips_is_refused(self, fitted, data_root, tmp_path):
+    config = _stand_in(data_root)
+    config.train.init = str(fitted[0] / 'runs' / 'fold0')
+    with pytest.raises(UserError, match=r'which was trained on .* not to have seen'):
+      cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks', folds=2)
+
+  def test_clips_that_training_leaves_out_get_no_masks(self, data_root, tmp_path):
+    root = tmp_path / 'data'
+    shutil.copytree(data_root, root)
+    clip = read_index(root, 'train')[0]
+    pathlib.Path(clip.frame_path(0)).write_bytes(b'no picture')
+    config = _stand_in(str(root))
+    config.data.on_bad_clip, config.data.max_bad_clips = 'skip', 1
+    out = tmp_path / 'masks'
+    written = cross_fit(config, tmp_path / 'runs', data=str(root), out=out, folds=2)
+    assert written == len(read_index(root, 'train')) - 1
+    assert not (out / masks.CROSS_FITTED / clip.subset / clip.uid).exists()
 
   def test_training_compares_what_it_reads_of_them(self, fitted, stage1, data_root, tmp_path):
     folder, _, _ = fitted
@@ -404,9 +424,22 @@ def test_parts_of_the_training_clips_do_not_depend_on_the_others(data_root, tiny
     work_folder.read_clips(tiny_stage1, epath.Path(tmp_path))
 
 
+def test_windows_of_one_video_are_in_one_part(data_root):
+  clip = read_index(data_root, 'train')[0]
+  windows = [
+    dataclasses.replace(clip, subset=subset, uid=f'-a_b_{start}_{start + 5000}')
+    for start in range(0, 50_000, 5000)
+    for subset in ('v1s', 'v2')
+  ]
+  assert len({fold_of(window, 7) for window in windows}) == 1
+
+
 @pytest.mark.parametrize(
   ('changes', 'words'),
   [
+    ({'data.leave_out': ()}, 'leave out part k'),
+    ({'data.leave_out': (0.5, 3)}, 'leave out part k'),
+    ({'data.leave_out': (3, 3)}, 'leave out part k'),
     ({'prior.predicted': 0.7, 'prior.none': 0.4}, 'more than all items'),
     ({'prior.predicted': 0.7, 'oracle_prior': True}, 'reads no masks'),
     ({'prior.moved': 1.5}, 'at most 1'),

@@ -131,6 +131,8 @@ def test_a_study_of_several_numbers_of_classes(tmp_path):
   config.stage1, config.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
   config.looks = tiny.get_config('stage2')
   config.looks.use_prior = False
+  config.robust = tiny.get_config('stage2')
+  config.robust.prior.predicted = config.robust.prior.none = 0.5
   workdir = tmp_path / 'run'
   page = study.run_study(config, workdir)
   assert page == workdir / 'comparison.html' and '<svg' in page.read_text()
@@ -138,10 +140,14 @@ def test_a_study_of_several_numbers_of_classes(tmp_path):
   assert list(tables) == ['2', '3']
   looks = json.loads((workdir / 'classes2' / 'looks' / 'config.json').read_text())
   assert looks['train']['init'].endswith('/start')
-  for stage in ('stage1', 'stage2', 'end_to_end'):
+  for stage in ('stage1', 'stage2', 'end_to_end', 'robust', 'cross_fit/fold1'):
     stage = json.loads((workdir / 'classes2' / stage / 'config.json').read_text())
     assert stage['train']['init'].endswith('/looks')
-  with pytest.raises(UserError, match='classes of its own'):
+  priors = {'robust_masks': 'stage1', 'robust_oracle': 'oracle', 'robust_none': 'none'}
+  for name, prior in priors.items():
+    assert json.loads((workdir / f'classes3/eval/{name}.json').read_text())['prior'] == prior
+    assert len(tables['3'][name]['iou_sounding']) == 1
+  with pytest.raises(UserError, match='classes and looks of its own'):
     study.run_study(config, tmp_path / 'other', data=str(workdir / 'classes2' / 'data'))
 
 
@@ -151,18 +157,15 @@ def test_a_comparison_says_what_each_way_scored(tmp_path):
     return {'overall': row, 'dataset': {'overall': {'iou_sounding': located, 'miou': located}}}
 
   def seed(shift):
-    heard = {
-      f'stage1_{audio}': evaluation(0, 0.7) | {'subsets': {'v1m': {'miou': iou}}}
-      for audio, iou in (('true', 0.75), ('other', 0.25))
-    }
-    return heard | {
+    return {
+      'stage1_true': evaluation(0, 0.7),
       'stage2_masks': evaluation(0.5 + shift, 0.6),
       'end_to_end': evaluation(0.25, 0.5),
     }
 
   table = comparison.compare([seed(0.125), seed(-0.125)])
   assert table['stage2_masks']['miou_occurring'] == [0.625, 0.375]
-  assert table['stage1'] == {'iou_sounding': [0.7, 0.7], 'listening_v1m': [0.5, 0.5]}
+  assert table['stage1'] == {'iou_sounding': [0.7, 0.7]}
   assert 'stage2_oracle' not in table
   comparison.write(tmp_path, {8: table, 70: table})
   page = (tmp_path / 'comparison.html').read_text()

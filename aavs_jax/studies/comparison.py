@@ -31,20 +31,14 @@ def compare(results: Sequence[Mapping[str, Mapping]]) -> Table:
 
   Returns:
     For the names of WAYS that are there and 'stage1': AVSBench's mIoU and F over the classes that
-    occur, and the data set's IoU of what sounds, whatever its class; of stage 1 that alone, with
-    the difference that the right sound makes on v1m.
+    occur, and the data set's IoU of what sounds, whatever its class; of stage 1 that alone.
   """
   table = {}
   for name in (way for way in WAYS if way in results[0]):
     rows = [{**r[name]['dataset']['overall'], **r[name]['overall']} for r in results]
     table[name] = {score: [row[score] for row in rows] for score in _SCORES}
-  heard = [r['stage1_true'] for r in results]
-  table['stage1'] = {'iou_sounding': [r['dataset']['overall']['miou'] for r in heard]}
-  if 'v1m' in heard[0]['subsets']:
-    pairs = [
-      [r[f'stage1_{a}']['subsets']['v1m']['miou'] for a in ('true', 'other')] for r in results
-    ]
-    table['stage1']['listening_v1m'] = [true - other for true, other in pairs]
+  heard = [r['stage1_true']['dataset']['overall']['miou'] for r in results]
+  table['stage1'] = {'iou_sounding': heard}
   return table
 
 
@@ -57,8 +51,9 @@ def write(folder: Path, tables: Mapping[int, Table]) -> None:
   """
   files.write_json(folder / 'comparison.json', {str(n): table for n, table in tables.items()})
   body = (
-    '<h1>Where do stepping stones pay?</h1><p class="lead">The same model, the same start and as '
-    'many frames for every way of training; mean over seeds, their range in brackets.</p>'
+    '<h1>Where do stepping stones pay?</h1><p class="lead">The same model; one stage sees as many '
+    'frames as two together. For the robust prior stage 1 is trained again without each part of '
+    'the clips, which is not counted. Mean over seeds, their range in brackets.</p>'
     + (html.section('mIoU by the number of classes', picture(tables)) if len(tables) > 1 else '')
     + ''.join(html.section(f'{n} classes', _table(table)) for n, table in tables.items())
   )

@@ -116,15 +116,18 @@ def _scores(evaluation: Mapping) -> html.Scores:
 
 
 def _commands(folder: Path, data: str | Path) -> dict[str, str]:
-  """The command that makes each part of a run, by its name in the folder."""
+  """The command that makes each part of a run, by its name in the folder.
+
+  None of a study with more than the quickstart's parts: its own command is the only one for these.
+  """
   folder = folder.resolve()
   study = _study(folder)
+  if study and (study['looks'] or study['robust']):
+    return {}
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
-  looks = study is not None and study['looks'] is not None
-  first, second = ('looks', 'looks') if looks else ('start', 'stage1')  # what each begins with
   stages = {
-    'stage1': f' --config.train.init={place}/{first}',
-    'stage2': f' --config.data.masks={place}/masks --config.train.init={place}/{second}',
+    'stage1': f' --config.train.init={place}/start',
+    'stage2': f' --config.data.masks={place}/masks --config.train.init={place}/stage1',
   }
   commands = {
     stage: f'aavs train --config configs/quick_{stage}.py --data {data} --workdir {place}/{stage}'
@@ -155,7 +158,7 @@ def _study(folder: Path) -> dict | None:
   if not marks:
     return None
   study = files.read_json(marks[0], {'config': shape, ...: object}, 'restore it')['config']
-  return {'looks': None, **study}
+  return {'looks': None, 'robust': None, **study}
 
 
 def _overrides(study: dict | None, folder: Path, stage: str) -> str:
@@ -179,10 +182,14 @@ def _overrides(study: dict | None, folder: Path, stage: str) -> str:
 
 def _missing(run: _Run, names: Sequence[str]) -> str:
   """A line for each part that is not there, with the command that makes it."""
+
+  def way(name):
+    if name not in run.commands:
+      return 'The command of the study makes it when it is given again.'
+    return f'Make it with <code>{html.text(run.commands[name])}</code>'
+
   return ''.join(
-    f'<p class="missing">Not there yet: {html.text(name)}. Make it with '
-    f'<code>{html.text(run.commands[name])}</code></p>'
-    for name in names
+    f'<p class="missing">Not there yet: {html.text(name)}. {way(name)}</p>' for name in names
   )
 
 

@@ -15,12 +15,11 @@ from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.scoring import tables
-from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
+from aavs_jax.stepping_stones import EVALUATIONS, FOLDS, Evaluation, scores, stepping_stones
 from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
 
-_FOLDS = 2
 _ROBUST = {
   f'robust_{prior}': Evaluation('robust', prior=prior) for prior in ('masks', 'oracle', 'none')
 }
@@ -44,18 +43,18 @@ def run_study(
 
   Raises:
     UserError: workdir holds something else, or a study with other settings; `data` is inside a
-      workdir that is to be removed, or given for several numbers of classes; faults of config or
-      data.
+      workdir that is to be removed, or given where the study makes clips of its own; faults of
+      config or data.
   """
   # However they are written, the same folders are the same study.
   workdir = Path(workdir).resolve()
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
   several = not isinstance(config.num_classes, int)
-  if several and data:
+  if data and (several or config.looks is not None):
     raise UserError(
-      f'--data {data} has classes of its own, but config.num_classes is {config.num_classes}: '
-      'leave --data out, or take a study of one number, such as configs/quickstart.py'
+      f'--data {data} has classes and looks of its own, and this study makes clips of '
+      f'{config.num_classes} classes: leave --data out, or take configs/quickstart.py'
     )
   _refuse_foreign(workdir)
   if fresh:
@@ -97,7 +96,7 @@ def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> lis
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
   say('[7] report')
   reports = [write_report(folder, data) for folder in folders.values()]
-  if config.end_to_end:
+  if len(results[0]) > len(EVALUATIONS):  # there is more than one way
     comparison.write(workdir, {config.num_classes: comparison.compare(results)})
     return [workdir / 'comparison.html', *reports]
   return reports
@@ -150,7 +149,7 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   stage1, stage2 = (stage.copy_and_resolve_references() for stage in (config.stage1, config.stage2))
   stage1.train.init = _start(config, folder, data, seed)
   if config.looks is not None:  # as the published stages, which begin with the same
-    stage2.train.init = stage1.train.init
+    stage2.train.init = stage2.train.init or stage1.train.init
   results = stepping_stones(stage1, stage2, folder, data=data, seed=seed)
   if config.end_to_end:
     single = _end_to_end(stage1, stage2)
@@ -160,7 +159,7 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
     results |= scores({'end_to_end': Evaluation('end_to_end')}, folder, data=data, masks='')
   if config.robust is not None:
     robust = config.robust.copy_and_resolve_references()
-    robust.train.init = stage2.train.init or str(folder / 'stage1')
+    robust.train.init = robust.train.init or stage2.train.init or str(folder / 'stage1')
     results |= _robust(stage1, robust, folder, data, seed)
   say(tables.format_table(list(results.values())))
   return results
@@ -173,7 +172,9 @@ def _robust(stage1, stage2, folder: Path, data: str, seed: int) -> dict[str, dic
     say("    stage 1's masks of the training clips, by models that have not been trained on them")
     stage1 = stage1.copy_and_resolve_references()
     stage1.seed = seed
-    cross_fit(stage1, folder / 'cross_fit', data=data, out=masks, folds=_FOLDS)
+    cross_fit(
+      stage1, folder / 'cross_fit', data=data, out=masks, folds=FOLDS, soft=stage2.prior.soft
+    )
   say('    stage 2 with a robust prior')
   stage2.seed, stage2.data.root, stage2.data.masks = seed, data, str(masks)
   train(stage2, folder / 'robust')

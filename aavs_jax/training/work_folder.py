@@ -47,7 +47,7 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 _CLASSES = 'classes.json'  # names of the classes of the data set
-_BAD_CLIPS = 'bad_clips.json'
+CLIPS, BAD_CLIPS = 'clips.json', 'bad_clips.json'
 _RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
@@ -86,7 +86,7 @@ def _bad_clips(
   config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
 ) -> list[dict[str, str]]:
   """Those noted when the run began, which has a checkpoint; else all are read to find them."""
-  listing = workdir / _BAD_CLIPS
+  listing = workdir / BAD_CLIPS
   begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
     return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
@@ -109,7 +109,7 @@ def claim(
   Raises:
     UserError: on all processes, if they do not begin with the same.
   """
-  path, listing = workdir / 'config.json', workdir / 'clips.json'
+  path, listing = workdir / 'config.json', workdir / CLIPS
   found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips.train + clips.val]
   common = json.loads(config_lib.to_json(config))
   common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
@@ -118,7 +118,7 @@ def claim(
     if distributed.is_first():
       files.write_json(path, config.to_dict())
       files.write_json(listing, found)
-      files.write_json(workdir / _BAD_CLIPS, clips.bad)
+      files.write_json(workdir / BAD_CLIPS, clips.bad)
       files.write_json(workdir / _CLASSES, clips.train[0].data_set.classes)
     return
   if files.read_json(listing, [str], _RESTORE) != found:
