@@ -514,6 +514,9 @@ def _aot_arguments(sub) -> None:
   sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
   sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
   sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
+  sub.add_argument(
+    '--breakdown', action='store_true', help='also cycles, FLOPs and bytes by part of the model'
+  )
   sub.add_argument('--json', help='also write the figures here')
 
 
@@ -524,7 +527,7 @@ def _aot(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
-  from aavs_jax.perf.aot import aot, format_report
+  from aavs_jax.perf.aot import aot, format_breakdown, format_report
 
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')
@@ -532,6 +535,9 @@ def _aot(args) -> None:
   if args.json:
     write_json(args.json, {'config': args.config, **result})
   say(format_report(result))
+  if args.breakdown:
+    for name in ('train', 'predict'):
+      say(f'{name}, by part\n{format_breakdown(result[name]["parts"])}')
 
 
 def _selftest_arguments(sub) -> None:

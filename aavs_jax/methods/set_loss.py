@@ -126,13 +126,14 @@ def set_loss(
 ) -> dict[str, jax.Array]:
   """Weighted terms 'class', 'mask', 'dice' of one prediction set; 'query': matches int32 [n, k]."""
   null = class_logits.shape[-1] - 1
-  cost = matching_cost(
-    *jax.lax.stop_gradient((class_logits, _mask_logits_at(embeddings, features, draws.matcher))),
-    targets.classes,
-    sample_targets(targets, draws.matcher[:, None]),
-    config,
-  )
-  query = match(cost)
+  with jax.named_scope('matching'):
+    cost = matching_cost(
+      *jax.lax.stop_gradient((class_logits, _mask_logits_at(embeddings, features, draws.matcher))),
+      targets.classes,
+      sample_targets(targets, draws.matcher[:, None]),
+      config,
+    )
+    query = match(cost)
   real = _real(targets)
 
   # Class loss over all queries; those without a target should say null.
@@ -147,11 +148,12 @@ def set_loss(
 
   # Not mask_logits[frame, query], for which the masks of all devices' frames would be gathered.
   matched = jnp.take_along_axis(mask_logits, query[..., None, None], axis=1)  # n k h w
-  points = _loss_points(
-    jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
-  )
-  logits = sample(matched[:, :, None], points, sampling)[:, :, 0]
-  truth = sample_targets(targets, points)
+  with jax.named_scope('points'):
+    points = _loss_points(
+      jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
+    )
+    logits = sample(matched[:, :, None], points, sampling)[:, :, 0]
+    truth = sample_targets(targets, points)
   cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)
   probability = jax.nn.sigmoid(logits)
   overlap = jnp.sum(probability * truth, -1)
