@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -350,9 +351,12 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
   number, status, no_model, tmp_path, monkeypatch, capsys
 ):
   make_clip(tmp_path / 'clip', range(2), 2)
-  monkeypatch.setattr(
-    'aavs_jax.predict.overlay_binary', lambda frame, mask: os.kill(os.getpid(), number)
-  )
+
+  def end(frame, mask):
+    os.kill(os.getpid(), number)
+    time.sleep(60)  # another thread may take the signal first; this one hears of it soon
+
+  monkeypatch.setattr('aavs_jax.predict.overlay_binary', end)
   before = signal.getsignal(signal.SIGTERM)
   try:
     ended = cli.main(

@@ -75,6 +75,7 @@ QUICK = {
   'model.decoder_ffn': 128,
   'model.audio_hidden': 128,
   'model.sampling': 'dense',
+  'model.remat': 'none',
   'vggish.conv_widths': (8, 16, 24, 24, 32, 32),
   'vggish.dense_widths': (128,),
   'vggish.embedding': 64,
