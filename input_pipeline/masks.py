@@ -61,13 +61,14 @@ def of_scores(scores: np.ndarray, soft: bool) -> np.ndarray:
   """Masks uint8 [T, e, e] of stage 1's scores [T, 2, e, e] of silence and sound, 0 or more each.
 
   Hard ones are 255 where the score of sound is the larger one. The probability of soft ones is the
-  share that sound has of both scores; 128 or more is exactly where a hard mask is 255.
+  share that sound has of both scores; 128 or more is exactly where a hard mask is 255. Raises
+  UserError if there can be no share.
   """
   sounds = np.argmax(scores, 1) == 1
   if not soft:
     return (sounds * 255).astype(np.uint8)
   if scores.min() < 0:
-    raise ValueError(f'a score of {scores.min()} has no share of a probability')
+    raise UserError('this method has scores below 0, of which no mask is a share: leave soft out')
   silence, sound = np.moveaxis(np.maximum(scores, 1e-12), 1, 0)
   level = np.rint(255 * sound / (silence + sound))
   return np.where(sounds, np.maximum(level, 128), np.minimum(level, 127)).astype(np.uint8)
