@@ -1,6 +1,7 @@
 """The `aavs` command; every sub-command is a thin wrapper of a function of the library."""
 
 import argparse
+import dataclasses
 import errno
 import io
 import os
@@ -18,7 +19,8 @@ from aavs_jax import configs
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 _CONFIGS = Path(configs.__path__[0])
-_TAKE_OVERRIDES = ('start', 'train', 'bench', 'aot', 'quickstart')  # --config.KEY=VALUE
+# --config.KEY=VALUE
+_TAKE_OVERRIDES = ('start', 'train', 'cross-fit', 'bench', 'aot', 'quickstart')
 _CONFIG_FILE = 'config file; override with --config.KEY=VALUE'
 
 
@@ -37,6 +39,7 @@ def _compose_arguments(sub) -> None:
     choices=('semantic', 'object'),
     help='object: as AVSBench-object, v1s and v1m alone, 224x224, binary labels (%(default)s)',
   )
+  sub.add_argument('--visible', action='store_true', help='label all that is seen; nothing sounds')
 
 
 def _compose(args) -> None:
@@ -57,6 +60,7 @@ def _compose(args) -> None:
       seed=args.seed,
       sprites=args.sprites,
       layout=args.layout,
+      visible=args.visible,
       progress=lambda done, _: progress.advance_to(done),
     )
   say(f'{total} clips in {args.root}' + (', none of v2' if args.layout == 'object' else ''))
@@ -220,7 +224,14 @@ def _masks_arguments(sub) -> None:
   sub.add_argument('--data', required=True)
   sub.add_argument('--out', required=True)
   sub.add_argument('--splits', default='val,test', help='(%(default)s)')
+  _soft_argument(sub)
   _distributed_argument(sub)
+
+
+def _soft_argument(sub) -> None:
+  sub.add_argument(
+    '--soft', action='store_true', help='probabilities, for config.prior.soft of stage 2'
+  )
 
 
 def _masks(args) -> None:
@@ -228,9 +239,33 @@ def _masks(args) -> None:
   from aavs_jax.hand_over import write_masks
 
   written = write_masks(
-    args.workdir, data=args.data, out=args.out, splits=tuple(args.splits.split(','))
+    args.workdir,
+    data=args.data,
+    out=args.out,
+    splits=tuple(args.splits.split(',')),
+    soft=args.soft,
   )
   say(f'masks of {written} clips written, the others were there; all in {args.out}')
+
+
+def _cross_fit_arguments(sub) -> None:
+  sub.add_argument('--config', required=True, help=f'of stage 1; {_CONFIG_FILE}')
+  sub.add_argument('--data', required=True)
+  sub.add_argument('--workdir', required=True, help='a work folder for each fold goes there')
+  sub.add_argument('--out', required=True, help="folder of stage 1's masks")
+  sub.add_argument('--folds', type=int, default=5, help='trainings of stage 1 (%(default)s)')
+  _soft_argument(sub)
+
+
+def _cross_fit(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.console import say
+  from aavs_jax.cross_fit import cross_fit
+
+  config = config_lib.load(args.config, args.overrides)
+  options = dict(data=args.data, out=args.out, folds=args.folds, soft=args.soft)
+  written = cross_fit(config, args.workdir, **options)
+  say(f'masks of {written} training clips written, the others were there; all in {args.out}')
 
 
 def _eval_arguments(sub) -> None:
@@ -246,6 +281,7 @@ def _eval_arguments(sub) -> None:
     help="what the model hears: its clip, another clip, nothing, noise, a clip of what isn't seen",
   )
   sub.add_argument('--oracle', action='store_true', help='ground truth as the prior of stage 2')
+  sub.add_argument('--no-prior', action='store_true', help='stage 2 without any prior')
   sub.add_argument('--masks', default='', help='prior of stage 2, if not that of its config')
   sub.add_argument('--maps', help='folder for the predicted maps')
   _distributed_argument(sub)
@@ -263,6 +299,7 @@ def _eval(args) -> None:
     split=args.split,
     audio=args.audio,
     oracle=args.oracle,
+    no_prior=args.no_prior,
     mask_folder=args.masks,
     maps=args.maps,
     subsets=args.subsets.split(',') if args.subsets is not None else None,
@@ -455,7 +492,9 @@ def _bench_input(args) -> None:
   from aavs_jax.input_pipeline import bench
 
   config = config_lib.load(args.config, args.overrides)
-  task, data = config_lib.task_of(config), config.data
+  # Made clips have neither masks by stage 1 nor, copied, a table.
+  task = dataclasses.replace(config_lib.task_of(config), predicted=0.0, negative_sound=0.0)
+  data = config.data
   loading = bench.Loading(data.item_frames, data.batch_items, data.threads, data.workers)
   if not args.data:
     say('  making clips of 1280x720 ...')
@@ -475,6 +514,9 @@ def _aot_arguments(sub) -> None:
   sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
   sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
   sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
+  sub.add_argument(
+    '--breakdown', action='store_true', help='also cycles, FLOPs and bytes by part of the model'
+  )
   sub.add_argument('--json', help='also write the figures here')
 
 
@@ -485,7 +527,7 @@ def _aot(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
-  from aavs_jax.perf.aot import aot, format_report
+  from aavs_jax.perf.aot import aot, format_breakdown, format_report
 
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')
@@ -493,6 +535,9 @@ def _aot(args) -> None:
   if args.json:
     write_json(args.json, {'config': args.config, **result})
   say(format_report(result))
+  if args.breakdown:
+    for name in ('train', 'predict'):
+      say(f'{name}, by part\n{format_breakdown(result[name]["parts"])}')
 
 
 def _selftest_arguments(sub) -> None:
@@ -553,6 +598,10 @@ _COMMANDS = (
    '--config.optimizer.lr=2e-4'),
   ('masks', _masks_arguments, _masks, "write stage 1's masks, the prior of stage 2",
    'aavs masks --workdir runs/stage1 --data data --out runs/masks'),
+  ('cross-fit', _cross_fit_arguments, _cross_fit,
+   'write such masks of training clips, each by a stage 1 that has not been trained on the clip',
+   'aavs cross-fit --config configs/avss_stage1.py --data data --workdir runs/cross_fit '
+   '--out runs/masks'),
   ('eval', _eval_arguments, _eval, 'score a trained stage on a split by every protocol',
    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json'),
   ('predict', _predict_arguments, _predict,

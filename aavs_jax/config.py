@@ -19,12 +19,15 @@ from aavs_jax.input_pipeline.index import require_classes
 from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Task
 from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.input_pipeline.prepared import require_sizes
+from aavs_jax.input_pipeline.prior import Faults
 
 # All numbers of a config are finite and positive; these may be zero besides.
 _MAY_BE_ZERO = (
   'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'optimizer.lr',
   'optimizer.lr_phase2', 'optimizer.weight_decay', 'optimizer.clip_norm',
   'optimizer.warmup_steps', 'train.phase2_epoch', 'train.steps', 'train.eval_every_steps',
+  'data.leave_out', 'data.negative_sound', 'prior.predicted', 'prior.none', 'prior.missing',
+  'prior.added', 'prior.moved', 'prior.wrong',
 )  # fmt: skip
 
 _OF_METHOD = ('model', 'vggish', 'loss')  # sections that are another method's own affair
@@ -48,8 +51,23 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  check(config.stage1)
-  check(config.stage2)
+  for key in ('stage1', 'stage2', 'looks', 'robust'):
+    if key not in config:
+      raise UserError(f'{path} has no {key}: begin it with a copy of configs/quickstart.py')
+    if config[key] is not None:
+      check(config[key])
+  soft = config.stage2.prior.soft
+  if config.robust is not None and config.robust.prior.soft != soft:
+    raise UserError(
+      f'config.robust.prior.soft is {not soft} and config.stage2.prior.soft is {soft}, but both '
+      'read the same masks: make them equal'
+    )
+  several = not isinstance(config.num_classes, int)
+  if several and not (config.end_to_end or config.robust):
+    raise UserError(
+      f'config.num_classes is {config.num_classes}, and there is nothing to compare for them: set '
+      'config.end_to_end, or use one number'
+    )
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')
   return config
@@ -113,6 +131,29 @@ def check(config: ml_collections.ConfigDict) -> None:
     config.use_prior or not config.oracle_prior,
     'a model without config.use_prior takes no prior, leave it False',
   )
+  prior = config.prior
+  for key, value in prior.items():
+    needless = not (value and not config.use_prior)
+    need(f'prior.{key}', needless, 'a model without config.use_prior takes no prior, leave it out')
+    need(f'prior.{key}', value <= 1, 'use a share or probability of at most 1')
+  need(
+    'prior.none',
+    prior.none + prior.predicted <= 1,
+    f'with config.prior.predicted = {prior.predicted} these are more than all items, lower one',
+  )
+  need(
+    'prior.predicted',
+    not (prior.predicted and config.oracle_prior),
+    'config.oracle_prior reads no masks, use 0',
+  )
+  need('data.negative_sound', data.negative_sound <= 1, 'use a share of at most 1')
+  whole = all(type(number) is int for number in data.leave_out)
+  need(
+    'data.leave_out',
+    data.leave_out == (0, 0)
+    or (len(data.leave_out) == 2 and whole and data.leave_out[0] < data.leave_out[1]),
+    'use (k, K), 0 <= k < K, to leave out part k of K, or (0, 0)',
+  )
   need(
     'data.subsets',
     data.subsets and all(isinstance(name, str) and ',' not in name for name in data.subsets),
@@ -148,6 +189,7 @@ def stage_of(config: ml_collections.ConfigDict) -> str:
 
 def task_of(config: ml_collections.ConfigDict) -> Task:
   """What the input pipeline needs to know of a config."""
+  prior = config.prior
   return Task(
     semantic=config.task == 'semantic',
     num_classes=config.num_classes,
@@ -157,6 +199,11 @@ def task_of(config: ml_collections.ConfigDict) -> Task:
     all_frames=config.data.all_frames,
     use_prior=config.use_prior,
     masks='' if config.oracle_prior else config.data.masks,
+    soft=prior.soft,
+    predicted=prior.predicted,
+    none=prior.none,
+    negative_sound=config.data.negative_sound,
+    faults=Faults(prior.missing, prior.added, prior.moved, prior.wrong),
   )
 
 

@@ -27,6 +27,7 @@ def evaluate(
   split: str = 'test',
   audio: str = 'true',
   oracle: bool = False,
+  no_prior: bool = False,
   mask_folder: str = '',
   maps: str | Path | None = None,
   subsets: Sequence[str] | None = None,
@@ -43,6 +44,7 @@ def evaluate(
     split: train, val or test.
     audio: what the model hears, see listening.choose_sounds.
     oracle: ground truth as the prior of stage 2, as with config.oracle_prior.
+    no_prior: stage 2 does without a prior, see prior.UNKNOWN.
     mask_folder: stage 1's masks, if not those of the config.
     maps: folder for the predicted class ids as PNG, MAPS/SUBSET/UID/T.png.
     subsets: which to score, if not those of the config.
@@ -57,14 +59,15 @@ def evaluate(
   tables_file = epath.Path(out).with_suffix('.md')
   if tables_file == epath.Path(out):
     raise UserError(f'--out {out} is where the tables go, beside the JSON: name it .json')
-  if oracle and mask_folder:
-    raise UserError(f'--oracle and --masks {mask_folder} are two priors: give one of them')
+  given = ['--oracle'] * oracle + ['--no-prior'] * no_prior
+  given += [f'--masks {mask_folder}'] if mask_folder else []
+  if len(given) > 1:
+    raise UserError(f'{given[0]} and {given[1]} are two priors: give one of them')
   if maps is not None:
     masks.refuse_data_set(maps)
   config, variables, step = load_trained(workdir)
-  if (oracle or mask_folder) and not config.use_prior:
-    given = '--oracle' if oracle else f'--masks {mask_folder}'
-    raise UserError(f'{given} is given, but the model of {workdir} takes no prior: leave it out')
+  if given and not config.use_prior:
+    raise UserError(f'{given[0]} is given, but the model of {workdir} takes no prior: leave it out')
   config.oracle_prior = oracle or (config.oracle_prior and not mask_folder)
   if mask_folder:
     config.data.masks = str(mask_folder)
@@ -79,10 +82,20 @@ def evaluate(
       masks.write_clip_masks(str(maps), clip, ids)
 
   name = config_lib.stage_of(config)
-  prior = None if not config.use_prior else 'oracle' if config.oracle_prior else 'stage1'
+  prior = 'none' if no_prior else 'oracle' if config.oracle_prior else 'stage1'
+  prior = prior if config.use_prior else None
   title = f'{name} on {split}, {audio} audio' + (f', {prior} prior' if prior else '')
   predictor = Predictor(methods.of(config))
-  summary = score(config, predictor, variables, clips, audio=audio, on_clip=on_clip, title=title)
+  summary = score(
+    config,
+    predictor,
+    variables,
+    clips,
+    audio=audio,
+    no_prior=no_prior,
+    on_clip=on_clip,
+    title=title,
+  )
   result = {
     'name': name,
     'task': config.task,

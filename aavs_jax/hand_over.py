@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
+import ml_collections
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
@@ -12,28 +12,36 @@ from aavs_jax.console import Progress
 from aavs_jax.devices import distributed
 from aavs_jax.devices.distributed import share
 from aavs_jax.input_pipeline import files, items, masks
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.scoring.predictor import Predictor, ahead, predict_clips
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import load_trained
+from aavs_jax.types import Variables
 
 
 def write_masks(
-  workdir: str | Path, *, data: str, out: str | Path, splits: Sequence[str] = ('val', 'test')
+  workdir: str | Path,
+  *,
+  data: str,
+  out: str | Path,
+  splits: Sequence[str] = ('val', 'test'),
+  soft: bool = False,
 ) -> int:
   """The hand-over: stage 1's masks of every clip of the splits, OUT/SUBSET/UID/{0..}.png.
 
   Clips whose masks are there and sound already are left alone, so a killed run goes on where it
-  was; masks of another checkpoint are not mixed in: the folder remembers which one wrote it. Of
-  several processes, all of which must call this, each writes its share of the clips.
+  was; masks of another checkpoint or kind are not mixed in: the folder remembers which one wrote
+  it, and whether soft ones. Of several processes, all of which must call this, each writes its
+  share of the clips.
 
   Returns:
     Number of clips written now, by all processes.
 
   Raises:
     UserError: the model is not of stage 1; `out` is a data set, holds masks of another model or
-      something else in their place; faults of model or data.
+      kind, or something else in their place; faults of model or data.
   """
   masks.refuse_data_set(out)
   config, variables, step = load_trained(workdir)
@@ -41,17 +49,34 @@ def write_masks(
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
   clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
   config_lib.require_fit(clips, config)
-  source = {'checkpoint': str(workdir), 'step': step, 'digest': digest(variables)}
-  _claim_masks(Path(out), source, clips[0].data_set.subsets)
+  source = {
+    'checkpoint': str(workdir),
+    'step': step,
+    'digest': digest(variables),
+    'kind': masks.kind_of(soft),
+  }
+  claim_masks(Path(out), source, clips[0].data_set.subsets)
+  return write_clips(config, variables, clips, out=out, soft=soft)
+
+
+def write_clips(
+  config: ml_collections.ConfigDict,
+  variables: Variables,
+  clips: Sequence[Clip],
+  *,
+  out: str | Path,
+  soft: bool,
+) -> int:
+  """The masks of clips by a model of stage 1, in a folder that is claimed; see write_masks."""
   size = config.data.eval_size
-  todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size)]
+  todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size, soft)]
   task, predictor = config_lib.task_of(config), Predictor(methods.of(config))
   batches = predictor.batches(
     config, todo, lambda item: items.load_unlabelled_item(todo[item.clip], item, task)
   )
 
   def write(clip, scores):
-    masks.write_clip_masks(str(out), clip, (np.argmax(scores, 1) * 255).astype(np.uint8))
+    masks.write_clip_masks(str(out), clip, masks.of_scores(scores, soft))
 
   threads = config.data.threads
   with (
@@ -69,7 +94,7 @@ def write_masks(
   return sum(distributed.gather(len(todo)))
 
 
-def _claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
+def claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
   """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
   found = masks.read_source(folder)
   if found is not None:
@@ -77,6 +102,11 @@ def _claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
       raise UserError(
         f'{folder} holds masks of another model ({found["checkpoint"]}, step {found["step"]}): '
         'remove it or name another folder'
+      )
+    if found['kind'] != source['kind']:
+      raise UserError(
+        f'{folder} holds {found["kind"]} masks, and these are {source["kind"]}: remove it or name '
+        'another folder'
       )
     return
   for subset in subsets:

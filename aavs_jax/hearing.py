@@ -26,7 +26,8 @@ from aavs_jax.training import work_folder
 from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
 
-STEPS, BATCH, LEARNING_RATE = 300, 64, 2e-3
+BATCH, LEARNING_RATE = 64, 2e-3
+STEPS = 300  # for up to eight classes, and in proportion for more
 _SECONDS = 6000  # that are read of a large data set, about
 _MIXED = 0.5  # share of the examples that are mixtures
 _LOUDNESS = 0.3  # of their parts: spread of the logarithm of its factor
@@ -113,7 +114,8 @@ def _labelled(clips: Sequence[Clip]) -> int:
 def _train(config, log_mel: np.ndarray, sounding: np.ndarray, rng: np.random.Generator):
   """Parameters of the network, and log_mel [n 96 64] -> what sounds bool [n c]."""
   network = VGGish(**config.vggish.to_dict())
-  schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, STEPS // 6, STEPS)
+  steps = round(STEPS * max(1, sounding.shape[1] / 8))
+  schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, steps // 6, steps)
   optimizer = optax.adamw(schedule, weight_decay=0.01)
 
   def init(key):
@@ -136,8 +138,8 @@ def _train(config, log_mel: np.ndarray, sounding: np.ndarray, rng: np.random.Gen
 
   params = jax.jit(init)(jax.random.key(config.seed))
   state = optimizer.init(params)
-  with Progress('learning to hear', STEPS, 'steps') as progress:
-    for _ in range(STEPS):
+  with Progress('learning to hear', steps, 'steps') as progress:
+    for _ in range(steps):
       params, state = step(params, state, *_batch(log_mel, sounding, rng))
       progress.advance(1)
   compiled = jax.jit(lambda log_mel: logits(params, log_mel) > 0)

@@ -18,6 +18,7 @@ from aavs_jax.console import say
 from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import read_image, resize_frame
+from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.media.video import Window, read_windows, write_overlay_video
 from aavs_jax.scoring.predictor import Predictor
@@ -188,11 +189,12 @@ def load_models(
   """
   if stage1 is None and stage2 is None:
     raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
-  locate = classify = None
+  locate, classify, soft = None, None, False
   if stage1 is not None:
     config1, locate = _load_model(stage1, 'binary')
   if stage2 is not None:
     config2, classify = _load_model(stage2, 'semantic')
+    soft = config2.prior.soft
     if config2.use_prior and locate is None:
       raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1')
     if config2.use_prior and config1.data.eval_size != config2.data.eval_size:
@@ -202,11 +204,13 @@ def load_models(
       )
 
   def answer(frames, log_mel):
-    masks = classes = None
+    masks = classes = prior = None
     if locate is not None:
-      masks = (np.argmax(locate(frames, log_mel, None), 1) * 255).astype(np.uint8)
+      scores = locate(frames, log_mel, None)
+      masks = of_scores(scores, soft=False)
+      prior = of_scores(scores, soft=True) if soft else masks
     if classify is not None:
-      classes = classify(frames, log_mel, masks)
+      classes = classify(frames, log_mel, prior)
     if masks is None:
       masks = ((classes > 0) * 255).astype(np.uint8)
     return masks, classes

@@ -3,7 +3,8 @@
 Stage 1 learns where the sound comes from. Stage 2 learns what it is, and is given where: the prior.
 While stage 2 trains, the prior is the TRUTH, its labels without their classes
 (items.load_training_item). Stage 1's masks take its place in validation and test alone
-(items.load_eval_item), so they are written of these splits and of no other.
+(items.load_eval_item), so they are written of these splits and of no other. Where
+config.prior.predicted says otherwise, training meets such masks as well, see cross_fit.py.
 """
 
 import functools
@@ -15,6 +16,7 @@ import ml_collections
 
 from aavs_jax import evaluate, hand_over
 from aavs_jax.console import say
+from aavs_jax.cross_fit import cross_fit
 from aavs_jax.input_pipeline.masks import source_digest
 from aavs_jax.train import train
 from aavs_jax.training import checkpoint
@@ -26,10 +28,12 @@ class Evaluation(NamedTuple):
 
   stage: str  # the folder of its model, below that of the run
   audio: str = 'true'
-  prior: str = ''  # of stage 2: 'masks', those of stage 1, or 'oracle', the truth
+  prior: str = ''  # of stage 2: 'masks', those of stage 1, 'oracle', the truth, or 'none'
   maps: bool = False  # keep what is predicted, in eval/NAME
   subsets: Sequence[str] | None = None
 
+
+FOLDS = 2  # of the training clips, where stage 2 is trained on stage 1's masks of them
 
 EVALUATIONS = {
   'stage1_true': Evaluation('stage1'),
@@ -69,16 +73,20 @@ def stepping_stones(
   train(stage1, folder / 'stage1')
 
   say("[4] stage 1's masks of val and test, the stepping stones of stage 2")
-  if not hand_over.write_masks(folder / 'stage1', data=data, out=folder / 'masks'):
+  out, soft = folder / 'masks', stage2.prior.soft
+  if not hand_over.write_masks(folder / 'stage1', data=data, out=out, soft=soft):
     say('  all there')
+  if stage2.prior.predicted:
+    say('    and those of the training clips, by models that have not been trained on them')
+    cross_fit(stage1, folder / 'cross_fit', data=data, out=out, folds=FOLDS, soft=soft)
 
   say('[5] stage 2: what it is')
   stage2.train.init = stage2.train.init or str(folder / 'stage1')
-  stage2.data.masks = str(folder / 'masks')
+  stage2.data.masks = str(out)
   train(stage2, folder / 'stage2')
 
   say('[6] evaluation on the test split')
-  return scores(EVALUATIONS, folder, data=data, masks=folder / 'masks')
+  return scores(EVALUATIONS, folder, data=data, masks=out)
 
 
 def scores(
@@ -112,6 +120,7 @@ def scores(
       out=out,
       audio=audio,
       oracle=prior == 'oracle',
+      no_prior=prior == 'none',
       mask_folder=str(masks) if prior == 'masks' else '',
       maps=out.with_suffix('') if maps else None,
       subsets=subsets,

@@ -131,7 +131,7 @@ class _Run:
     given = work_folder.load_start(
       config, self.method, needed=latest is None or bool(plan.boundary)
     )
-    work_folder.claim_inputs(workdir, config, self.clips.val, given, latest)
+    work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     first, lacking = start.first(config, self.method, self.mesh, self.key, given)
     del given
     shapes = jax.eval_shape(lambda: first)

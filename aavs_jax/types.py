@@ -28,7 +28,7 @@ Batch = Mapping[str, jax.Array]
 #   log_mel         float32 [n 96 64]  VGGish example of the frame's second
 #   labels          uint8 [n h w]      class ids (binary stage: 0 or 1), 255 = ignored
 #   target_classes  int32 [n k]        label values present in the frame, ascending, -1 = padding
-#   prior           uint8 [n e e]      0 or 255: what sounds (stage 2 only); e is data.eval_size
+#   prior           uint8 [n e e]      0 to 255: what sounds (stage 2 only); e is data.eval_size
 #   weight          float32 [n]        1, or 0 for padding and frames without loss
 #   position        int32 [n]          place in the batch of all processes (training)
 #   group           int32 [n]          frames of one item have the same (training); < n

@@ -24,6 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.root = ''  # a folder of a data set, such as one in either of AVSBench's layouts
   config.data.masks = ''  # stage 1's masks, the prior of validation and test in stage 2
+  config.data.leave_out = (0, 0)  # (k, K): train without part k of K, see cross_fit.py; (0, 0): all
+  # Share of training items that hear silence, noise or a clip of what they do not show; no target.
+  config.data.negative_sound = 0.0
   config.data.subsets = ('v1s', 'v1m', 'v2')
   config.data.image_size = 384
   config.data.eval_size = 224  # of predictions, masks and metrics
@@ -37,6 +40,16 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.workers = 0  # processes that read for each process in training
   config.data.on_bad_clip = 'error'  # 'skip': training leaves out clips with a file it cannot use
   config.data.max_bad_clips = 0  # with 'skip': more of them are an error
+
+  # Stage 2 trains on the truth as its prior. The rest is for what it will meet: masks with faults.
+  config.prior = ml_collections.ConfigDict()
+  config.prior.soft = False  # data.masks holds probabilities of stage 1 and not its decisions
+  config.prior.predicted = 0.0  # share of training items with stage 1's masks, by `aavs cross-fit`
+  config.prior.none = 0.0  # share of training items without a prior: 128 of 255 in every pixel
+  config.prior.missing = 0.0  # in all others: probability that an object that sounds is taken out,
+  config.prior.added = 0.0  # that one is put in that does not sound in this second,
+  config.prior.moved = 0.0  # share of the side by which edges and place may be off,
+  config.prior.wrong = 0.0  # probability that the mask is somewhere else
 
   config.model = ml_collections.ConfigDict()
   config.model.num_queries = 30

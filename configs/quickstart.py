@@ -20,6 +20,11 @@ def get_config() -> ml_collections.ConfigDict:
   for stage in (config.stage1, config.stage2):  # what hears comes with the start, and stays
     stage.train.trainable = (r'^(?!vggish/)',)
   config.seeds = (0,)
+  # A stage that learns the looks of the classes before both stages begin, from silent clips in
+  # which all that can be seen is labelled; None leaves it out.
+  config.looks = None
+  # A stage 2 that is trained beside the published one, with config.prior; None leaves it out.
+  config.robust = None
   # Also train the same model on semantic labels from the start, for as many frames as both stages
   # together; False leaves it out.
   config.end_to_end = False

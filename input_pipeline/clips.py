@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import os
+import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -112,6 +114,14 @@ class Clip:
 
   def label_rgb_path(self, t: int) -> str:
     return os.path.join(self.folder, 'labels_rgb', f'{t}.png')
+
+
+def fold_of(clip: Clip, folds: int) -> int:
+  """To which of so many parts of a data set a clip belongs; all of one video are in the same.
+
+  The video's name alone decides: a uid without the milliseconds at its end, if it has them.
+  """
+  return zlib.crc32(re.sub(r'_\d+_\d+$', '', clip.uid).encode()) % folds
 
 
 def tables_in(root: str, data_set: DataSet) -> list[str]:

@@ -1,4 +1,4 @@
-"""What an evaluation lets a clip hear: its own sound, another one, silence or noise."""
+"""What a clip is made to hear: its own sound, another one, silence or noise."""
 
 import itertools
 import zlib
@@ -98,6 +98,41 @@ def offscreen_sounds(split: Sequence[Clip]) -> list[Clip]:
   return [chosen[clip] for clip in split]
 
 
+Objects = tuple[set[str], set[str]]  # names of the classes that sound in a clip, and it shows
+
+
+def known_objects(split: Sequence[Clip]) -> list[Objects | None]:
+  """Of each clip; None where the labels of its data set do not tell classes.
+
+  Raises:
+    UserError: they do, but the clip's table does not.
+  """
+  telling = [c for c in split if c.category or c.data_set.label_kind == 'semantic']
+  found = _read_objects(telling)
+  return [found.get(clip) for clip in split]
+
+
+def negative_sound(
+  split: Sequence[Clip],
+  place: int,
+  objects: Sequence[Objects | None],
+  rng: np.random.Generator,
+) -> Sound:
+  """Silence, noise or the sound of a clip in which nothing sounds that clip number `place` shows.
+
+  The latter only if it is known what the clip shows, and if there is one. AVSBench tells of what
+  sounds alone: what is seen there without a sound may be heard then, with nothing to find.
+  """
+  shown = objects[place]
+  choice = rng.integers(2 if shown is None else 3)
+  if choice == 2:
+    begin = int(rng.integers(len(split)))
+    for other in itertools.chain(range(begin, len(split)), range(begin)):
+      if objects[other] and objects[other][0] and not objects[other][0] & shown[1]:
+        return split[other]
+  return 'silence' if choice == 0 else 'noise'
+
+
 def _by_subset(split: Sequence[Clip]) -> dict[str, list[Clip]]:
   groups = {}
   for clip in split:
@@ -111,7 +146,7 @@ def _from_half_way_round(members: Sequence[Clip], place: int) -> Iterator[Clip]:
   return (members[(place + count // 2 + k) % count] for k in range(count))
 
 
-def _read_objects(split: Sequence[Clip]) -> dict[Clip, tuple[set[str], set[str]]]:
+def _read_objects(split: Sequence[Clip]) -> dict[Clip, Objects]:
   """For each clip the names of the classes that sound in it, and of those that it shows.
 
   From the columns a_obj and visible of metadata.csv, names joined by "_". Only made data sets have

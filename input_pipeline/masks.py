@@ -1,6 +1,11 @@
-"""Stage 1's masks on disk: MASKS/SUBSET/UID/{0..}.png, 0 or 255.
+"""Stage 1's masks on disk: MASKS/SUBSET/UID/{0..}.png.
 
-They are the prior of stage 2 in validation and test.
+They are the prior of stage 2 in validation and test. Hard ones, the published kind, are what stage
+1 has decided, 0 or 255; soft ones are 255 times the probability of sound, see of_scores. A folder
+holds masks of one kind.
+
+MASKS/cross_fitted/ is such a folder of training clips, each predicted by a model that has not been
+trained on it: the prior of training, where config.prior.predicted asks for it.
 """
 
 import io
@@ -16,7 +21,8 @@ from . import files, index
 from .clips import Clip, tables_in
 from .errors import UserError, of_disk
 
-SOURCE = 'source.json'  # in a folder of masks: which model wrote them
+SOURCE = 'source.json'  # in a folder of masks: which model wrote them, and of which kind they are
+CROSS_FITTED = 'cross_fitted'
 _PNG_FRAME = 1 << 16  # bytes of a PNG beside its pixels, at most
 
 
@@ -51,10 +57,30 @@ def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:
       shutil.rmtree(final)
 
 
-def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
-  """uint8 [size, size] of 0 and 255. Raises UserError if missing, damaged or of another size."""
+def of_scores(scores: np.ndarray, soft: bool) -> np.ndarray:
+  """Masks uint8 [T, e, e] of stage 1's scores [T, 2, e, e] of silence and sound, 0 or more each.
+
+  Hard ones are 255 where the score of sound is the larger one. The probability of soft ones is the
+  share that sound has of both scores; 128 or more is exactly where a hard mask is 255. Raises
+  UserError if there can be no share.
+  """
+  sounds = np.argmax(scores, 1) == 1
+  if not soft:
+    return (sounds * 255).astype(np.uint8)
+  if scores.min() < 0:
+    raise UserError('this method has scores below 0, of which no mask is a share: leave soft out')
+  silence, sound = np.moveaxis(np.maximum(scores, 1e-12), 1, 0)
+  level = np.rint(255 * sound / (silence + sound))
+  return np.where(sounds, np.maximum(level, 128), np.minimum(level, 127)).astype(np.uint8)
+
+
+def read_mask(root: str, clip: Clip, t: int, size: int, soft: bool = False) -> np.ndarray:
+  """uint8 [size, size]; of 0 and 255, or from 0 to 255 if soft.
+
+  Raises UserError if missing, damaged or of another size.
+  """
   path = mask_path(root, clip, t)
-  advice = 'restore it, or write the masks again with `aavs masks`'
+  advice = f'restore it, or write the masks again with `{_writer(root)}`'
   try:
     # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
     # is smaller than its pixels and the frame of a PNG.
@@ -74,18 +100,44 @@ def read_mask(root: str, clip: Clip, t: int, size: int) -> np.ndarray:
     if of_disk(error):
       raise
     raise UserError(f'{path} is not a readable PNG ({error}): {advice}') from None
-  if mask.ndim != 2 or mask.dtype != np.uint8 or not np.isin(mask, (0, 255)).all():
-    raise UserError(f'{path} holds values other than 0 and 255: {advice}')
+  if mask.ndim != 2 or mask.dtype != np.uint8 or not (soft or np.isin(mask, (0, 255)).all()):
+    values = '8-bit grey' if soft else '0 and 255'
+    raise UserError(f'{path} holds values other than {values}: {advice}')
   return mask
 
 
 def read_source(root: str | os.PathLike) -> dict | None:
-  """Which model wrote a folder of masks: 'checkpoint', 'step', 'digest'; None if it is unknown."""
+  """Which model wrote a folder of masks, 'checkpoint', 'step' and 'digest', and of which 'kind'.
+
+  None if it is unknown. Folders that do not tell their kind hold hard masks.
+  """
   note = pathlib.Path(root, SOURCE)
   if not note.exists():
     return None
-  shape = {'checkpoint': str, 'step': int, 'digest': str}
-  return files.read_json(note, shape, 'restore it, or write the masks anew in another folder')
+  shape = {'checkpoint': str, 'step': int, 'digest': str, ...: object}
+  found = files.read_json(note, shape, 'restore it, or write the masks anew in another folder')
+  return {'kind': kind_of(soft=False), **found}
+
+
+def _writer(root: str | os.PathLike) -> str:
+  return 'aavs cross-fit' if os.path.basename(root) == CROSS_FITTED else 'aavs masks'
+
+
+def kind_of(soft: bool) -> str:
+  return 'soft' if soft else 'hard'
+
+
+def require_kind(root: str | os.PathLike, soft: bool) -> None:
+  """Raises UserError if a folder holds masks of the other kind than a config reads."""
+  write = f'{_writer(root)}{" --soft" * soft}'
+  if not os.path.isdir(root):
+    raise UserError(f'{root} is missing: name a folder of masks, which `{write}` writes')
+  found = (read_source(root) or {'kind': kind_of(soft=False)})['kind']
+  if found != kind_of(soft):
+    raise UserError(
+      f'{root} holds {found} masks, but config.prior.soft is {soft}: name a folder of '
+      f'{kind_of(soft)} ones, which `{write}` writes'
+    )
 
 
 def source_digest(root: str | os.PathLike) -> str | None:
@@ -94,11 +146,11 @@ def source_digest(root: str | os.PathLike) -> str | None:
   return source and source['digest']
 
 
-def is_complete(root: str, clip: Clip, size: int) -> bool:
+def is_complete(root: str, clip: Clip, size: int, soft: bool = False) -> bool:
   """Whether every mask of the clip is there and sound."""
   try:
     for t in range(clip.num_frames):
-      read_mask(root, clip, t, size)
+      read_mask(root, clip, t, size, soft)
   except UserError:
     return False
   return True

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 import grain
 import numpy as np
 
-from . import packing
+from . import listening, packing
 from .clips import Clip
 from .errors import UserError
 from .index import require_classes
-from .items import EVAL_ITEM_FRAMES, Item, Task, load_training_item, make_items
+from .items import EVAL_ITEM_FRAMES, Item, Lot, Task, load_training_item, make_items
 from .read_ahead import read_ahead, unless_stopping
 
 
@@ -37,16 +37,45 @@ def _place(
   return {'group': np.repeat(items, frames), **batch, 'position': position}
 
 
-def _load_item(item: Item, clips: Sequence[Clip], task: Task) -> dict[str, np.ndarray]:
-  return load_training_item(clips[item.clip], item, task)
+def _load_item(
+  item: Item, clips: Sequence[Clip], task: Task, lot: Lot | None = None
+) -> dict[str, np.ndarray]:
+  return load_training_item(clips[item.clip], item, task, lot)
 
 
-def _load_slot(slot: packing.Slot, clips: Sequence[Clip], task: Task) -> dict[str, np.ndarray]:
+def _load_slot(
+  slot: packing.Slot, clips: Sequence[Clip], task: Task, lot: Lot | None = None
+) -> dict[str, np.ndarray]:
   item = Item(slot.clip, slot.part * packing.SLOT_FRAMES, packing.SLOT_FRAMES)
-  batch = _load_item(item, clips, task)
+  batch = _load_item(item, clips, task, lot)
   if slot.empty:
     batch['weight'] = np.zeros_like(batch['weight'])
   return batch | {'group': np.full(packing.SLOT_FRAMES, slot.begin, np.int32)}
+
+
+def _with_lot(
+  place: int,
+  item: Item | packing.Slot,
+  clips: Sequence[Clip],
+  task: Task,
+  seed: int,
+  objects: Sequence[listening.Objects | None],
+) -> tuple[Item | packing.Slot, Lot]:
+  """An item and what chance decides of it, which follows from seed and place in the stream."""
+  key = (seed, place - getattr(item, 'part', 0))  # a clip in two slots has one lot
+  rng = np.random.default_rng(key)
+  share = rng.random()
+  prior = 'none' if share < task.none else 'predicted'
+  prior = prior if share < task.none + task.predicted else 'truth'
+  negative = None
+  if rng.random() < task.negative_sound:
+    negative = listening.negative_sound(clips, item.clip, objects, rng)
+  return item, Lot(key, prior, negative)
+
+
+def _load_drawn(drawn: tuple[Item | packing.Slot, Lot], load) -> dict[str, np.ndarray]:
+  item, lot = drawn
+  return load(item, lot=lot)
 
 
 def _is_packed(item_frames: int, batch_items: int) -> bool:
@@ -112,7 +141,7 @@ def training_batches(
       packing.py.
     batch_items: items of a batch, or slots of five frames where whole clips are packed; of all
       processes together.
-    seed: of the order.
+    seed: of the order, and of what task.draws leaves to chance.
     start: number of the first batch.
     threads: that read, in each worker.
     workers: loader processes, 0 = threads of this one; `close` the stream where there are any.
@@ -138,6 +167,12 @@ def training_batches(
     order = grain.MapDataset.source(items).seed(seed).shuffle().repeat(None)
   local = batch_items // processes
   load = functools.partial(_load_slot if packed else _load_item, clips=clips, task=task)
+  if task.draws:
+    objects = listening.known_objects(clips) if task.negative_sound else ()
+    options = dict(clips=clips, task=task, seed=seed, objects=objects)
+    # Before the items are dealt out to processes: the place is that in the stream of all.
+    order = order.map_with_index(functools.partial(_with_lot, **options))
+    load = functools.partial(_load_drawn, load=load)
   place = functools.partial(_place, items=local, process=process, processes=processes)
   dataset = (
     order[process::processes]

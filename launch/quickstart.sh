@@ -4,4 +4,6 @@
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 make_environment ""
+# On a CPU two devices of half a batch each take a fifth less time than one with threads inside.
+export JAX_NUM_CPU_DEVICES="${JAX_NUM_CPU_DEVICES:-2}"
 exec .venv/bin/aavs quickstart "$@"

@@ -46,6 +46,6 @@ def method(config) -> Method:
     return wrong + 1e-2 * decay, {'entropy': wrong}
 
   def predict(outputs):
-    return outputs[0].transpose(0, 3, 1, 2)
+    return jax.nn.softmax(outputs[0]).transpose(0, 3, 1, 2)
 
   return Method(init, apply, totals, loss, predict, sees=('frames', 'log_mel'))

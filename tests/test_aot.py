@@ -113,6 +113,35 @@ class TestText:
     assert done.open_loops == 1
     assert done.cycles == 3 * 100  # of a fusion as a whole
 
+  def test_the_parts_add_up_to_the_whole(self):
+    text = MODULE.replace('"a (b"', '"jit(f)/transpose(jvp(AAVS))/layer12/mlp/fc1/dot_general"')
+    done = hlo.work(text)
+    assert done.parts['AAVS/layer*/mlp', 'backward'].flops == done.flops
+    assert done.parts['', 'forward'].cycles == 300
+    for name in ('flops', 'bytes', 'cycles'):
+      assert sum(getattr(part, name) for part in done.parts.values()) == getattr(done, name)
+    # The all-reduces of both loops have no estimate, nor has what is copied.
+    assert done.parts['', 'forward'].silent > 0
+
+  @pytest.mark.parametrize(
+    'name, part',
+    [
+      ('jit(train_step)/jvp(AAVS)/decoder/layer3/self/key/add', ('AAVS/decoder/layer*', 'forward')),
+      (
+        'jit(train_step)/jvp()/loss/while/body/closed_call/matching/vmap(jit(_uniform))/slice',
+        ('loss/matching', 'forward'),
+      ),
+      (
+        'jit(s)/transpose(jvp(AAVS))/checkpoint/rematted_computation/backbone/stage0_block1/mul;x/y',
+        ('AAVS/backbone/stage*_block*', 'again'),
+      ),
+      ('jit(train_step)/optimizer/add', ('optimizer', 'forward')),
+      ('add', ('', 'forward')),
+    ],
+  )
+  def test_names_tell_parts(self, name, part):
+    assert hlo.part_of(name) == part
+
   def test_traffic_is_that_of_hbm_as_laid_out(self):
     # Each round reads one slice of the stack and the state; the product stays on the chip, S(1).
     loop = 3 * (2 * 128 * 256 + 4 * 4 * 128)
@@ -216,7 +245,7 @@ def test_the_search_finds_the_largest_that_fits(limit, first, step):
 
 
 def test_the_estimate_is_that_of_the_figures_it_states():
-  done = hlo.Work(197e9, 819e6, 0.0, {'all-reduce': hlo.Collective(10, 200_000_000)}, 0)
+  done = hlo.Work(197e9, 819e6, 0.0, {'all-reduce': hlo.Collective(10, 200_000_000)}, 0, {})
   # A ring of 16 chips each way has all four links of 50 GB/s; a sum passes twice.
   pod = aot.roofline(done, aot.parse_topology('v5e:16x16'))
   assert (pod['products'], pod['hbm']) == (1e-3, 1e-3)

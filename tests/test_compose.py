@@ -119,6 +119,22 @@ def test_labels_show_who_sounds(root):
   assert 0.04 < np.median(areas) < 0.16
 
 
+def test_all_that_is_visible_can_be_labelled_and_nothing_sounds(tmp_path):
+  clips = {'train': {'v1m': 3}}
+  silent = compose(tmp_path / 'visible', clips=clips, size=SIZE, visible=True)
+  heard = compose(tmp_path / 'some', clips=clips, size=SIZE)
+  for row, twin in zip(rows_of(silent), rows_of(heard), strict=True):
+    assert row['uid'] == twin['uid'] and row['a_obj'] == row['visible'] == twin['visible']
+    assert seconds_of(row) == [set()] * 5
+    assert np.abs(read_audio(silent, row)).max() < 0.02 < np.abs(read_audio(heard, twin)).max()
+    for t in range(5):
+      frames = [root / 'v1m' / row['uid'] / f'frames/{t}.jpg' for root in (silent, heard)]
+      assert frames[0].read_bytes() == frames[1].read_bytes()
+      everything, some = read_ids(silent, row, t), read_ids(heard, twin, t)
+      assert (everything[some > 0] == some[some > 0]).all()
+      assert len(np.unique(everything)) >= 3  # the background and two objects or more
+
+
 def test_each_vggish_example_hears_its_own_second_only(root):
   row = next(r for r in rows_of(root) if r['label'] == 'v2' and '||' in r['seconds'])
   audio = read_audio(root, row)

@@ -28,6 +28,14 @@ MAY_BE_ZERO = {
   'data.item_frames',  # whole clips
   'data.workers',  # the process reads by itself
   'data.max_bad_clips',
+  'data.leave_out',  # no part
+  'data.negative_sound',
+  'prior.predicted',  # as published
+  'prior.none',
+  'prior.missing',
+  'prior.added',
+  'prior.moved',
+  'prior.wrong',
   'model.swin.depths',  # a stage that only merges patches
   'model.swin.drop_path',
   'model.encoder_layers',  # the projected maps as they are
@@ -79,7 +87,7 @@ def test_every_number_is_checked(key):
 
 def test_where_zero_is_accepted_a_step_can_be_taken():
   config = tiny.get_config('stage1')
-  for key in MAY_BE_ZERO - {'model.swin.depths'}:
+  for key in MAY_BE_ZERO - {'model.swin.depths', 'data.leave_out'}:
     config.update_from_flattened_dict({key: type(VALUES[key][0])(0)})
   config.model.swin.depths = (0, 0, 0, 0)
   config_lib.check(config)
@@ -113,6 +121,11 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
     ('data.subsets', ('v1s,v1m',), "\"('v1s','v1m')\""),
     ('data.subsets', (1, 2), "\"('v1s','v1m')\""),
     ('data.subsets', (), "\"('v1s','v1m')\""),
+    ('prior.missing', 0.1, 'a model without config.use_prior'),
+    ('prior.soft', True, 'a model without config.use_prior'),
+    ('data.negative_sound', 1.5, 'at most 1'),
+    ('data.leave_out', (3, 3), 'part k of K'),
+    ('data.leave_out', (0, 3, 1), 'part k of K'),
     ('data.masks', 'None', 'write --config.data.masks= for none'),
     ('train.init', 'None', 'write --config.train.init= for none'),
   ],

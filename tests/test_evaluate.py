@@ -373,7 +373,24 @@ def test_priors_that_make_no_sense_are_refused(stage1, stage2, data_root, tmp_pa
     evaluate.evaluate(stage1, mask_folder='here', **options)
   with pytest.raises(UserError, match='--oracle and --masks here are two priors'):
     evaluate.evaluate(stage2, oracle=True, mask_folder='here', **options)
+  with pytest.raises(UserError, match=r'--no-prior is given, but the model of .*stage1 takes no'):
+    evaluate.evaluate(stage1, no_prior=True, **options)
+  with pytest.raises(UserError, match='--oracle and --no-prior are two priors'):
+    evaluate.evaluate(stage2, oracle=True, no_prior=True, **options)
   assert not (tmp_path / 'r.json').exists()
+
+
+def test_stage_2_can_be_scored_without_a_prior(stage2, data_root, tmp_path, monkeypatch):
+  given, call = [], Predictor.__call__
+
+  def watched(self, variables, batch):
+    given.append(np.unique(batch['prior']).tolist())
+    return call(self, variables, batch)
+
+  monkeypatch.setattr(Predictor, '__call__', watched)
+  result = evaluate.evaluate(stage2, data=data_root, out=tmp_path / 'r.json', no_prior=True)
+  assert result['prior'] == 'none' and result['masks_digest'] is None
+  assert given and all(values == [128] for values in given)
 
 
 class TestWriteMasks:

@@ -353,6 +353,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
   monkeypatch.setattr(
     'aavs_jax.predict.overlay_binary', lambda frame, mask: os.kill(os.getpid(), number)
   )
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
   before = signal.getsignal(signal.SIGTERM)
   try:
     ended = cli.main(

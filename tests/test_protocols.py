@@ -110,6 +110,9 @@ def test_the_data_set_level_of_the_semantic_task_counts_the_pixels_of_all_clips(
     else:
       assert row['iou'] is row['fscore'] is row['jf'] is None
   overall, known = dataset['overall'], np.nan_to_num(values)
+  predicted, truth = (pred > 0) & counted, (target > 0) & counted
+  located = (predicted & truth).sum() / (predicted | truth).sum()
+  assert overall['iou_sounding'] == pytest.approx(located)
   for name, mean in [('miou', known[0]), ('fscore', known[1]), ('jf', known.mean(axis=0))]:
     assert overall[name] == pytest.approx(mean.sum() / 9)
     assert overall[f'{name}_no_background'] == pytest.approx(mean[1:].sum() / 8)

@@ -49,6 +49,10 @@ ORIGIN_QUERY = {**FROZEN, 'model.adaptive_query': False}
 FUSION = {'model.mask_fusion': False}
 KEY = {'model.robust_key': False}
 ATTENTION = {'model.prior_attention': False}
+ROBUST = {
+  'prior.predicted': 0.5, 'prior.none': 0.1, 'prior.missing': 0.1, 'prior.added': 0.1,
+  'prior.moved': 0.02,
+}  # fmt: skip
 ORACLE = {'oracle_prior': True}
 QUICK = {
   'data.image_size': 96,
@@ -72,6 +76,7 @@ QUICK = {
   'model.decoder_ffn': 128,
   'model.audio_hidden': 128,
   'model.sampling': 'dense',
+  'model.remat': 'none',
   'vggish.conv_widths': (8, 16, 24, 24, 32, 32),
   'vggish.dense_widths': (128,),
   'vggish.embedding': 64,
@@ -161,6 +166,8 @@ TABLE = {
   'origin_attention:paper': {**STAGE2, **_paper(30, 10), **FUSION, **KEY, **ATTENTION},
   'oracle_prior': {**STAGE2, **ORACLE},
   'oracle_prior:paper': {**STAGE2, **_paper(30, 10), **ORACLE},
+  'avss_stage2_robust': {**STAGE2, **ROBUST},
+  'avss_stage2_robust:paper': {**STAGE2, **_paper(30, 10), **ROBUST},
   'quick_stage1': QUICK,
   'quick_stage2': {
     **QUICK,

@@ -283,6 +283,7 @@ def test_empty_workdir_says_what_to_run(run, tmp_path):
 def test_commands_are_those_of_the_study(run, tmp_path, seeds):
   study = compose_bench.get_config()
   study.seeds = seeds
+  study.looks = study.robust = None
   study.stage1, study.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
   study.stage1.data.subsets = ('v1s',)
   study.stage2.model.robust_key = False
@@ -304,6 +305,13 @@ def test_commands_are_those_of_the_study(run, tmp_path, seeds):
     study[name].seed = 4
     found = config_lib.load(str(Path(configs.__path__[0]).parent / path), given[4:])
     assert config_lib.differences(found, study[name]) == []
+
+
+def test_a_study_of_more_parts_is_gone_on_with_by_its_own_command(run, tmp_path):
+  settings = {'data': '', 'config': json.loads(compose_bench.get_config().to_json_best_effort())}
+  (tmp_path / 'study.json').write_text(json.dumps(settings))
+  page = write_report(tmp_path, run[1]).read_text(encoding='utf-8')
+  assert '<code>aavs' not in page and 'The command of the study makes it' in page
 
 
 def test_few_clips_are_shown_once_each(tmp_path):

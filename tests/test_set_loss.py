@@ -26,6 +26,16 @@ def run(outputs, targets, draws, totals=None, *, sampling='gather'):
   return set_loss.loss(outputs, targets, draw, totals, LOSS, sampling)
 
 
+def outputs_of(masks, classes):
+  """Outputs with these masks: features that are all of them, of which each set embeds its own."""
+  features = jnp.moveaxis(jnp.asarray(masks), 1, 0).reshape(FRAMES, SETS * QUERIES, 6, 6)
+  embeddings = jnp.eye(SETS * QUERIES).reshape(SETS, 1, QUERIES, -1)
+  embeddings = jnp.broadcast_to(embeddings, (SETS, FRAMES, *embeddings.shape[2:]))
+  return Outputs(
+    jnp.asarray(masks), jnp.asarray(classes), embeddings, jnp.moveaxis(features, 1, -1)
+  )
+
+
 def draw_all(key, targets):
   of_sets = [draw_points(key, s, jnp.arange(FRAMES), targets, LOSS) for s in range(SETS)]
   return jax.tree.map(lambda *leaves: jnp.stack(leaves), *of_sets)
@@ -34,9 +44,9 @@ def draw_all(key, targets):
 @pytest.fixture(scope='module')
 def case():
   rng = np.random.default_rng(0)
-  outputs = Outputs(
-    jnp.asarray(rng.standard_normal((SETS, FRAMES, QUERIES, 6, 6)), jnp.float32),
-    jnp.asarray(rng.standard_normal((SETS, FRAMES, QUERIES, CLASSES + 1)), jnp.float32),
+  outputs = outputs_of(
+    rng.standard_normal((SETS, FRAMES, QUERIES, 6, 6)).astype(np.float32),
+    rng.standard_normal((SETS, FRAMES, QUERIES, CLASSES + 1)).astype(np.float32),
   )
   labels = jnp.asarray(rng.integers(0, 2, (FRAMES, 12, 12)) * 2, jnp.uint8)
   classes, group = jnp.asarray([[0, 2]] * FRAMES), jnp.zeros(FRAMES, int)
@@ -48,12 +58,17 @@ def _frames(tree, chosen, axis):
   return jax.tree.map(lambda leaf: jnp.take(leaf, jnp.asarray(chosen), axis=axis), tree)
 
 
+def _of(outputs, chosen):
+  features = _frames(outputs.mask_features, chosen, 0)
+  return _frames(outputs, chosen, 1).replace(mask_features=features)
+
+
 def test_frames_of_weight_0_take_no_part(case):
   outputs, targets, draws = case
   masked = targets.replace(weight=jnp.asarray([1.0, 0.0, 1.0]))
   total, _ = run(outputs, masked, draws)
   alone, _ = run(
-    _frames(outputs, [0, 2], 1), _frames(targets, [0, 2], 0), _frames(draws, [0, 2], 1),
+    _of(outputs, [0, 2]), _frames(targets, [0, 2], 0), _frames(draws, [0, 2], 1),
   )  # fmt: skip
   whole, _ = run(outputs, targets, draws)
   assert total == pytest.approx(float(alone), rel=1e-5)
@@ -67,7 +82,7 @@ def test_the_losses_of_parts_add_up_to_that_of_the_whole(case):
   totals = set_loss.totals(targets, QUERIES, LOSS)
   whole, _ = run(outputs, targets, draws)
   parts = [
-    run(_frames(outputs, part, 1), _frames(targets, part, 0), _frames(draws, part, 1),
+    run(_of(outputs, part), _frames(targets, part, 0), _frames(draws, part, 1),
         _frames(totals, part, 0))[0]
     for part in ([0, 2], [1])
   ]  # fmt: skip
@@ -87,7 +102,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_clips_each_as_if_it_were_alone(c
   alone = []
   for frames in ([0, 2], [1])[: 1 if silent else 2]:
     clip = _frames(targets, frames, 0).replace(group=jnp.zeros(len(frames), int))
-    parts = _frames(outputs, frames, 1), clip, _frames(draws, frames, 1)
+    parts = _of(outputs, frames), clip, _frames(draws, frames, 1)
     alone.append(float(run(*parts)[0]))
   assert float(together) == pytest.approx(np.mean(alone), rel=1e-5)
 
@@ -134,7 +149,7 @@ def test_perfect_predictions_have_almost_no_loss(case):
   # Truth at the resolution of the logits, so that both are sampled alike.
   labels = jnp.where(jnp.asarray(truth[:, 1]), 2, 0).astype(jnp.uint8)
   exact = targets.replace(labels=labels)
-  _, terms = run(Outputs(jnp.asarray(masks), jnp.asarray(classes)), exact, draws)
+  _, terms = run(outputs_of(masks, classes), exact, draws)
   assert float(terms['class'].max()) < 1e-6
   np.testing.assert_array_equal(terms['query'], np.tile([0, 1], (SETS, FRAMES, 1)))
 
@@ -167,15 +182,18 @@ def test_the_null_class_weighs_as_the_config_says():
     assert found[0] == pytest.approx(1 + config.null_weight * (QUERIES - 1))
     draws = draw_points(jax.random.key(0), 0, jnp.arange(1), 1, config)
     masks = jnp.zeros((1, QUERIES, 4, 4))
+    product = jnp.zeros((1, QUERIES, 8)), jnp.zeros((1, 4, 4, 8))
     # Every class is as likely as any other, so that each query's loss is the same: so is the mean.
     terms = set_loss.set_loss(
-      logits, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
-    )
+      logits, masks, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
+      'gather',
+    )  # fmt: skip
     assert float(terms['class']) == pytest.approx(
       config.class_weight * np.log(CLASSES + 1), rel=1e-5
     )
     sure = logits.at[:, :, CLASSES].set(50.0)  # only the target's query is wrong
     terms = set_loss.set_loss(
-      sure, masks, targets, draws, set_loss.totals(targets, QUERIES, config), config, 'gather'
-    )
+      sure, masks, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
+      'gather',
+    )  # fmt: skip
     assert float(terms['class']) == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)

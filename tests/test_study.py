@@ -7,9 +7,9 @@ import pathlib
 import pytest
 
 from aavs_jax import evaluate
-from aavs_jax.configs import quickstart
+from aavs_jax.configs import compose_bench, quickstart
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.studies import study
+from aavs_jax.studies import comparison, study
 from tests import tiny
 
 EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')
@@ -119,3 +119,55 @@ def test_a_study_runs_end_to_end_and_is_not_repeated(tmp_path):
   changed = {path for path, stamp in stamps().items() if stamp != before[path]}
   assert changed == {paths['stage1_other'], paths['stage2_masks']}
   assert json.loads(paths['stage2_masks'].read_text()) == results['stage2_masks']
+
+
+@pytest.mark.slow
+def test_a_study_of_several_numbers_of_classes(tmp_path):
+  config = compose_bench.get_config()
+  few = {'v1s': 2, 'v1m': 2, 'v2': 2}
+  config.clips = dict(train={'v1s': 4, 'v1m': 4, 'v2': 2}, val=few, test=few)
+  config.num_classes = (2, 3)
+  config.image = (96, 72)
+  config.stage1, config.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
+  config.looks = tiny.get_config('stage2')
+  config.looks.use_prior = False
+  config.robust = tiny.get_config('stage2')
+  config.robust.prior.predicted = config.robust.prior.none = 0.5
+  workdir = tmp_path / 'run'
+  page = study.run_study(config, workdir)
+  assert page == workdir / 'comparison.html' and '<svg' in page.read_text()
+  tables = json.loads((workdir / 'comparison.json').read_text())
+  assert list(tables) == ['2', '3']
+  looks = json.loads((workdir / 'classes2' / 'looks' / 'config.json').read_text())
+  assert looks['train']['init'].endswith('/start')
+  for stage in ('stage1', 'stage2', 'end_to_end', 'robust', 'cross_fit/fold1'):
+    stage = json.loads((workdir / 'classes2' / stage / 'config.json').read_text())
+    assert stage['train']['init'].endswith('/looks')
+  priors = {'robust_masks': 'stage1', 'robust_oracle': 'oracle', 'robust_none': 'none'}
+  for name, prior in priors.items():
+    assert json.loads((workdir / f'classes3/eval/{name}.json').read_text())['prior'] == prior
+    assert len(tables['3'][name]['iou_sounding']) == 1
+  with pytest.raises(UserError, match='classes and looks of its own'):
+    study.run_study(config, tmp_path / 'other', data=str(workdir / 'classes2' / 'data'))
+
+
+def test_a_comparison_says_what_each_way_scored(tmp_path):
+  def evaluation(miou, located):
+    row = {'miou_occurring': miou, 'fscore_occurring': miou / 2}
+    return {'overall': row, 'dataset': {'overall': {'iou_sounding': located, 'miou': located}}}
+
+  def seed(shift):
+    return {
+      'stage1_true': evaluation(0, 0.7),
+      'stage2_masks': evaluation(0.5 + shift, 0.6),
+      'end_to_end': evaluation(0.25, 0.5),
+    }
+
+  table = comparison.compare([seed(0.125), seed(-0.125)])
+  assert table['stage2_masks']['miou_occurring'] == [0.625, 0.375]
+  assert table['stage1'] == {'iou_sounding': [0.7, 0.7]}
+  assert 'stage2_oracle' not in table
+  comparison.write(tmp_path, {8: table, 70: table})
+  page = (tmp_path / 'comparison.html').read_text()
+  assert page.count('50.0 (37.5 to 62.5)') == 2 and '<svg' in page
+  assert json.loads((tmp_path / 'comparison.json').read_text())['70'] == table

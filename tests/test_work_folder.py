@@ -14,6 +14,7 @@ from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.training import checkpoint, work_folder
+from aavs_jax.training.state import in_groups
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.
@@ -31,6 +32,7 @@ FREE = {
   'train.log_every_steps': 3,
 }
 METHOD = methods.of(tiny.get_config())
+NO_CLIPS = work_folder.Clips([], [], [])
 ONE_CLIP = work_folder.Clips([SemanticClip('', 'a', 'v1s', 'train', 5)], [], [])
 
 
@@ -81,33 +83,33 @@ def stage2(tiny_stage2, tmp_path):
 def test_masks_may_move_but_not_change(stage2, tmp_path):
   config, clips = stage2
   folder = epath.Path(tmp_path / 'run')
-  work_folder.claim_inputs(folder, config, clips, None, None)
+  work_folder.claim_inputs(folder, config, work_folder.Clips([], clips, []), None, None)
   config.data.masks = str(shutil.move(tmp_path / 'masks', tmp_path / 'moved'))
-  work_folder.claim_inputs(folder, config, clips, None, 4)
+  work_folder.claim_inputs(folder, config, work_folder.Clips([], clips, []), None, 4)
   changed = np.zeros((clips[-1].num_frames, 32, 32), np.uint8)
   changed[-1, 0, 0] = 255
   masks.write_clip_masks(config.data.masks, clips[-1], changed)
   with pytest.raises(UserError, match=r'begun with another content of config\.data\.masks'):
-    work_folder.claim_inputs(folder, config, clips, None, 4)
+    work_folder.claim_inputs(folder, config, work_folder.Clips([], clips, []), None, 4)
   config.oracle_prior = True  # masks are not read
-  work_folder.claim_inputs(folder, config, clips, None, 4)
+  work_folder.claim_inputs(folder, config, work_folder.Clips([], clips, []), None, 4)
 
 
 def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
   folder = epath.Path(tmp_path / 'run')
   tiny_stage1.train.init = str(tmp_path / 'init')
   start = {'a': np.arange(3.0), 'b': np.ones(2)}
-  work_folder.claim_inputs(folder, tiny_stage1, [], start, None)
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, start, None)
   tiny_stage1.train.init = '/moved'
-  work_folder.claim_inputs(folder, tiny_stage1, [], start, 4)
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, start, 4)
   for other in ({**start, 'a': np.zeros(3)}, None):
     tiny_stage1.train.init = '/other' if other else ''
     with pytest.raises(UserError, match=r'begun with another content of config\.train\.init'):
-      work_folder.claim_inputs(folder, tiny_stage1, [], other, 4)
+      work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, other, 4)
   # Gone, it is missed only by a run that has a second phase before it.
   tiny_stage1.train.init = str(tmp_path / 'gone')
   assert work_folder.load_start(tiny_stage1, METHOD, needed=False) is None
-  work_folder.claim_inputs(folder, tiny_stage1, [], None, 4)
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4)
   with pytest.raises(UserError, match='gone holds no checkpoint'):
     work_folder.load_start(tiny_stage1, METHOD, needed=True)
 
@@ -115,9 +117,9 @@ def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
 def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1, tmp_path):
   folder = epath.Path(tmp_path)
   tiny_stage1.train.init = '/start'
-  work_folder.claim_inputs(folder, tiny_stage1, [], {'a': np.ones(2)}, 4)
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, {'a': np.ones(2)}, 4)
   with pytest.raises(UserError, match='another content'):
-    work_folder.claim_inputs(folder, tiny_stage1, [], {'a': np.zeros(2)}, 4)
+    work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, {'a': np.zeros(2)}, 4)
 
 
 def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, monkeypatch):
@@ -144,3 +146,10 @@ def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, mo
   tiny_stage1.data.on_bad_clip = 'skip'
   found = work_folder.read_clips(tiny_stage1, folder)
   assert found.train == clips and found.bad == []
+
+
+def test_what_a_start_lacks_is_named_by_its_largest_parts():
+  lacking = ['aavs/queries/positions', 'aavs/queries/features', 'aavs/block0/fc/kernel']
+  lacking += ['aavs/block1/fc/kernel', 'vggish/conv0/kernel']
+  others = ['aavs/block0/norm', 'aavs/block1/norm', 'aavs/decoder/layer0/kernel']
+  assert in_groups(lacking, others) == 'aavs/queries, aavs/block*/fc, vggish'

@@ -50,7 +50,10 @@ class Method(NamedTuple):
   key: what is drawn follows batch['position'], a frame's place in the whole.
   """
   predict: Callable[[Outputs], jax.Array]
-  """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic)."""
+  """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic).
+
+  Soft masks are the share of the second score in both: they want scores of 0 or more.
+  """
   sees: tuple[str, ...]
   """Keys of a batch that apply reads; what else there is stays on the host in evaluation."""
   unit: int = 1

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from aavs_jax.methods.matching import Targets, match, matching_cost, sample_targets
 from aavs_jax.models.mask_decoder import Outputs
-from aavs_jax.models.sampling import sample
+from aavs_jax.models.sampling import sample, sample_rows
 
 # Each function's `config` is config.loss, see configs/base.py: attributes, whatever holds them.
 
@@ -103,9 +103,21 @@ def _loss_points(mask_logits, candidates, extra, config, sampling):
   return jnp.concatenate([uncertain, extra], -2)
 
 
+def _mask_logits_at(
+  embeddings: Float[Array, 'n q d'],
+  features: Float[Array, 'n h w d'],
+  points: Float[Array, 'n p 2'],
+) -> Float[Array, 'n q p']:
+  """Masks at points. Sampling is linear, and there are fewer points than pixels times queries."""
+  rows = sample_rows(features, points)
+  return jnp.einsum('nqd,npd->nqp', embeddings, rows, preferred_element_type=jnp.float32)
+
+
 def set_loss(
   class_logits: Float[Array, 'n q c'],
   mask_logits: Float[Array, 'n q h w'],
+  embeddings: Float[Array, 'n q d'],
+  features: Float[Array, 'n h w d'],
   targets: Targets,
   draws: PointDraws,
   totals: Totals,
@@ -114,15 +126,14 @@ def set_loss(
 ) -> dict[str, jax.Array]:
   """Weighted terms 'class', 'mask', 'dice' of one prediction set; 'query': matches int32 [n, k]."""
   null = class_logits.shape[-1] - 1
-  still_class, still_masks = jax.lax.stop_gradient((class_logits, mask_logits))
-  cost = matching_cost(
-    still_class,
-    sample(still_masks, draws.matcher, sampling),
-    targets.classes,
-    sample_targets(targets, draws.matcher[:, None]),
-    config,
-  )
-  query = match(cost)
+  with jax.named_scope('matching'):
+    cost = matching_cost(
+      *jax.lax.stop_gradient((class_logits, _mask_logits_at(embeddings, features, draws.matcher))),
+      targets.classes,
+      sample_targets(targets, draws.matcher[:, None]),
+      config,
+    )
+    query = match(cost)
   real = _real(targets)
 
   # Class loss over all queries; those without a target should say null.
@@ -137,11 +148,12 @@ def set_loss(
 
   # Not mask_logits[frame, query], for which the masks of all devices' frames would be gathered.
   matched = jnp.take_along_axis(mask_logits, query[..., None, None], axis=1)  # n k h w
-  points = _loss_points(
-    jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
-  )
-  logits = sample(matched[:, :, None], points, sampling)[:, :, 0]
-  truth = sample_targets(targets, points)
+  with jax.named_scope('points'):
+    points = _loss_points(
+      jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
+    )
+    logits = sample(matched[:, :, None], points, sampling)[:, :, 0]
+    truth = sample_targets(targets, points)
   cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)
   probability = jax.nn.sigmoid(logits)
   overlap = jnp.sum(probability * truth, -1)
@@ -179,7 +191,14 @@ def loss(
   """
   # One set after the other: the points of all sets at once would be the peak of memory.
   terms = jax.lax.map(
-    lambda x: set_loss(x[0], x[1], targets, draw(x[2]), totals, config, sampling),
-    (outputs.class_logits, outputs.mask_logits, jnp.arange(outputs.mask_logits.shape[0])),
+    lambda x: set_loss(
+      *x[:3], outputs.mask_features, targets, draw(x[3]), totals, config, sampling
+    ),
+    (
+      outputs.class_logits,
+      outputs.mask_logits,
+      outputs.mask_embeddings,
+      jnp.arange(outputs.mask_logits.shape[0]),
+    ),
   )
   return sum(jnp.sum(terms[name]) for name in ('class', 'mask', 'dice')), terms

@@ -25,8 +25,10 @@ SILENT_BELOW, SOUNDING_ABOVE = 0.4, 0.6  # thresholds of the robust audio-aware 
 class Outputs:
   """All prediction sets: before the decoder's first layer and after each; the last is final."""
 
-  mask_logits: Float[Array, 's n q h w']  # at stride 4
+  mask_logits: Float[Array, 's n q h w']  # at stride 4: embeddings times features
   class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
+  mask_embeddings: Float[Array, 's n q d']
+  mask_features: Float[Array, 'n h w d']  # the same in all sets
 
 
 class MaskedCrossAttention(nn.Module):
@@ -157,7 +159,7 @@ class MaskDecoder(nn.Module):
       e = embed[2](nn.relu(embed[1](nn.relu(embed[0](x)))))
       # Logits are float32 from here on: losses and thresholds read them.
       masks = jnp.einsum('nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32)
-      return masks, classify(x.astype(jnp.float32))
+      return masks, classify(x.astype(jnp.float32)), e
 
     def blocked_at(masks, level):
       return seeing(blocked_outside(masks, levels[level].shape[1:3]))
@@ -165,8 +167,8 @@ class MaskDecoder(nn.Module):
     def call(layer, level, carry):
       x, blocked = carry
       x = layer(x, query_positions, memory[level], memory_positions[level], blocked)
-      masks, classes = predict(x)
-      return (x, blocked_at(masks, (level + 1) % len(levels))), (masks, classes)
+      prediction = predict(x)
+      return (x, blocked_at(prediction[0], (level + 1) % len(levels))), prediction
 
     x = queries.astype(self.dtype)
     first = predict(x)
@@ -185,8 +187,8 @@ class MaskDecoder(nn.Module):
       period=len(levels),
       remat=self.remat,
     )
-    masks, classes = zip(first, *predictions)
-    return Outputs(jnp.stack(masks), jnp.stack(classes))
+    masks, classes, embeddings = map(jnp.stack, zip(first, *predictions))
+    return Outputs(masks, classes, embeddings, mask_features)
 
 
 def seeing(blocked: Bool[Array, 'n q k']) -> Bool[Array, 'n q k']:

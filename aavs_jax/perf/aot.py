@@ -372,8 +372,33 @@ def _measure(step: jax.stages.Compiled, where: Slice, seconds: float) -> dict[st
     'compiler_cycles': done.cycles,
     'collectives': {kind: value._asdict() for kind, value in done.collectives.items()},
     'open_loops': done.open_loops,
+    'parts': [
+      {'part': name, 'pass': direction, **part._asdict()}
+      for (name, direction), part in sorted(
+        done.parts.items(), key=lambda item: (-item[1].cycles, item[0])
+      )
+    ],
     'roofline': roofline(done, where),
   }
+
+
+def format_breakdown(parts: Sequence[dict[str, Any]]) -> str:
+  """Cycles, FLOPs and bytes by part of the model, largest first, as a table."""
+  whole = {key: sum(part[key] for part in parts) for key in ('cycles', 'flops', 'bytes', 'silent')}
+  rows = [*parts, {'part': 'all of it', 'pass': '', **whole}]
+  width = max(len(row['part']) for row in rows) + 2
+  lines = [f'  {"":{width}}{"":10}{"M cycles":>10}{"share":>8}{"GFLOP":>10}{"GB":>8}']
+  for row in rows:
+    share = row['cycles'] / max(whole['cycles'], 1)
+    lines.append(
+      f'  {row["part"] or "(no name)":{width}}{row["pass"]:10}{row["cycles"] / 1e6:10.2f}'
+      f'{share:8.1%}{row["flops"] / 1e9:10.1f}{row["bytes"] / 1e9:8.2f}'
+    )
+  if whole['silent']:
+    lines.append(
+      f'  the compiler gives no cycles for {whole["silent"]} instructions that move something'
+    )
+  return '\n'.join(lines)
 
 
 def format_report(result: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ XLA's own cost analysis counts the body of a loop once, and the layers here run 
 walks the compiled module and counts every instruction as often as its loops run.
 """
 
+import collections
 import math
 import re
 from typing import NamedTuple
@@ -32,6 +33,15 @@ class Collective(NamedTuple):
   bytes: int
 
 
+class Part(NamedTuple):
+  """What instructions of one part of the model do; see `Work`."""
+
+  cycles: float = 0.0
+  flops: float = 0.0
+  bytes: float = 0.0
+  silent: int = 0  # instructions that move something and of which the compiler tells no cycles
+
+
 class Work(NamedTuple):
   """What one device does in one run of a module."""
 
@@ -40,6 +50,7 @@ class Work(NamedTuple):
   cycles: float  # that the compiler expects it to take, by its own model of the chip
   collectives: dict[str, Collective]
   open_loops: int  # loops whose length depends on data; their bodies count once
+  parts: dict[tuple[str, str], Part]  # by name and pass, see part_of; they add up to the whole
 
 
 class _Array(NamedTuple):
@@ -72,6 +83,15 @@ def work(text: str) -> Work:
   computations, entry = _parse(text)
   total = {'flops': 0.0, 'bytes': 0.0, 'cycles': 0.0, 'open_loops': 0}
   collectives = dict.fromkeys(COLLECTIVES, Collective(0, 0))
+  parts = collections.defaultdict(Part)
+
+  def add(instruction: _Instruction, **more: float) -> None:
+    for name, value in more.items():
+      if name in total:
+        total[name] += value
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    part = part_of(found[1] if found else '')
+    parts[part] = Part(**{n: v + more.get(n, 0) for n, v in parts[part]._asdict().items()})
 
   def walk(name: str, times: int, fused: bool) -> None:
     computation = computations[name]
@@ -84,11 +104,12 @@ def work(text: str) -> Work:
         size += times * _handled(instruction, operands)
         collectives[kind] = Collective(count + times, size)
       elif op == 'convolution':
-        total['flops'] += times * _convolution_flops(instruction, *operands)
+        add(instruction, flops=times * _convolution_flops(instruction, *operands))
       if not fused:
-        total['bytes'] += times * _moved(instruction, operands, computations)
+        moved = times * _moved(instruction, operands, computations)
         estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-        total['cycles'] += times * int(estimate[1]) if estimate else 0
+        cycles = times * int(estimate[1]) if estimate else 0
+        add(instruction, bytes=moved, cycles=cycles, silent=bool(moved and not estimate))
       if op == 'while':
         body, condition = instruction.called('body'), instruction.called('condition')
         length = _trip_count(computations[condition])
@@ -106,7 +127,34 @@ def work(text: str) -> Work:
 
   walk(entry, 1, False)
   found = {kind: value for kind, value in collectives.items() if value.count}
-  return Work(collectives=found, **total)
+  return Work(collectives=found, parts=dict(parts), **total)
+
+
+def part_of(op_name: str) -> tuple[str, str]:
+  """To which part of a program an instruction belongs, by the name that it was traced under.
+
+  Returns:
+    Its module or jax.named_scope, three levels of it, numbers as '*', '' if it has none; and
+    'forward', 'backward' or 'again', what the backward pass computes a second time.
+  """
+  again = 'rematted_computation' in op_name
+  direction = 'again' if again else 'backward' if 'transpose(' in op_name else 'forward'
+  names = [level for level in _within(op_name) if level not in _NO_SCOPE]
+  return re.sub(r'\d+', '*', '/'.join(names[:3])), direction
+
+
+# What loops, branches and recomputation add to a name.
+_NO_SCOPE = frozenset((
+  '', 'while', 'body', 'cond', 'body_pred', 'branch_0_fun', 'branch_1_fun', 'closed_call',
+  'checkpoint', 'rematted_computation', 'shard_map',
+))  # fmt: skip
+
+
+def _within(op_name: str) -> list[str]:
+  """Levels of a name without the operation at its end: jit(f)/jvp(A)/b/add is A, b."""
+  levels = op_name.split(';')[0].split('/')[:-1]
+  inner = (re.sub(r'^(?:(?:transpose|jvp|vmap)\()*(.*?)\)*$', r'\1', level) for level in levels)
+  return [level for level in inner if '(' not in level and '<' not in level]
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:

@@ -393,7 +393,7 @@ def bfloat16_rows(recording: Recording, outputs: Outputs) -> list[Row]:
   arrays, sets = recording.arrays, range(len(outputs.mask_logits))
   masks = np.stack([arrays[f'out/mask_logits/{i}'] for i in sets])
   classes = np.stack([arrays[f'out/class_logits/{i}'] for i in sets])
-  wanted = final_scores(Outputs(masks, classes))
+  wanted = final_scores(outputs.replace(mask_logits=masks, class_logits=classes))
   found = final_scores(outputs)
   signs = ((outputs.mask_logits > 0) == (masks > 0)) & np.isfinite(outputs.mask_logits)
   same = found.argmax(1) == wanted.argmax(1)

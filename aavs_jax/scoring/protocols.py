@@ -54,7 +54,8 @@ def summarise(clips: Sequence[Clip], records: np.ndarray, *, audio: str = 'true'
     per_class (semantic): iou and fscore of the AVSBench protocol, None if the class never occurs.
     per_clip: miou and fscore; in the semantic task means over the classes that occur in the clip.
     dataset: overall, subsets and per_class of the data-set protocol, with jf, J&F, for each pair of
-      miou and fscore; and fscore_best (binary).
+      miou and fscore; fscore_best (binary); and iou_sounding (semantic), the IoU of what sounds,
+      whatever its class, which in the binary task is miou.
   """
   data_set = clips[0].data_set
   ranks = {subset: rank for rank, subset in enumerate(data_set.subsets)}
@@ -187,7 +188,10 @@ def _dataset(sums: Sums, whole: Sums) -> Scores:
   means = _class_means(iou, f)
   for kind in ('', '_no_background', '_occurring'):
     means[f'jf{kind}'] = (means[f'miou{kind}'] + means[f'fscore{kind}']) / 2
-  return means
+  both, predicted, true = (sums['pixels'][..., i, :] for i in range(3))
+  everything = predicted.sum(axis=-1)
+  sounding = everything - predicted[..., 0] - true[..., 0] + both[..., 0]
+  return means | {'iou_sounding': sounding / np.maximum(everything - both[..., 0], 1)}
 
 
 def _class_values(values: Callable, field: str, sums: Sums, whole: Sums) -> list[np.ndarray]:

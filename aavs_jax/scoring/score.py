@@ -1,5 +1,6 @@
 """Scores of a model over clips, by every protocol."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +12,7 @@ from aavs_jax import config as config_lib
 from aavs_jax.console import Progress
 from aavs_jax.devices import distributed
 from aavs_jax.devices.distributed import share
-from aavs_jax.input_pipeline import files, items, listening
+from aavs_jax.input_pipeline import files, items, listening, masks
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import metrics, protocols
@@ -26,6 +27,7 @@ def score(
   clips: Sequence[Clip],
   *,
   audio: str = 'true',
+  no_prior: bool = False,
   on_clip: Callable[[Clip, np.ndarray], None] | None = None,
   title: str = 'scoring',
 ) -> dict:
@@ -42,17 +44,20 @@ def score(
     variables: of the model, on any devices.
     clips: what to score.
     audio: what the clips hear, see listening.choose_sounds.
+    no_prior: whether stage 2 has to do without one, see prior.UNKNOWN.
     on_clip: called with each clip of this process, in order, and its predicted ids
       uint8 [T, e, e].
     title: of the line that shows the progress.
   """
-  task = config_lib.task_of(config)
+  task = dataclasses.replace(config_lib.task_of(config), no_prior=no_prior)
   files.refuse_bucket(task.masks)
-  if task.use_prior and not (task.masks or config.oracle_prior):
+  if task.use_prior and not (task.masks or config.oracle_prior or no_prior):
     raise UserError(
       'config.data.masks is empty: write the masks of stage 1 with `aavs masks`, or ask for the '
       'ground truth with --oracle'
     )
+  if task.use_prior and task.masks and not no_prior:
+    masks.require_kind(task.masks, task.soft)
   variables = local_variables(variables)
   mine, heard = share(clips), share(listening.choose_sounds(clips, audio))
   batches = predictor.batches(

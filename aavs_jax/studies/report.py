@@ -116,8 +116,14 @@ def _scores(evaluation: Mapping) -> html.Scores:
 
 
 def _commands(folder: Path, data: str | Path) -> dict[str, str]:
-  """The command that makes each part of a run, by its name in the folder."""
+  """The command that makes each part of a run, by its name in the folder.
+
+  None of a study with more than the quickstart's parts: its own command is the only one for these.
+  """
   folder = folder.resolve()
+  study = _study(folder)
+  if study and (study['looks'] or study['robust']):
+    return {}
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
   stages = {
     'stage1': f' --config.train.init={place}/start',
@@ -125,12 +131,12 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   }
   commands = {
     stage: f'aavs train --config configs/quick_{stage}.py --data {data} --workdir {place}/{stage}'
-    f'{given}{_overrides(folder, stage)}'
+    f'{given}{_overrides(study, folder, stage)}'
     for stage, given in stages.items()
   }
   commands['start'] = (
     f'aavs start --config configs/quick_stage1.py --data {data} --out {place}/start'
-    f'{_overrides(folder, "stage1")}'
+    f'{_overrides(study, folder, "stage1")}'
   )
   commands['masks'] = f'aavs masks --workdir {place}/stage1 --data {data} --out {place}/masks'
   for name, evaluation in EVALUATIONS.items():
@@ -139,18 +145,26 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
       f'aavs eval --data {data} --out {out}.json --workdir {place}/{evaluation.stage}'
       + (f' --audio {evaluation.audio}' if evaluation.audio != 'true' else '')
       + (' --oracle' if evaluation.prior == 'oracle' else '')
+      + (' --no-prior' if evaluation.prior == 'none' else '')
       + (f' --maps {out}' if evaluation.maps else '')
     )
   return commands
 
 
-def _overrides(folder: Path, stage: str) -> str:
-  """What the study that a run is of, if there is one, changes of the quickstart's stage."""
+def _study(folder: Path) -> dict | None:
+  """The config of the study that a run is of, if there is one."""
   shape = {'stage1': dict, 'stage2': dict, 'seeds': [int], ...: object}
   marks = [place / STUDY for place in (folder, folder.parent) if files.is_there(place / STUDY)]
   if not marks:
-    return ''
+    return None
   study = files.read_json(marks[0], {'config': shape, ...: object}, 'restore it')['config']
+  return {'looks': None, 'robust': None, **study}
+
+
+def _overrides(study: dict | None, folder: Path, stage: str) -> str:
+  """What a run's study, if there is one, changes of the quickstart's stage."""
+  if study is None:
+    return ''
   seeds = {f'seed{seed}': seed for seed in study['seeds']}
   seed = seeds.get(folder.name, next(iter(seeds.values())))
   module = {'stage1': quick_stage1, 'stage2': quick_stage2}[stage]
@@ -168,10 +182,14 @@ def _overrides(folder: Path, stage: str) -> str:
 
 def _missing(run: _Run, names: Sequence[str]) -> str:
   """A line for each part that is not there, with the command that makes it."""
+
+  def way(name):
+    if name not in run.commands:
+      return 'The command of the study makes it when it is given again.'
+    return f'Make it with <code>{html.text(run.commands[name])}</code>'
+
   return ''.join(
-    f'<p class="missing">Not there yet: {html.text(name)}. Make it with '
-    f'<code>{html.text(run.commands[name])}</code></p>'
-    for name in names
+    f'<p class="missing">Not there yet: {html.text(name)}. {way(name)}</p>' for name in names
   )
 
 
@@ -397,6 +415,7 @@ def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> st
   truth = [load_label_ids(clip, t) for t in times]
   place = Path(clip.subset) / clip.uid
   masks = [_read_mask(workdir / 'masks' / place / f'{t}.png') for t in times]
+  masks = [mask if mask is None else mask > 127 for mask in masks]  # soft ones, too
   named = [_read_mask(workdir / 'eval' / 'stage2_masks' / place / f'{t}.png') for t in times]
 
   cells = ['<span></span>', *(f'<span class="faint">second {t}</span>' for t in times)]

@@ -6,16 +6,23 @@ from pathlib import Path
 
 import ml_collections
 
+from aavs_jax.configs import base
 from aavs_jax.console import Progress, duration, say
+from aavs_jax.cross_fit import cross_fit
 from aavs_jax.hearing import hear
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.scoring import tables
-from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
+from aavs_jax.stepping_stones import EVALUATIONS, FOLDS, Evaluation, scores, stepping_stones
+from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
+
+_ROBUST = {
+  f'robust_{prior}': Evaluation('robust', prior=prior) for prior in ('masks', 'oracle', 'none')
+}
 
 
 def run_study(
@@ -24,22 +31,31 @@ def run_study(
   """Runs a study (configs/quickstart.py), or what is left of it; each part is reused if complete.
 
   Args:
-    config: the study.
+    config: the study. With several numbers of classes it is a study of each, in a folder of its
+      own, and a comparison of them (configs/compose_bench.py).
     workdir: where everything goes; a study of another config there is refused.
     data: a data set in the AVSBench-semantic layout; '' makes one.
     fresh: remove what an earlier run of a study left in workdir first.
 
   Returns:
-    The report of the first seed; each seed has one, in its folder.
+    The page to open: the report of the first seed, each of which has one in its folder, or the
+    comparison.
 
   Raises:
     UserError: workdir holds something else, or a study with other settings; `data` is inside a
-      workdir that is to be removed; faults of config or data.
+      workdir that is to be removed, or given where the study makes clips of its own; faults of
+      config or data.
   """
   # However they are written, the same folders are the same study.
   workdir = Path(workdir).resolve()
   data = str(Path(data).resolve()) if data else ''
   started = time.monotonic()
+  several = not isinstance(config.num_classes, int)
+  if data and (several or config.looks is not None):
+    raise UserError(
+      f'--data {data} has classes and looks of its own, and this study makes clips of '
+      f'{config.num_classes} classes: leave --data out, or take configs/quickstart.py'
+    )
   _refuse_foreign(workdir)
   if fresh:
     if data and Path(data).is_relative_to(workdir):
@@ -48,7 +64,26 @@ def run_study(
       )
     files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
+  if several:
+    tables = {}
+    for number in config.num_classes:
+      say(f'{number} classes')
+      one = config.copy_and_resolve_references()
+      with one.ignore_type():
+        one.num_classes = number
+      run_study(one, workdir / f'classes{number}')
+      found = files.read_json(workdir / f'classes{number}' / 'comparison.json', dict, 'remove it')
+      tables[number] = found[str(number)]
+    comparison.write(workdir, tables)
+    pages = [workdir / 'comparison.html']
+  else:
+    pages = _run_one(config, workdir, data)
+  say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, pages))}')
+  return pages[0]
 
+
+def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> list[Path]:
+  """All seeds on one data set; returns their pages."""
   say('[1] clips')
   if not data:
     data = str(workdir / 'data')
@@ -61,16 +96,18 @@ def run_study(
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
   say('[7] report')
   reports = [write_report(folder, data) for folder in folders.values()]
-  if config.end_to_end:
-    comparison = _compare(results)
-    files.write_json(workdir / 'comparison.json', comparison)
-    say(_format_comparison(comparison))
-  say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, reports))}')
-  return reports[0]
+  if len(results[0]) > len(EVALUATIONS):  # there is more than one way
+    comparison.write(workdir, {config.num_classes: comparison.compare(results)})
+    return [workdir / 'comparison.html', *reports]
+  return reports
 
 
-def _make_clips(config: ml_collections.ConfigDict, root: str) -> None:
+def _make_clips(
+  config: ml_collections.ConfigDict, root: str, *, seed: int = 0, visible: bool = False
+) -> None:
   clips = config.clips.to_dict()
+  if visible:
+    clips = {split: of for split, of in clips.items() if split != 'test'}
   total = sum(sum(subsets.values()) for subsets in clips.values())
   with Progress('making clips', total, 'clips') as progress:
     compose(
@@ -78,73 +115,83 @@ def _make_clips(config: ml_collections.ConfigDict, root: str) -> None:
       clips=clips,
       num_classes=config.num_classes,
       size=tuple(config.image),
+      seed=seed,
+      visible=visible,
       progress=lambda done, _: progress.advance_to(done),
     )
 
 
-def _started(stage, folder: Path, data: str, seed: int) -> ml_collections.ConfigDict:
-  """Stage 1 with its start, which learns to hear here if the config names none."""
-  stage = stage.copy_and_resolve_references()
-  if stage.train.init:
-    say(f'  as given: {stage.train.init}')
-    return stage
-  stage.seed = seed
-  if folder.exists():
+def _start(config: ml_collections.ConfigDict, folder: Path, data: str, seed: int) -> str:
+  """What the stages begin with: what config.stage1 names, or what learns here to hear, and see."""
+  if config.stage1.train.init:
+    say(f'  as given: {config.stage1.train.init}')
+    return config.stage1.train.init
+  start = folder / 'start'
+  if start.exists():
     say('  it is there')
   else:
-    hear(stage, folder, data)
-  stage.train.init = str(folder)
-  return stage
+    hearing = config.stage1.copy_and_resolve_references()
+    hearing.seed = seed
+    hear(hearing, start, data)
+  if config.looks is None:
+    return str(start)
+  say('    the looks of the classes, from silent clips in which all is labelled')
+  looks = config.looks.copy_and_resolve_references()
+  looks.seed, looks.train.init, looks.data.root = seed, str(start), f'{data}_looks'
+  _make_clips(config, looks.data.root, seed=1, visible=True)
+  train(looks, folder / 'looks')
+  return str(folder / 'looks')
 
 
 def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
   """The start, both stages and all evaluations of one seed; returns the evaluations by name."""
   say(f'[2] the start (seed {seed})')
-  stage1 = _started(config.stage1, folder / 'start', data, seed)
-  results = stepping_stones(stage1, config.stage2, folder, data=data, seed=seed)
+  stage1, stage2 = (stage.copy_and_resolve_references() for stage in (config.stage1, config.stage2))
+  stage1.train.init = _start(config, folder, data, seed)
+  if config.looks is not None:  # as the published stages, which begin with the same
+    stage2.train.init = stage2.train.init or stage1.train.init
+  results = stepping_stones(stage1, stage2, folder, data=data, seed=seed)
   if config.end_to_end:
-    single = _end_to_end(stage1, config.stage2)
+    single = _end_to_end(stage1, stage2)
     single.seed, single.data.root = seed, data
     say('    the same model end to end on semantic labels, for as many frames')
     train(single, folder / 'end_to_end')
     results |= scores({'end_to_end': Evaluation('end_to_end')}, folder, data=data, masks='')
+  if config.robust is not None:
+    robust = config.robust.copy_and_resolve_references()
+    robust.train.init = robust.train.init or stage2.train.init or str(folder / 'stage1')
+    results |= _robust(stage1, robust, folder, data, seed)
   say(tables.format_table(list(results.values())))
   return results
 
 
+def _robust(stage1, stage2, folder: Path, data: str, seed: int) -> dict[str, dict]:
+  """Stage 2 once more, trained on what it will meet; its evaluations by name."""
+  masks = folder / 'masks'
+  if stage2.prior.predicted:
+    say("    stage 1's masks of the training clips, by models that have not been trained on them")
+    stage1 = stage1.copy_and_resolve_references()
+    stage1.seed = seed
+    cross_fit(
+      stage1, folder / 'cross_fit', data=data, out=masks, folds=FOLDS, soft=stage2.prior.soft
+    )
+  say('    stage 2 with a robust prior')
+  stage2.seed, stage2.data.root, stage2.data.masks = seed, data, str(masks)
+  train(stage2, folder / 'robust')
+  return scores(_ROBUST, folder, data=data, masks=masks)
+
+
 def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
-  """Stage 2's task without a prior, from scratch, for the epochs of both stages."""
+  """Stage 2's task without a prior, from the start, for the epochs of both stages."""
   single = stage2.copy_and_resolve_references()
   single.use_prior = False
+  single.prior = base.get_config().prior
   single.data.masks = ''
   single.train.init = stage1.train.init
   single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   single.train.steps = stage1.train.steps + stage2.train.steps
   return single
-
-
-def _compare(results: list[dict[str, dict]]) -> dict:
-  """Mean and spread over seeds of AVSS mIoU and F for the ways to train."""
-  table = {}
-  for name in ('stage2_masks', 'stage2_oracle', 'end_to_end'):
-    rows = [result[name]['overall'] for result in results]
-    keys = ('miou', 'fscore', 'miou_no_background', 'miou_occurring')
-    table[name] = {key: [row[key] for row in rows] for key in keys}
-  pairs = [[result[f'stage1_{a}']['subsets'] for a in ('true', 'other')] for result in results]
-  if 'v1m' in pairs[0][0]:
-    differences = [true['v1m']['miou'] - other['v1m']['miou'] for true, other in pairs]
-    table['listening_v1m'] = {'difference': differences}
-  return table
-
-
-def _format_comparison(table: dict) -> str:
-  lines = ['  over seeds (each, then the mean):']
-  for name, values in table.items():
-    for key, numbers in values.items():
-      each = ' '.join(f'{100 * x:5.1f}' for x in numbers)
-      lines.append(f'  {name:14} {key:20} {each}   {100 * sum(numbers) / len(numbers):5.1f}')
-  return '\n'.join(lines)
 
 
 def _refuse_foreign(workdir: Path) -> None:

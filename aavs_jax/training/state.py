@@ -85,10 +85,20 @@ def count(flat: Flat) -> int:
   return sum(int(np.prod(value.shape)) for value in flat.values())
 
 
-def in_groups(paths: Sequence[str]) -> str:
-  """What to say of hundreds of paths: modules without their layers, numbers as '*', each once."""
-  modules = (re.sub(r'(/(down|up|linear))*/(kernel|bias)$', '', path) for path in paths)
-  return ', '.join(dict.fromkeys(re.sub(r'\d+', '*', module) for module in modules))
+def in_groups(paths: Sequence[str], others: Sequence[str] = ()) -> str:
+  """What to say of hundreds of paths: modules without their layers, numbers as '*', each once.
+
+  Where `others` has the rest of the model, a part of it that is in `paths` as a whole has one name.
+  """
+  kept = {path.rsplit('/', i)[0] for path in others for i in range(path.count('/') + 1)}
+
+  def module(path):
+    parts = path.split('/')
+    heads = ['/'.join(parts[: i + 1]) for i in range(len(parts) if others else 0)]
+    path = next((head for head in heads if head not in kept), path)
+    return re.sub(r'(/(down|up|linear))*/(kernel|bias)$', '', path)
+
+  return ', '.join(dict.fromkeys(re.sub(r'\d+', '*', module(path)) for path in paths))
 
 
 def digest(tree: Mapping | Variables) -> str:

@@ -38,7 +38,8 @@ def train_step(
   def loss_of(trained, statistics, batch, totals, key):
     variables = state.replace(trained=trained, statistics=statistics).variables
     outputs, statistics = method.apply(variables, batch, key)
-    loss, terms = method.loss(outputs, batch, totals, loss_key)
+    with jax.named_scope('loss'):
+      loss, terms = method.loss(outputs, batch, totals, loss_key)
     terms = {f'loss_{name}': value for name, value in terms.items()}
     return loss, ({'loss': loss, **terms}, flatten_statistics(statistics))
 
@@ -62,10 +63,12 @@ def train_step(
     keys = jax.random.split(apply_key, accumulate)
     (gradient, statistics), losses = jax.lax.scan(add, begin, (parts, keys))
     losses = jax.tree.map(functools.partial(jnp.sum, axis=0), losses)
-  updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
   state = state.replace(
     step=state.step + 1,
-    trained=optax.apply_updates(state.trained, updates),
+    trained=trained,
     opt_state=opt_state,
     statistics=statistics,
   )

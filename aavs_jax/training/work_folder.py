@@ -4,6 +4,7 @@ import concurrent.futures
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from aavs_jax import methods
 from aavs_jax.console import say
 from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import avsbench, bad_clips, files, masks, prepared
-from aavs_jax.input_pipeline.clips import Clip
+from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.methods.method import Method
@@ -46,7 +47,7 @@ _FREE_KEYS = (
 )  # fmt: skip
 
 _CLASSES = 'classes.json'  # names of the classes of the data set
-_BAD_CLIPS = 'bad_clips.json'
+CLIPS, BAD_CLIPS = 'clips.json', 'bad_clips.json'
 _RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
@@ -65,6 +66,13 @@ def read_clips(config: ml_collections.ConfigDict, workdir: epath.Path) -> Clips:
     UserError: the data set cannot be read or does not fit the config; there are too many bad clips.
   """
   train = read_index(config.data.root, 'train', config.data.subsets)
+  part, parts = config.data.leave_out
+  train = [clip for clip in train if not parts or fold_of(clip, parts) != part]
+  if not train:
+    raise UserError(
+      f'config.data.leave_out is {(part, parts)}, and all training clips of {config.data.root} are '
+      'in that part: use more parts'
+    )
   val = read_index(config.data.root, 'val', config.data.subsets)
   config_lib.require_fit(train + val, config)
   bad = [] if config.data.on_bad_clip == 'error' else _bad_clips(config, workdir, train)
@@ -78,7 +86,7 @@ def _bad_clips(
   config: ml_collections.ConfigDict, workdir: epath.Path, clips: Sequence[Clip]
 ) -> list[dict[str, str]]:
   """Those noted when the run began, which has a checkpoint; else all are read to find them."""
-  listing = workdir / _BAD_CLIPS
+  listing = workdir / BAD_CLIPS
   begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
     return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
@@ -101,7 +109,7 @@ def claim(
   Raises:
     UserError: on all processes, if they do not begin with the same.
   """
-  path, listing = workdir / 'config.json', workdir / 'clips.json'
+  path, listing = workdir / 'config.json', workdir / CLIPS
   found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips.train + clips.val]
   common = json.loads(config_lib.to_json(config))
   common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
@@ -110,7 +118,7 @@ def claim(
     if distributed.is_first():
       files.write_json(path, config.to_dict())
       files.write_json(listing, found)
-      files.write_json(workdir / _BAD_CLIPS, clips.bad)
+      files.write_json(workdir / BAD_CLIPS, clips.bad)
       files.write_json(workdir / _CLASSES, clips.train[0].data_set.classes)
     return
   if files.read_json(listing, [str], _RESTORE) != found:
@@ -155,13 +163,13 @@ def load_start(config: ml_collections.ConfigDict, method: Method, needed: bool) 
 def claim_inputs(
   workdir: epath.Path,
   config: ml_collections.ConfigDict,
-  val_clips: Sequence[Clip],
+  clips: Clips,
   start: Flat | None,
   latest: int | None,
 ) -> None:
   """Saves digests of start and masks, or, once there is a checkpoint, compares with those saved.
 
-  The masks are read here, and not after the first epoch.
+  The masks are read here, and not in the middle of training.
 
   Raises:
     UserError: on all processes, if they or this and an earlier start do not find the same.
@@ -170,7 +178,12 @@ def claim_inputs(
   if start is not None or not config.train.init:
     found['train.init'] = None if start is None else digest(start)
   if config.use_prior and not config.oracle_prior:
-    found['data.masks'] = _masks_digest(config, val_clips)
+    frames = [(clip, range(clip.num_frames)) for clip in clips.val]
+    found['data.masks'] = _masks_digest(config, config.data.masks, frames)
+  if config.prior.predicted:
+    frames = [(clip, clip.labelled_frames) for clip in clips.train]
+    folder = os.path.join(config.data.masks, masks.CROSS_FITTED)
+    found[f'data.masks/{masks.CROSS_FITTED}'] = _masks_digest(config, folder, frames)
   _require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
   begun = latest is not None and path.exists()
@@ -185,18 +198,23 @@ def claim_inputs(
     files.write_json(path, {**found, **saved})
 
 
-def _masks_digest(config: ml_collections.ConfigDict, clips: Sequence[Clip]) -> str:
-  """Of the masks that validation reads; each process reads those of its share of the clips."""
-  files.refuse_bucket(config.data.masks)
+def _masks_digest(
+  config: ml_collections.ConfigDict, folder: str, frames: Sequence[tuple[Clip, Sequence[int]]]
+) -> str:
+  """Of the masks of clips and times; each process reads those of its share of the clips."""
+  files.refuse_bucket(folder)
+  masks.require_kind(folder, config.prior.soft)
+  size, soft = config.data.eval_size, config.prior.soft
 
-  def read(clip):
+  def read(of_clip):
+    clip, times = of_clip
     digest = hashlib.sha256()
-    for t in range(clip.num_frames):
-      digest.update(masks.read_mask(config.data.masks, clip, t, config.data.eval_size).tobytes())
+    for t in times:
+      digest.update(masks.read_mask(folder, clip, t, size, soft).tobytes())
     return [clip.subset, clip.uid, digest.hexdigest()]
 
   with concurrent.futures.ThreadPoolExecutor(config.data.threads) as pool:
-    digests = list(pool.map(read, distributed.share(clips)))
+    digests = list(pool.map(read, distributed.share(frames)))
   distributed.wait_for_all('masks read')
   everyones = sorted(itertools.chain(*distributed.gather(digests)))
   return hashlib.sha256(json.dumps(everyones).encode()).hexdigest()[:16]
@@ -224,7 +242,8 @@ def announce(
       'config.train.init names no start'
     )
   if lacking:
-    say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking)}')
+    others = sorted(state.flat.keys() - set(lacking))
+    say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking, others)}')
   if step:
     say(f'  going on from step {step}')
 

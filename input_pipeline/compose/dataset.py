@@ -40,6 +40,7 @@ def compose(
   seed: int = 0,
   sprites: str | os.PathLike | None = None,
   layout: str = 'semantic',
+  visible: bool = False,
   progress: Callable[[int, int], None] | None = None,
 ) -> pathlib.Path:
   """Writes a data set, or finishes or reuses the one that the same settings wrote before.
@@ -59,6 +60,7 @@ def compose(
       or recordings of a class the last (by name) occurs in the test split only.
     layout: 'semantic', as AVSBench-semantic, or 'object', as AVSBench-object: the same clips, of
       v1s and v1m alone, their pictures resized to 224x224 and their labels binary.
+    visible: label all that can be seen, and let nothing sound: to learn looks from.
     progress: called with (clips done, clips in all) after each clip.
 
   Returns:
@@ -85,6 +87,8 @@ def compose(
   }
   if layout != 'semantic':  # a key that earlier sets have not
     settings['layout'] = layout
+  if visible:
+    settings['visible'] = visible
   counts = settings['clips'].values()
   tables = {s: root / _table_name(layout, s) for s in SUBSETS if any(of[s] for of in counts)}
   if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
@@ -102,7 +106,7 @@ def compose(
   ]
   rows = {path: [] for path in tables.values()}
   for done, (split, subset, index) in enumerate(jobs, 1):
-    plan = scenes.plan_clip(things, seed, split, subset, index)
+    plan = scenes.plan_clip(things, seed, split, subset, index, visible)
     if layout == 'semantic':
       rows[tables[subset]].append(_metadata_row(plan))
       folder, write = root / subset / plan.uid, _write_clip
@@ -195,7 +199,7 @@ def _metadata_row(plan: scenes.Plan) -> dict[str, str]:
     'uid': plan.uid,
     's_min': start,
     's_max': end,
-    'a_obj': '_'.join(names[plan.sounding.any(0)]),
+    'a_obj': '_'.join(names[plan.labelled.any(0)]),
     'split': plan.split,
     'label': plan.subset,
     'visible': '_'.join(names),

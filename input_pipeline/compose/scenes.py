@@ -34,7 +34,8 @@ class Thing(NamedTuple):
 class Plan(NamedTuple):
   """What happens in a clip of T seconds with K objects; object 0 is drawn first, the last in front.
 
-  things holds K Things; sounding, bool [T, K], tells who sounds when; rng draws the rest.
+  things holds K Things; sounding, bool [T, K], tells who sounds when, and labelled, of the same
+  shape, whose pixels the labels show; rng draws the rest.
   """
 
   uid: str
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
   subset: str
   things: list[Thing]
   sounding: np.ndarray
+  labelled: np.ndarray
   rng: np.random.Generator
 
 
@@ -90,20 +92,21 @@ def sprite_things(folder: pathlib.Path) -> list[Thing]:
   return things
 
 
-def plan_clip(things: list[Thing], seed: int, split: str, subset: str, index: int) -> Plan:
-  """What happens in one clip; depends on the arguments alone, not on the clips made before."""
+def plan_clip(
+  things: list[Thing], seed: int, split: str, subset: str, index: int, visible: bool = False
+) -> Plan:
+  """What happens in one clip; depends on the arguments alone, not on the clips made before.
+
+  What sounds is labelled; or, with `visible`, nothing sounds and everything is labelled.
+  """
   numbers = [seed, SPLITS.index(split), list(SUBSETS).index(subset), index]
   rng = np.random.default_rng(np.random.SeedSequence(numbers))
   count = 1 if subset == 'v1s' else int(rng.integers(2, min(3, len(things)) + 1))
   chosen = [things[i] for i in rng.choice(len(things), count, replace=False)]
-  return Plan(
-    uid=_draw_uid(rng, index, SUBSETS[subset]),
-    split=split,
-    subset=subset,
-    things=chosen,
-    sounding=_draw_schedule(rng, count, SUBSETS[subset]),
-    rng=rng,
-  )
+  uid = _draw_uid(rng, index, SUBSETS[subset])
+  sounding = _draw_schedule(rng, count, SUBSETS[subset])
+  labelled = np.ones_like(sounding) if visible else sounding
+  return Plan(uid, split, subset, chosen, sounding & (not visible), labelled, rng)
 
 
 def render_clip(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -112,8 +115,8 @@ def render_clip(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
   Returns:
     frames uint8 [T, H, W, 3] RGB, class ids uint8 [T, H, W], audio int16 [T * 16000].
   """
-  rng, sounding = plan.rng, plan.sounding
-  seconds, count = sounding.shape
+  rng = plan.rng
+  seconds, count = plan.sounding.shape
   (width, height), test = size, plan.split == 'test'
   pictures = [_pick(rng, t.test_pictures if test else t.pictures) for t in plan.things]
   sounds = [_pick(rng, t.test_sounds if test else t.sounds) for t in plan.things]
@@ -137,9 +140,9 @@ def render_clip(plan: Plan, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarr
       inside, cut = _clip_to_image(centres[t, k], alpha.shape[0], size)
       rgb, alpha = rgb[cut], alpha[cut]
       image[inside] += alpha[..., None] * (rgb - image[inside])
-      targets[t][inside][alpha > 0.5] = ids[k] if sounding[t, k] else 0
+      targets[t][inside][alpha > 0.5] = ids[k] if plan.labelled[t, k] else 0
     frames[t] = image
-  return frames, targets, _mix(rng, sounds, sounding)
+  return frames, targets, _mix(rng, sounds, plan.sounding)
 
 
 def _pick(rng, options):
