@@ -34,7 +34,7 @@ def test_recorded_run(name):
   parity.require_maps(name, FILES[name])
 
 
-# With noise of 1e-7 on the parameters 0.02, 0.8 or 4 % of the elements are off: a kink is that near.
+# With noise of 1e-7 on the parameters 0.02, 0.8 or 4 % of the elements are off: a kink is near.
 AT_A_KINK = pytest.mark.xfail(strict=False, reason='rounding decides on which side of a kink it is')
 
 
