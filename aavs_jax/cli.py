@@ -460,6 +460,29 @@ def _bench(args) -> None:
   _show(args, result, text)
 
 
+def _bench_sweep_arguments(sub) -> None:
+  sub.add_argument('out', metavar='OUT', help='folder for sweep.json and sweep.md')
+  for stage in (1, 2):
+    config = str(_CONFIGS / f'avss_stage{stage}.py')
+    sub.add_argument(f'--stage{stage}', default=config, help=f'{_CONFIG_FILE} (%(default)s)')
+  sub.add_argument('--minutes', type=float, default=9, help='to take (%(default)s)')
+
+
+def _bench_sweep(args) -> None:
+  from aavs_jax import config as config_lib
+  from aavs_jax.console import say
+  from aavs_jax.input_pipeline.files import write_text
+  from aavs_jax.perf import sweep
+
+  configs = {
+    stage: config_lib.load(getattr(args, f'stage{stage}'), args.overrides) for stage in (1, 2)
+  }
+  result = sweep.sweep(args.out, configs, args.minutes, lambda line: say(f'  {line}'))
+  text = sweep.format_sweep(result)
+  write_text(f'{args.out}/sweep.md', text + '\n')
+  say(f'{text}\nwritten to {args.out}: sweep.json and sweep.md')
+
+
 def _show(args, result: dict, text: str) -> None:
   """The figures of a benchmark: as a file, if that is wanted, and as text."""
   from aavs_jax.console import say
@@ -581,6 +604,9 @@ _BENCHES = (
   ('input', _bench_input_arguments, _bench_input,
    'time what reads the data: CPU time a frame by part, and how many cores feed an accelerator',
    'aavs bench input --config.data.batch_items=8 --config.data.workers=2'),
+  ('sweep', _bench_sweep_arguments, _bench_sweep,
+   'time the steps by batch, dtype and form, the peer beside them, and list the largest kernels',
+   'aavs bench sweep runs/sweep --minutes 9'),
 )  # fmt: skip
 _COMMANDS = (
   ('compose', _compose_arguments, _compose, 'write a small made data set in a layout of AVSBench',

@@ -63,7 +63,8 @@ def train(
       '`aavs masks` and name their folder'
     )
   clips = work_folder.read_clips(config, workdir)
-  plan = phases.plan(config, clips.train, methods.of(config).unit)
+  epoch = pipeline.epoch_size(clips.train, config.data.item_frames, config.data.batch_items)
+  plan = phases.plan(config, *epoch, methods.of(config).unit)
   profiler = Profiler(profile, workdir / 'profile', plan.total)
   with lock(workdir):
     run = _Run(config, workdir, clips, plan)

@@ -6,7 +6,6 @@ import logging
 import os
 
 import numpy as np
-import soundfile
 
 from . import files
 from .errors import UserError
@@ -49,6 +48,8 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
     UserError: the file is missing, empty, unreadable, without samples, has samples that are not
       finite or far outside [-1, 1], a rate outside 1 to 768 kHz, or lasts more than an hour.
   """
+  import soundfile  # benchmarks of the models do without
+
   path = os.fspath(path)
   # Not by libsndfile, which does not tell a disk that fails from a broken file.
   data = files.read_file(

@@ -6,7 +6,6 @@ import pytest
 
 from aavs_jax import methods
 from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
-from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training import phases
 
@@ -96,10 +95,8 @@ def test_the_boundary_is_where_the_release_has_it():
 
 def test_steps_take_the_place_of_epochs():
   config = quick_stage1.get_config()
-  clips = [SemanticClip('', str(i), 'v1m', 'train', 5) for i in range(10)]
-  config.data.item_frames, config.data.batch_items = 5, 2
   config.train.update(steps=7, eval_every_steps=3, epochs=100.0, eval_every_epochs=50.0)
-  plan = phases.plan(config, clips, 1)
+  plan = phases.plan(config, 5.0, 10, 1)
   assert plan == phases.Plan(5, 7, 3, 0)
   config.train.update(steps=0, eval_every_steps=0)
-  assert phases.plan(config, clips, 1) == phases.Plan(5, 500, 250, 0)
+  assert phases.plan(config, 5.0, 10, 1) == phases.Plan(5, 500, 250, 0)

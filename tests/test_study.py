@@ -122,11 +122,12 @@ def test_a_study_runs_end_to_end_and_is_not_repeated(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_study_of_several_numbers_of_classes(tmp_path):
+def test_a_study_for_numbers_of_classes_trains_in_each_way(tmp_path):
   config = compose_bench.get_config()
   few = {'v1s': 2, 'v1m': 2, 'v2': 2}
   config.clips = dict(train={'v1s': 4, 'v1m': 4, 'v2': 2}, val=few, test=few)
-  config.num_classes = (2, 3)
+  with config.ignore_type():
+    config.num_classes = (3,)
   config.image = (96, 72)
   config.stage1, config.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
   config.looks = tiny.get_config('stage2')
@@ -135,20 +136,20 @@ def test_a_study_of_several_numbers_of_classes(tmp_path):
   config.robust.prior.predicted = config.robust.prior.none = 0.5
   workdir = tmp_path / 'run'
   page = study.run_study(config, workdir)
-  assert page == workdir / 'comparison.html' and '<svg' in page.read_text()
+  assert page == workdir / 'comparison.html' and 'one stage' in page.read_text()
   tables = json.loads((workdir / 'comparison.json').read_text())
-  assert list(tables) == ['2', '3']
-  looks = json.loads((workdir / 'classes2' / 'looks' / 'config.json').read_text())
+  assert list(tables) == ['3']
+  looks = json.loads((workdir / 'classes3' / 'looks' / 'config.json').read_text())
   assert looks['train']['init'].endswith('/start')
   for stage in ('stage1', 'stage2', 'end_to_end', 'robust', 'cross_fit/fold1'):
-    stage = json.loads((workdir / 'classes2' / stage / 'config.json').read_text())
+    stage = json.loads((workdir / 'classes3' / stage / 'config.json').read_text())
     assert stage['train']['init'].endswith('/looks')
   priors = {'robust_masks': 'stage1', 'robust_oracle': 'oracle', 'robust_none': 'none'}
   for name, prior in priors.items():
     assert json.loads((workdir / f'classes3/eval/{name}.json').read_text())['prior'] == prior
     assert len(tables['3'][name]['iou_sounding']) == 1
   with pytest.raises(UserError, match='classes and looks of its own'):
-    study.run_study(config, tmp_path / 'other', data=str(workdir / 'classes2' / 'data'))
+    study.run_study(config, tmp_path / 'other', data=str(workdir / 'classes3' / 'data'))
 
 
 def test_a_comparison_says_what_each_way_scored(tmp_path):

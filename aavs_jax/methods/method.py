@@ -80,3 +80,19 @@ class Method(NamedTuple):
   """
   forms: Mapping[str, Any] = {}
   """Keys of the config that say how, but not what, is computed; with the value of least FLOPs."""
+
+
+def compiled_predict(method: Method) -> jax.stages.Wrapped:
+  """Jitted (variables, batch) -> predictions, for evaluation, benchmarks and `aavs aot` alike."""
+
+  def step(variables, batch):
+    outputs, _ = method.apply(variables, batch)
+    return method.predict(outputs)
+
+  # What this variant of the model leaves unused is on the devices all the same.
+  return jax.jit(step, keep_unused=True)
+
+
+def seen(method: Method, batch: Batch) -> Batch:
+  """The part of a batch that a method predicts from."""
+  return {name: batch[name] for name in method.sees}

@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from aavs_jax import methods
 from aavs_jax.devices.mesh import batch_sharding, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.methods.method import compiled_predict, seen
 from aavs_jax.perf.bench import format_forms, random_batch
 from aavs_jax.perf.hlo import Work, work
-from aavs_jax.scoring.predictor import compiled_predict, seen
 from aavs_jax.training import phases
 from aavs_jax.training.phases import placed
 from aavs_jax.training.state import TrainState, count
@@ -126,9 +126,11 @@ def slice_devices(where: Slice) -> Sequence[jax.Device]:
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   os.environ.setdefault('TPU_WORKER_HOSTNAMES', 'localhost')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  # A host has several chips unless it is told that the slice is but one.
+  host = {'chips_per_host_bounds': (1, 1, 1)} if where.chips == 1 else {}
   try:
     found = topologies.get_topology_desc(
-      platform='tpu', topology_name=str(where), chip_config_name=where.chip.config
+      platform='tpu', topology_name=str(where), chip_config_name=where.chip.config, **host
     )
   except jax.errors.JaxRuntimeError as error:
     text = ' '.join(str(error).split()).removeprefix('INVALID_ARGUMENT: ')

@@ -17,8 +17,8 @@ from aavs_jax import methods
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import forms
+from aavs_jax.methods.method import compiled_predict, seen
 from aavs_jax.perf import peer
-from aavs_jax.scoring.predictor import compiled_predict, seen
 from aavs_jax.training import flops, phases
 from aavs_jax.training.phases import placed
 from aavs_jax.training.state import count, flatten
@@ -58,7 +58,7 @@ class _Compiled(NamedTuple):
   compile_seconds: float
 
 
-def _compile(what: str, config: ml_collections.ConfigDict, batch: Any, phase: int) -> _Compiled:
+def compile_step(what: str, config: ml_collections.ConfigDict, batch: Any, phase: int) -> _Compiled:
   """Compiles a step as training or evaluation runs it; `what` is a key of TITLES."""
   method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
   key = jax.random.key(config.seed)
@@ -95,7 +95,7 @@ def _compile(what: str, config: ml_collections.ConfigDict, batch: Any, phase: in
   )
 
 
-def _place(config: ml_collections.ConfigDict, frames: int) -> dict[str, jax.Array]:
+def place(config: ml_collections.ConfigDict, frames: int) -> dict[str, jax.Array]:
   """A batch of noise on the devices. Raises UserError if they cannot share it."""
   unit = methods.of(config).unit
   parts = jax.device_count() * config.train.accumulate * unit
@@ -130,8 +130,8 @@ def bench(
   """
   if repeats < 1:
     raise UserError(f'--repeats is {repeats}: use 1 or more')
-  batch = _place(config, frames)
-  compiled = _compile(what, config, batch, phase)
+  batch = place(config, frames)
+  compiled = compile_step(what, config, batch, phase)
   state = compiled.make_state(jax.random.key(config.seed))
   seconds = []
   for _ in range(repeats + 1):
@@ -165,10 +165,10 @@ def bench(
   }
   if what == 'step':
     result |= {'phase': phase, 'trained_parameters': count(compiled.state.trained)}
-  return _timed(result, seconds[1:])
+  return timed(result, seconds[1:])
 
 
-def _timed(result: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
+def timed(result: dict[str, Any], seconds: list[float]) -> dict[str, Any]:
   """A result with the figures that follow from seconds of single runs."""
   median = statistics.median(seconds)
   result = result | {
@@ -220,11 +220,11 @@ def _compile_both(
   jax.monitoring.register_event_listener(
     lambda event, **_: event == '/jax/compilation_cache/cache_hits' and hits.append(event)
   )
-  batch = _place(config, frames)
+  batch = place(config, frames)
   result = {}
   for what in TITLES:
     hits.clear()
-    compiled = _compile(what, config, batch, phase)
+    compiled = compile_step(what, config, batch, phase)
     result[what] = {
       'trace': compiled.trace_seconds,
       'compile': compiled.compile_seconds,
@@ -304,9 +304,9 @@ def beside_peer(
 def _join(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
   """One measurement of those of two rounds."""
   if before is None:
-    return _timed(found, found['seconds'])
+    return timed(found, found['seconds'])
   found['peak_memory'] = max(before['peak_memory'], found['peak_memory'])
-  return _timed(found, before['seconds'] + found['seconds'])
+  return timed(found, before['seconds'] + found['seconds'])
 
 
 def format_bench(result: dict[str, Any]) -> str:

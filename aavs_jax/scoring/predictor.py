@@ -14,28 +14,12 @@ from aavs_jax.devices.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Item
-from aavs_jax.methods.method import Method
+from aavs_jax.methods.method import Method, compiled_predict, seen
 from aavs_jax.types import Batch, Variables
 
 # Batches that the devices have before them while the host takes the result of an earlier one.
 _AHEAD = 2
 _T = TypeVar('_T')
-
-
-def compiled_predict(method: Method) -> jax.stages.Wrapped:
-  """Jitted (variables, batch) -> predictions, for evaluation, benchmarks and `aavs aot` alike."""
-
-  def step(variables, batch):
-    outputs, _ = method.apply(variables, batch)
-    return method.predict(outputs)
-
-  # What this variant of the model leaves unused is on the devices all the same.
-  return jax.jit(step, keep_unused=True)
-
-
-def seen(method: Method, batch: Batch) -> Batch:
-  """The part of a batch that a method predicts from."""
-  return {name: batch[name] for name in method.sees}
 
 
 class Predictor:

@@ -6,7 +6,7 @@ Method.goes_on.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,6 @@ import optax
 from jax.sharding import Mesh
 
 from aavs_jax.devices.mesh import state_sharding
-from aavs_jax.input_pipeline import pipeline
-from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training.optimizer import make_optimizer, taken_over
@@ -56,12 +54,13 @@ class Plan(NamedTuple):
     return step - self.boundary if self.phase_at(step) == 2 else step
 
 
-def plan(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) -> Plan:
-  """Of the training on clips, by a method of this unit; UserError if phases or batch do not fit."""
+def plan(config: ml_collections.ConfigDict, steps_per_epoch: float, frames: int, unit: int) -> Plan:
+  """Of a training with this many steps an epoch and frames a step, by a method of this unit.
+
+  Raises:
+    UserError: phases or batch do not fit.
+  """
   train = config.train
-  steps_per_epoch, frames = pipeline.epoch_size(
-    clips, config.data.item_frames, config.data.batch_items
-  )
   total = train.steps or max(1, round(train.epochs * steps_per_epoch))
   boundary = round(train.phase2_epoch * steps_per_epoch)
   if train.phase2_epoch and not 0 < boundary <= total:

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# What a GPU can tell in nine minutes, from a bare checkout and without a network: are its numbers
+# those of the recorded runs, and how fast is it? Needs what is there of jax, flax, optax,
+# ml_collections, numpy and Pillow; with torch and transformers the peer is timed as well.
+#
+#   bash launch/bench_gpu.sh OUT [arguments of `aavs bench sweep`]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${1:?usage: bash launch/bench_gpu.sh OUT}
+shift
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+# Another process, of PyTorch or JAX, takes its turn: no process keeps all of the memory.
+export XLA_PYTHON_CLIENT_PREALLOCATE=${XLA_PYTHON_CLIENT_PREALLOCATE:-false}
+python=${PYTHON:-python3}
+$python -m aavs_jax.cli bench sweep "$out" --minutes 7 "$@"
+timeout 110 $python -m aavs_jax.cli selftest tests/goldens/stage2.npz 2>&1 | tee "$out/selftest.txt" ||
+  echo "the self-test failed or had no time: see $out/selftest.txt"
