@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from aavs_jax.models import swin
 from aavs_jax.models.swin import Swin, SwinBlock
 
 DROP, SAMPLES, WIDTH = 0.3, 400, 8
@@ -22,12 +23,14 @@ class TestBlock:
   def run(self):
     """Of a block without one of its kernels: input, output in evaluation, output in training."""
     block = SwinBlock(2, 2, True, 2, DROP, jnp.float32)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((SAMPLES, 2, 2, WIDTH)), jnp.float32)
-    params = jax.jit(lambda key: block.init(key, x, False)['params'])(jax.random.key(0))
+    x = jnp.asarray(
+      np.random.default_rng(0).standard_normal((SAMPLES, 1, 1, 4, WIDTH)), jnp.float32
+    )
+    params = jax.jit(lambda key: block.init(key, x, 2, 2, False)['params'])(jax.random.key(0))
 
     @functools.partial(jax.jit, static_argnums=1)
     def apply(params, train):
-      return block.apply({'params': params}, x, train, rngs={'drop_path': jax.random.key(1)})
+      return block.apply({'params': params}, x, 2, 2, train, rngs={'drop_path': jax.random.key(1)})
 
     def outputs(without):
       flat = traverse_util.flatten_dict(params, sep='/')
@@ -40,7 +43,7 @@ class TestBlock:
   def test_a_sample_has_all_or_nothing_of_the_attention(self, run):
     x, whole, training = run(without='fc2/kernel')  # so that the MLP adds nothing
     attention, found = whole - x, training - x
-    kept = (found != 0).any(axis=(1, 2, 3))
+    kept = (found != 0).any(axis=(1, 2, 3, 4))
     assert kept.mean() == pytest.approx(KEEP, abs=4 * (KEEP * DROP / SAMPLES) ** 0.5)
     np.testing.assert_array_equal(found[~kept], 0)
     # So its mean over the draws is what evaluation adds.
@@ -49,7 +52,7 @@ class TestBlock:
   def test_the_mlp_is_never_dropped(self, run):
     x, whole, training = run(without='attention/projection/kernel')
     np.testing.assert_allclose(training, whole, rtol=1e-4, atol=1e-5)
-    assert (whole != x).any(axis=(1, 2, 3)).all()
+    assert (whole != x).any(axis=(1, 2, 3, 4)).all()
 
 
 @functools.cache
@@ -92,3 +95,19 @@ def test_every_block_draws_for_itself_at_the_same_rate(blocks):
 
 def test_nothing_is_dropped_in_evaluation():
   assert _kept(4, train=False)(1).all()
+
+
+@pytest.mark.parametrize(('window', 'height', 'width'), [(4, 8, 12), (5, 10, 15), (3, 7, 4)])
+def test_shifted_windows_are_those_of_the_rolled_map(window, height, width):
+  x = np.random.default_rng(0).standard_normal((2, height, width, 3)).astype(np.float32)
+  windows = swin.partition(x, window)
+  np.testing.assert_array_equal(swin.unite(windows, window, height, width), x)
+
+  padded = np.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+  rolled = np.roll(padded, (-(window // 2),) * 2, (1, 2))
+  n, rows, columns, length, _ = windows.shape
+  plain = rolled.reshape(n, rows, window, columns, window, 3).transpose(0, 1, 3, 2, 4, 5)
+  plain = plain.reshape(n, rows, columns, length, 3)
+  moved = swin.shifted(windows, window)
+  np.testing.assert_array_equal(moved, plain[..., swin.quarters(window, -(-window // 2)), :])
+  np.testing.assert_array_equal(swin.shifted_back(moved, window), windows)

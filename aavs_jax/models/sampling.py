@@ -80,14 +80,19 @@ def sample(
   )
 
 
+def rows_at(maps: Float[Array, '*b h w d'], index: Int[Array, '*b p']) -> Float[Array, '*b p d']:
+  """Pixels of maps by their flat index, which is inside; the d of a pixel at once."""
+  *batch, height, width, depth = maps.shape
+  flat = maps.reshape(*batch, height * width, depth)
+  return jnp.take_along_axis(flat, index[..., None], axis=-2, mode='clip')
+
+
 def sample_rows(
   maps: Float[Array, '*b h w d'], points: Float[Array, '*b p 2']
 ) -> Float[Array, '*b p d']:
-  """Values of many maps at p shared points, as `sample`; reads the d of a pixel at once."""
-  *batch, height, width, depth = maps.shape
-  flat = maps.reshape(*batch, height * width, depth)
+  """Values of many maps at p shared points, as `sample`."""
+  *_, height, width, _ = maps.shape
   total = sum(
-    jnp.take_along_axis(flat, index[..., None], axis=-2, mode='clip') * weight[..., None]
-    for index, weight in corners(points, height, width)
+    rows_at(maps, index) * weight[..., None] for index, weight in corners(points, height, width)
   )
   return total.astype(maps.dtype)

@@ -36,8 +36,89 @@ def shift_mask(height: int, width: int, window: int, shift: int) -> np.ndarray:
   return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0).astype(np.float32)
 
 
+def quarters(window: int, first: int) -> np.ndarray:
+  """int [L]: positions of a window, y * window + x, quarter by quarter.
+
+  Rows and columns are divided after the first `first`; the quarters are top left, top right, bottom
+  left, bottom right.
+  """
+  halves = np.split(np.arange(window), [first])
+  return np.concatenate([(y[:, None] * window + x).ravel() for y in halves for x in halves])
+
+
+def partition(x: Float[Array, 'n h w d'], window: int) -> Float[Array, 'n r c l d']:
+  """A map as rows and columns of windows, filled up with zeros; positions in quarters.
+
+  Windows shifted by half of their side consist of whole quarters of four windows. Blocks stay in
+  this order: to the TPU compiler, taking the map apart and rolling it in each block is a third of
+  a block of the first stage at the published size, a sixth of one of the third stage.
+  """
+  n, height, width, d = x.shape
+  x = jnp.pad(x, ((0, 0), (0, -height % window), (0, -width % window), (0, 0)))
+  rows, columns = x.shape[1] // window, x.shape[2] // window
+  x = x.reshape(n, rows, window, columns, window, d).transpose(0, 1, 3, 2, 4, 5)
+  halves = jnp.split(x, [window // 2], 3)
+  parts = [part for half in halves for part in jnp.split(half, [window // 2], 4)]
+  return jnp.concatenate([part.reshape(n, rows, columns, -1, d) for part in parts], 3)
+
+
+def unite(
+  x: Float[Array, 'n r c l d'], window: int, height: int, width: int
+) -> Float[Array, 'n h w d']:
+  """The map of `partition`."""
+  n, rows, columns, _, d = x.shape
+  sides = (window // 2, window - window // 2)
+  halves, start = [], 0
+  for high in sides:
+    half = []
+    for wide in sides:
+      half.append(x[..., start : start + high * wide, :].reshape(n, rows, columns, high, wide, d))
+      start += high * wide
+    halves.append(jnp.concatenate(half, 4))
+  x = jnp.concatenate(halves, 3).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(n, rows * window, columns * window, d)[:, :height, :width]
+
+
+def shifted(x: Float[Array, 'n r c l d'], window: int) -> Float[Array, 'n r c l d']:
+  """Windows that begin half a side further down and right, cyclically; see `quarters`.
+
+  Their quarters are divided after the first window - window // 2.
+  """
+  s, r = window // 2, window - window // 2
+  x = jnp.concatenate([x[..., s * window :, :], jnp.roll(x[..., : s * window, :], -1, 1)], 3)
+  upper, lower = x[..., : r * window, :], x[..., r * window :, :]
+  return jnp.concatenate(
+    [
+      upper[..., r * s :, :],
+      jnp.roll(upper[..., : r * s, :], -1, 2),
+      lower[..., s * s :, :],
+      jnp.roll(lower[..., : s * s, :], -1, 2),
+    ],
+    3,
+  )
+
+
+def shifted_back(x: Float[Array, 'n r c l d'], window: int) -> Float[Array, 'n r c l d']:
+  """The windows of which `shifted` made these."""
+  s, r = window // 2, window - window // 2
+  upper, lower = x[..., : r * window, :], x[..., r * window :, :]
+  x = jnp.concatenate(
+    [
+      jnp.roll(upper[..., r * r :, :], 1, 2),
+      upper[..., : r * r, :],
+      jnp.roll(lower[..., s * r :, :], 1, 2),
+      lower[..., : s * r, :],
+    ],
+    3,
+  )
+  return jnp.concatenate([jnp.roll(x[..., r * window :, :], 1, 1), x[..., : r * window, :]], 3)
+
+
 class WindowAttention(nn.Module):
-  """Multi-head self-attention inside windows with relative position bias."""
+  """Multi-head self-attention inside windows with relative position bias.
+
+  order: int [L], the positions of a window as they stand in x.
+  """
 
   heads: int
   window: int
@@ -45,7 +126,7 @@ class WindowAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'n v l d'], mask: Float[Array, 'v l l'] | None
+    self, x: Float[Array, 'n v l d'], order: np.ndarray, mask: Float[Array, 'v l l'] | None
   ) -> Float[Array, 'n v l d']:
     width = x.shape[-1]
 
@@ -56,7 +137,8 @@ class WindowAttention(nn.Module):
     query, key, value = project('query'), project('key'), project('value')
     rows = (2 * self.window - 1) ** 2
     table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
-    bias = table[relative_position_index(self.window)].transpose(2, 0, 1)
+    index = relative_position_index(self.window)[np.ix_(order, order)]
+    bias = table[index].transpose(2, 0, 1)
     scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
     scores = scores * (width // self.heads) ** -0.5 + bias
     if mask is not None:
@@ -68,7 +150,10 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-  """Window attention and MLP, each with an adapter; stochastic depth on the attention alone."""
+  """Window attention and MLP, each with an adapter; stochastic depth on the attention alone.
+
+  height, width: of the map, see `partition`.
+  """
 
   heads: int
   window: int
@@ -78,32 +163,32 @@ class SwinBlock(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'n h w d'], train: bool) -> Float[Array, 'n h w d']:
-    n, height, width, dim = x.shape
+  def __call__(
+    self, x: Float[Array, 'n r c l d'], height: int, width: int, train: bool
+  ) -> Float[Array, 'n r c l d']:
+    n, rows, columns, length, dim = x.shape
     # As the release computes it: a map no larger than the window is padded and shifted all the
     # same (published Swin would shrink the window and not shift).
     window = self.window
     shift = window // 2 if self.shifted else 0
 
     h = layer_norm(self.dtype, 'norm1')(x)
-    pad_y, pad_x = -height % window, -width % window
-    h = jnp.pad(h, ((0, 0), (0, pad_y), (0, pad_x), (0, 0)))
-    rows, columns = (height + pad_y) // window, (width + pad_x) // window
+    if (height, width) != (rows * window, columns * window):
+      inside = partition(jnp.ones((1, height, width, 1), bool), window)
+      h = jnp.where(inside, h, 0)
     mask = None
+    order = quarters(window, window - shift if shift else window // 2)
     if shift:
-      h = jnp.roll(h, (-shift, -shift), (1, 2))
-      mask = jnp.asarray(shift_mask(height + pad_y, width + pad_x, window, shift))
-    h = h.reshape(n, rows, window, columns, window, dim).transpose(0, 1, 3, 2, 4, 5)
-    h = h.reshape(n, rows * columns, window * window, dim)
-    h = WindowAttention(self.heads, window, self.dtype, name='attention')(h, mask)
-    h = h.reshape(n, rows, columns, window, window, dim).transpose(0, 1, 3, 2, 4, 5)
-    h = h.reshape(n, height + pad_y, width + pad_x, dim)
+      h = shifted(h, window)
+      mask = shift_mask(rows * window, columns * window, window, shift)
+      mask = jnp.asarray(mask[:, order][:, :, order])
+    attention = WindowAttention(self.heads, window, self.dtype, name='attention')
+    h = attention(h.reshape(n, rows * columns, length, dim), order, mask).reshape(x.shape)
     if shift:
-      h = jnp.roll(h, (shift, shift), (1, 2))
-    h = h[:, :height, :width]
+      h = shifted_back(h, window)
     if train and self.drop_path > 0:
       keep = 1.0 - self.drop_path
-      kept = jax.random.bernoulli(self.make_rng('drop_path'), keep, (n, 1, 1, 1))
+      kept = jax.random.bernoulli(self.make_rng('drop_path'), keep, (n, 1, 1, 1, 1))
       h = jnp.where(kept, h / keep, 0).astype(h.dtype)
     x = x + h
 
@@ -170,16 +255,18 @@ class Swin(nn.Module):
         )
         for i in range(depth)
       ]
+      size = x.shape[1:3]
       x, _ = run_layers(
         self,
         blocks,
         [f'stage{stage}_block{i}' for i in range(depth)],
-        lambda block, _, x: (block(x, train), None),
-        x,
+        lambda block, _, x, size=size: (block(x, *size, train), None),
+        partition(x, self.window),
         period=2,
         remat=self.remat,
         rng='drop_path' if train and self.drop_path > 0 else None,
       )
+      x = unite(x, self.window, *size)
       norm = layer_norm(self.dtype, f'stage{stage}_norm')
       maps.append(norm(x))
       if stage < len(self.depths) - 1:
