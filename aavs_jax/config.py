@@ -51,11 +51,14 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  for key in ('stage1', 'stage2', 'looks', 'robust'):
+  for key in ('stage1', 'stage2', 'looks', 'robust', 'others'):
     if key not in config:
       raise UserError(f'{path} has no {key}: begin it with a copy of configs/quickstart.py')
-    if config[key] is not None:
+    if config[key] is not None and key != 'others':
       check(config[key])
+  for stages in config.others.values():
+    check(stages.stage1)
+    check(stages.stage2)
   soft = config.stage2.prior.soft
   if config.robust is not None and config.robust.prior.soft != soft:
     raise UserError(
@@ -67,6 +70,11 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
     raise UserError(
       f'config.num_classes is {config.num_classes}, and there is nothing to compare for them: set '
       'config.end_to_end, or use one number'
+    )
+  if config.others and (several or not config.end_to_end or config.looks or config.robust):
+    raise UserError(
+      f'config.others is {tuple(config.others)}, which are compared with one number of classes, '
+      'end_to_end, and without looks and robust: set these as configs/methods_study.py does'
     )
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')

@@ -59,6 +59,12 @@ class Plan(NamedTuple):
 def plan(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) -> Plan:
   """Of the training on clips, by a method of this unit; UserError if phases or batch do not fit."""
   train = config.train
+  for clip in clips:
+    if clip.num_frames % unit:
+      raise UserError(
+        f'{clip.subset}/{clip.uid} has {clip.num_frames} frames, but {config.method} sees {unit} '
+        'of a clip together: train on clips of a multiple of them, see config.data.subsets'
+      )
   steps_per_epoch, frames = pipeline.epoch_size(
     clips, config.data.item_frames, config.data.batch_items
   )
