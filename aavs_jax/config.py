@@ -113,6 +113,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not ok:
       raise UserError(f'config.{key} is {values[key]!r}: {expected}')
 
+  for key in ('dtype', 'train.frozen_dtype'):
+    need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
+  try:
+    unit = method.method(config).unit
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(
+      f'config.method is {config.method!r}, but {", ".join(_OF_METHOD)} are not as it has them '
+      f'({" ".join(str(error).split())[:100]}): begin with a config file of this method'
+    ) from error
   for key, value in values.items():
     need(key, value != 'None', f'write --config.{key}= for none')
     items = value if isinstance(value, (tuple, list)) else (value,)
@@ -127,8 +136,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   binary = config.task == 'binary'
   fits = config.num_classes == 2 if binary else 2 <= config.num_classes <= IGNORE
   need('num_classes', fits, 'use 2' if binary else f'use 2 to {IGNORE}, the background included')
-  for key in ('dtype', 'train.frozen_dtype'):
-    need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(
     'use_prior',
     config.task == 'semantic' or not config.use_prior,
@@ -177,7 +184,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     except re.error as error:
       need('train.trainable', False, f'{pattern!r} is not a regular expression ({error})')
   method.check(config, need)
-  unit = method.method(config).unit
   fits = not EVAL_ITEM_FRAMES % unit
   need('method', fits, f'it sees {unit} frames together, where 1 or {EVAL_ITEM_FRAMES} can be')
   need(

@@ -40,6 +40,9 @@ _FILES = {
 
 
 def get_config(name='tpavi', backbone='pvt_v2'):
+  """Of a key of _FILES; on ResNet also as 'tpavi+resnet'."""
+  name, _, other = name.partition('+')
+  backbone = other or backbone
   config = _FILES[name].get_config({'pvt_v2': 'pvt_v2', 'resnet': 'resnet50'}[backbone])
   config.data.image_size = config.data.eval_size = 32
   config.data.batch_items = 2
