@@ -45,10 +45,9 @@ def get_config():
 
 def _stages(name):
   """Both stages of another method, in the sizes and with the recipe of the quickstart's."""
-  quick = quick_stage1.get_config()
   stages = {}
   for key, module in zip(('stage1', 'stage2'), _STAGES[name]):
-    stage = stages[key] = module.get_config()
+    stage, quick = module.get_config(), quick_stage1.get_config()
     for part in ('image_size', 'eval_size', 'item_frames', 'batch_items', 'threads'):
       stage.data[part] = quick.data[part]
     stage.model.backbone = _PVT
@@ -58,4 +57,5 @@ def _stages(name):
     trainable = stage.train.trainable
     stage.train = quick.train
     stage.train.trainable = trainable
+    stages[key] = stage
   return stages

@@ -123,7 +123,9 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   """
   folder = folder.resolve()
   study = _study(folder)
-  if study and (study['looks'] or study['robust'] or study['stage1'].get('method') != 'aavs'):
+  if study and (
+    study['looks'] or study['robust'] or study['stage1'].get('method', 'aavs') != 'aavs'
+  ):
     return {}
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
   stages = {
