@@ -123,6 +123,46 @@ def test_the_strategy_gives_the_rows_of_table_2(stepped, data_root, tmp_path):
   assert 'low: two stages' in (workdir / 'table.md').read_text()
 
 
+def test_rows_are_those_of_their_evaluations(data_root, monkeypatch, tmp_path):
+  """What is trained and scored, by functions that only note it."""
+  trainings, calls = [], []
+
+  def evaluation(number):
+    scores = {'miou': number / 100, 'fscore': number / 50}
+    return {'released': scores, 'overall': {key: value / 2 for key, value in scores.items()}}
+
+  def stepping_stones(stage1, stage2, folder, **options):
+    trainings.extend([(stage1, 'stage1'), (stage2, 'stage2')])
+    return {'stage2_masks': evaluation(20), 'stage2_oracle': evaluation(40)}
+
+  def scores(evaluations, folder, *, data, masks):
+    calls.append((evaluations, masks))
+    return {name: evaluation({'origin': 10, 'high': 30}[name]) for name in evaluations}
+
+  monkeypatch.setattr(
+    table2, 'train', lambda config, folder: trainings.append((config, folder.name))
+  )
+  monkeypatch.setattr(table2, 'stepping_stones', stepping_stones)
+  monkeypatch.setattr(table2, 'scores', scores)
+  monkeypatch.setattr(table2.mask_files, 'require_kind', lambda *_: None)
+  monkeypatch.setattr(table2.mask_files, 'read_mask', lambda *_: None)
+  options = dict(data=data_root, masks='others', overrides=['--config.train.init=runs/start'])
+  table = table2.table2('tpavi:resnet50', tmp_path, **options)
+  assert [row['ours']['miou'] for row in table.values()] == pytest.approx([10, 20, 30, 40])
+  assert [row['corrected']['fscore'] for row in table.values()] == pytest.approx([10, 20, 30, 40])
+  assert table['high']['difference']['miou'] == pytest.approx(30 - 31.48)
+  assert json.loads((tmp_path / 'table.json').read_text()) == table
+  found = {name: (c.task, c.use_prior, c.model.backbone.kind) for c, name in trainings}
+  assert found == {
+    'origin': ('semantic', False, 'resnet'),
+    'stage1': ('binary', False, 'resnet'),
+    'stage2': ('semantic', True, 'resnet'),
+  }
+  assert all(config.train.init == 'runs/start' for config, _ in trainings)
+  assert [masks for _, masks in calls] == ['', 'others']
+  assert calls[1][0]['high'] == ('stage2', 'true', 'masks', False, None)
+
+
 @pytest.mark.slow
 def test_a_video_is_predicted(stepped, tmp_path):
   _, workdir, _ = stepped

@@ -9,6 +9,7 @@ import pytest
 from aavs_jax import config as config_lib
 from aavs_jax import configs, evaluate
 from aavs_jax.configs import compose_bench, methods_study, quickstart
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.studies import comparison, study
 from tests import small_maps, tiny
@@ -174,6 +175,25 @@ def test_a_study_of_several_methods(tmp_path):
     assert single['method'] == name and single['train']['init'].endswith(f'{name}/start')
     assert single['data']['root'] == str(workdir / 'data')
   assert 'aavs train' not in (workdir / 'tpavi' / 'report.html').read_text()
+
+
+def test_methods_are_studied_on_the_same_clips(tmp_path, monkeypatch):
+  made, ran = [], []
+
+  def run_one(config, workdir, data):
+    ran.append((config.stage1.method, workdir.name, data, config.end_to_end))
+    table = {'end_to_end': {key: [0.5] for key in comparison._SCORES}, 'stage1': {}}
+    files.write_json(workdir / 'comparison.json', {str(config.num_classes): table})
+    return [workdir / 'report.html']
+
+  monkeypatch.setattr(study, '_make_clips', lambda config, root: made.append(root))
+  monkeypatch.setattr(study, '_run_one', run_one)
+  page = study.run_study(methods_study.get_config(), tmp_path / 'run')
+  data = str(tmp_path / 'run' / 'data')
+  assert made == [data]
+  assert ran == [(name, name, data, True) for name in ('aavs', 'avsegformer', 'tpavi')]
+  assert list(json.loads((tmp_path / 'run' / 'comparison.json').read_text())) == [r[0] for r in ran]
+  assert '<h2>avsegformer</h2>' in page.read_text()
 
 
 def test_methods_are_compared_in_their_own_way():
