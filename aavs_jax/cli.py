@@ -20,7 +20,9 @@ from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 _CONFIGS = Path(configs.__path__[0])
 # --config.KEY=VALUE
-_TAKE_OVERRIDES = ('start', 'train', 'cross-fit', 'bench', 'aot', 'quickstart')
+_TAKE_OVERRIDES = (
+  'start', 'train', 'cross-fit', 'stepping-stones', 'bench', 'aot', 'quickstart',
+)  # fmt: skip
 _CONFIG_FILE = 'config file; override with --config.KEY=VALUE'
 
 
@@ -387,15 +389,22 @@ def _recipe(args) -> None:
 
 def _reproduce_arguments(sub) -> None:
   sub.add_argument('--data', required=True, help='AVSBench-semantic')
-  prior = sub.add_mutually_exclusive_group(required=True)
+  prior = sub.add_mutually_exclusive_group()
   prior.add_argument(
     '--masks', default='', help='released masks of stage 1 of AVSS, {v1s,v1m,v2}/UID/{0..}.png'
   )
   prior.add_argument('--stage1', default='', help='or the checkpoint of stage 1 that makes them')
-  sub.add_argument('--stage2', required=True, help='released checkpoint of stage 2 of AVSS')
-  sub.add_argument('--vggish', required=True, help="torchvggish's file, or a folder made of it")
+  sub.add_argument('--stage2', default='', help='released checkpoint of stage 2 of AVSS')
+  sub.add_argument('--vggish', default='', help="torchvggish's file, or a folder made of it")
   sub.add_argument('--s4', default='', help='released checkpoint of S4; its row is empty without')
   sub.add_argument('--ms3', default='', help='released checkpoint of MS3; likewise')
+  sub.add_argument(
+    '--other',
+    action='append',
+    default=[],
+    metavar='TASK=FILE',
+    help='one of TPAVI or AVSegFormer, of s4, ms3 or avss; may be given several times',
+  )
   sub.add_argument('--workdir', required=True, help='an interrupted run goes on from what is there')
   sub.add_argument(
     '--batch', type=int, default=1, help='pieces of five frames at once (%(default)s)'
@@ -415,7 +424,27 @@ def _reproduce(args) -> None:
     vggish=args.vggish,
     s4=args.s4,
     ms3=args.ms3,
+    others=[text.partition('=')[::2] for text in args.other],
     batch_items=args.batch,
+  )
+  say(format_table(result))
+  say(f'written to {args.workdir}: table.json, table.md and eval/')
+
+
+def _stepping_stones_arguments(sub) -> None:
+  sub.add_argument('--method', default='aavs', help='aavs, tpavi or avsegformer (%(default)s)')
+  sub.add_argument('--data', required=True, help='AVSBench-semantic')
+  sub.add_argument('--workdir', required=True, help='an interrupted run goes on from what is there')
+  sub.add_argument('--masks', default='', help='of another stage 1, for the row "high"')
+
+
+def _stepping_stones(args) -> None:
+  from aavs_jax.console import say
+  from aavs_jax.studies.reproduce import format_table
+  from aavs_jax.studies.table2 import table2
+
+  result = table2(
+    args.method, args.workdir, data=args.data, masks=args.masks, overrides=args.overrides
   )
   say(format_table(result))
   say(f'written to {args.workdir}: table.json, table.md and eval/')
@@ -646,6 +675,10 @@ _COMMANDS = (
    "score released checkpoints beside the paper's figures",
    'aavs reproduce --data ROOT --masks MASKS --stage2 stage2.pth --vggish vggish.pth '
    '--workdir runs/reproduce'),
+  ('stepping-stones', _stepping_stones_arguments, _stepping_stones,
+   "train a method in one stage and in two, and score both beside the paper's Table 2",
+   'aavs stepping-stones --method avsegformer --data ROOT --workdir runs/avsegformer '
+   '--config.train.init=runs/pvt'),
   ('bench', _bench_arguments, None,
    'time the real steps on a batch of noise, compiling them, or reading the data',
    'aavs bench step --config configs/avss_stage1.py --phase 2'),

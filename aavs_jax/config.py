@@ -51,11 +51,14 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   config = _read(path, overrides)
   if 'stage1' not in config or 'stage2' not in config:
     raise UserError(f'{path} is the config of one stage: use it with `aavs train`')
-  for key in ('stage1', 'stage2', 'looks', 'robust'):
+  for key in ('stage1', 'stage2', 'looks', 'robust', 'others'):
     if key not in config:
       raise UserError(f'{path} has no {key}: begin it with a copy of configs/quickstart.py')
-    if config[key] is not None:
+    if config[key] is not None and key != 'others':
       check(config[key])
+  for stages in config.others.values():
+    check(stages.stage1)
+    check(stages.stage2)
   soft = config.stage2.prior.soft
   if config.robust is not None and config.robust.prior.soft != soft:
     raise UserError(
@@ -67,6 +70,11 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
     raise UserError(
       f'config.num_classes is {config.num_classes}, and there is nothing to compare for them: set '
       'config.end_to_end, or use one number'
+    )
+  if config.others and (several or not config.end_to_end or config.looks or config.robust):
+    raise UserError(
+      f'config.others is {tuple(config.others)}, which are compared with one number of classes, '
+      'end_to_end, and without looks and robust: set these as configs/methods_study.py does'
     )
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')
@@ -105,6 +113,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not ok:
       raise UserError(f'config.{key} is {values[key]!r}: {expected}')
 
+  for key in ('dtype', 'train.frozen_dtype'):
+    need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
+  try:
+    unit = method.method(config).unit
+  except (AttributeError, KeyError, TypeError) as error:
+    raise UserError(
+      f'config.method is {config.method!r}, but {", ".join(_OF_METHOD)} are not as it has them '
+      f'({" ".join(str(error).split())[:100]}): begin with a config file of this method'
+    ) from error
   for key, value in values.items():
     need(key, value != 'None', f'write --config.{key}= for none')
     items = value if isinstance(value, (tuple, list)) else (value,)
@@ -119,8 +136,6 @@ def check(config: ml_collections.ConfigDict) -> None:
   binary = config.task == 'binary'
   fits = config.num_classes == 2 if binary else 2 <= config.num_classes <= IGNORE
   need('num_classes', fits, 'use 2' if binary else f'use 2 to {IGNORE}, the background included')
-  for key in ('dtype', 'train.frozen_dtype'):
-    need(key, values[key] in ('float32', 'bfloat16'), 'use float32 or bfloat16')
   need(
     'use_prior',
     config.task == 'semantic' or not config.use_prior,
@@ -169,7 +184,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     except re.error as error:
       need('train.trainable', False, f'{pattern!r} is not a regular expression ({error})')
   method.check(config, need)
-  unit = method.method(config).unit
   fits = not EVAL_ITEM_FRAMES % unit
   need('method', fits, f'it sees {unit} frames together, where 1 or {EVAL_ITEM_FRAMES} can be')
   need(

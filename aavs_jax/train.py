@@ -64,7 +64,9 @@ def train(
     )
   clips = work_folder.read_clips(config, workdir)
   epoch = pipeline.epoch_size(clips.train, config.data.item_frames, config.data.batch_items)
-  plan = phases.plan(config, *epoch, methods.of(config).unit)
+  unit = methods.of(config).unit
+  phases.require_whole(config, clips.train, unit)
+  plan = phases.plan(config, *epoch, unit)
   profiler = Profiler(profile, workdir / 'profile', plan.total)
   with lock(workdir):
     run = _Run(config, workdir, clips, plan)

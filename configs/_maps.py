@@ -52,3 +52,9 @@ def get_config(method: str, task: str, backbone: str) -> ml_collections.ConfigDi
   config.train.phase2_epoch = 0
   config.train.eval_every_epochs = 2.0 if task == 'avss' else 1.0
   return config
+
+
+def stage1(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A config of AVSS with the task of MS3, one map of what sounds; changed in place."""
+  config.task, config.num_classes, config.data.max_targets = 'binary', 2, 2
+  return config

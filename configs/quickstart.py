@@ -28,4 +28,6 @@ def get_config() -> ml_collections.ConfigDict:
   # Also train the same model on semantic labels from the start, for as many frames as both stages
   # together; False leaves it out.
   config.end_to_end = False
+  # Other methods on the same clips: their names, and stage1 and stage2 of each.
+  config.others = ml_collections.ConfigDict()
   return config

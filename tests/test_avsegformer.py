@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 
 from aavs_jax import config as config_lib
-from aavs_jax import methods, train
+from aavs_jax import methods
 from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.avsegformer import dice
 from aavs_jax.pytorch import maps_recordings
 from aavs_jax.training import phases
-from tests import parity, runs, small_maps
+from tests import parity, small_maps
 
-ALL = set(parity.MAPS_TOLERANCES)
+TOLERANCES = parity.MAPS_TOLERANCES
+ALL = set(TOLERANCES)
 FROZEN = {'frozen: losses of the steps', 'frozen: changes, elements that are off'}
 NO_STATISTICS = ALL - {'running statistics'}  # with PVT-v2
 SLOW = pytest.mark.slow
@@ -34,15 +35,31 @@ def test_recorded_run(name):
   parity.require_maps(name, FILES[name])
 
 
-# With noise of 1e-7 on the parameters 0.02, 0.8 or 4 % of the elements are off: a kink is near.
-AT_A_KINK = pytest.mark.xfail(strict=False, reason='rounding decides on which side of a kink it is')
+def test_recorded_steps_of_a_backbone_that_is_frozen_at_first():
+  parity.require_maps('avsegformer_s4', FROZEN, frozen=True)
 
 
-@pytest.mark.parametrize(
-  'name', ('avsegformer_s4', pytest.param('avsegformer_ms3', marks=(SLOW, AT_A_KINK)))
-)
-def test_recorded_steps_of_a_backbone_that_is_frozen_at_first(name):
-  parity.require_maps(name, FROZEN, frozen=True)
+@pytest.mark.slow
+def test_recorded_steps_of_a_backbone_that_is_frozen_at_first_near_a_kink():
+  """Rounding decides on which side of it a step goes: noise of that size finds the recorded one."""
+  recording = parity.maps_recording('avsegformer_ms3')
+  rng = np.random.default_rng(0)
+  shares = []
+  with jax.default_matmul_precision('highest'):
+    train = maps_recordings.compiled(recording)
+    for _ in range(6):
+      noisy = {
+        path: value * (1 + 1e-7 * rng.standard_normal(value.shape)).astype(np.float32)
+        if value.dtype == np.float32
+        else value
+        for path, value in recording.begin.items()
+      }
+      noisy = recording._replace(begin=noisy)
+      taken = maps_recordings.take_steps(noisy, train, frozen=1)
+      errors = maps_recordings.frozen_errors(noisy, taken)
+      assert max(errors['losses of the steps'].values()) <= TOLERANCES['losses of the steps']
+      shares += errors['changes, elements that are off'].values()
+  assert min(shares) <= TOLERANCES['changes, elements that are off']
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -63,13 +80,10 @@ def test_dice_of_an_empty_truth_is_one_whatever_is_predicted():
 
 def test_one_frame_is_a_batch():
   """Which the release cannot do."""
-  config = small_maps.get_config('avsegformer')
-  method = methods.of(config)
-  flat = small_maps.numbers(method)
-  batch = small_maps.batch(config, 3)
-  whole = small_maps.outputs(method, flat, batch).logits
-  part = {name: value[1:2] for name, value in batch.items()}
-  one = small_maps.outputs(method, flat, part).logits
+  model = small_maps.model('avsegformer')
+  batch = small_maps.batch(model.config, 3)
+  whole = model.outputs(batch).logits
+  one = model.outputs({name: value[1:2] for name, value in batch.items()}).logits
   np.testing.assert_allclose(one[0], whole[1], rtol=1e-4, atol=1e-5)
 
 
@@ -79,7 +93,7 @@ def test_the_backbone_waits_and_the_others_go_on():
   config.model.dropout = 0.0
   method, mesh = methods.of(config), make_mesh(1, jax.devices()[:1])
   batch, key = small_maps.batch(config, 5), jax.random.key(0)
-  first = jax.device_get(small_maps.numbers(method))
+  first = small_maps.numbers(method)
   one, two = (phases.build(config, method, mesh, number, 2) for number in (1, 2))
   state, _ = one.step(one.begin(first), batch, key)
   flat, moments = jax.device_get((state.flat, state.opt_state))
@@ -105,15 +119,6 @@ def test_the_backbone_waits_and_the_others_go_on():
   # Adam's first step is one learning rate.
   assert np.quantile(change, 0.9) == pytest.approx(config.optimizer.lr_phase2, rel=1e-2)
   assert not any('spare' in path for path in state.trained)
-
-
-def test_it_trains_through_both_phases(data_root, tmp_path):
-  config = small_maps.get_config('avsegformer')
-  config.data.root = data_root
-  train.train(config, tmp_path)
-  rows = [row for row in runs.history(tmp_path) if row['kind'] == 'train']
-  assert {row['phase'] for row in rows} == {1, 2}
-  assert np.isfinite([row['loss'] for row in rows]).all() and 'loss_mixer' in rows[0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from aavs_jax import config as config_lib
+from aavs_jax.methods import maps
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.pytorch.convert import convert
@@ -113,6 +114,77 @@ def test_mask2former_of_the_published_size(tmp_path):
   classes, masks = both(PUBLISHED, tmp_path)
   assert classes[0].shape == (100, 151) and masks[0].shape == (100, 96, 96)
   assert relative(*classes) < 1e-4 and relative(*masks) < 1e-4
+
+
+PVT_V2 = 'pvt_v2', dict(
+  hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1], num_attention_heads=[1, 2, 3, 4],
+  sr_ratios=[8, 4, 2, 1], mlp_ratios=[2, 2, 2, 2],
+)  # fmt: skip
+PVT_V2_B5 = 'pvt_v2', dict(
+  hidden_sizes=[64, 128, 320, 512], depths=[3, 6, 40, 3], num_attention_heads=[1, 2, 5, 8],
+  sr_ratios=[8, 4, 2, 1], mlp_ratios=[4, 4, 4, 4],
+)  # fmt: skip
+RESNET = (
+  'resnet',
+  dict(
+    embedding_size=6, hidden_sizes=[8, 12, 16, 20], depths=[1, 2, 1, 1], layer_type='bottleneck'
+  ),
+)
+RESNET50 = 'resnet', dict(
+  embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
+  layer_type='bottleneck',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('size', 'kind'),
+  [
+    (64, PVT_V2),
+    (64, RESNET),
+    pytest.param(224, PVT_V2_B5, marks=pytest.mark.slow),
+    pytest.param(224, RESNET50, marks=pytest.mark.slow),
+  ],
+)
+def test_backbones(size, kind, tmp_path):
+  transformers = pytest.importorskip('transformers')
+  torch.manual_seed(0)
+  kind, sizes = kind
+  if kind == 'pvt_v2':
+    config = transformers.PvtV2Config(layer_norm_eps=1e-6, **sizes)
+    model = transformers.PvtV2Model(config).eval()
+    for name, module in model.named_modules():
+      if name.endswith(('patch_embedding.layer_norm', 'attention.layer_norm')):
+        module.eps = 1e-5  # as in their makers' model, which the library forgets
+  else:
+    model = transformers.ResNetModel(transformers.ResNetConfig(**sizes)).eval()
+  for name, value in model.state_dict().items():
+    if value.dtype != torch.float32:
+      continue
+    if value.ndim > 1:
+      value.normal_(0, value[0].numel() ** -0.5)
+    elif name.endswith(('weight', 'running_var')):
+      value.uniform_(0.7, 1.3)
+    else:
+      value.normal_(0, 0.1)
+  sound = tiny.get_config('stage1')
+  sound.vggish.dense_widths = (16, 16)
+  save_file(random_vggish(sound, 0), tmp_path / 'vggish.safetensors')
+  model.save_pretrained(tmp_path / 'saved')
+  note = convert(tmp_path / 'saved', tmp_path / 'run', tmp_path / 'vggish.safetensors')
+  assert note['kind'] == kind and not note['unused']
+  config = config_lib.from_json(tmp_path / 'run' / 'config.json')
+  numbers = unflatten(checkpoint.load_flat(tmp_path / 'run')[0])
+  variables = {
+    'params': numbers.params['backbone'],
+    'statistics': numbers.statistics.get('backbone', {}),
+  }
+  pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(pixels), output_hidden_states=True).hidden_states[-4:]
+  network = maps.backbone_of(config)
+  ours = jax.jit(lambda x: network.apply(variables, x, False))(pixels.transpose(0, 2, 3, 1))
+  for theirs_, ours_ in zip(theirs, ours, strict=True):
+    assert relative(theirs_.numpy(), np.asarray(ours_).transpose(0, 3, 1, 2)) < 1e-4
 
 
 def test_vggish(tmp_path):

@@ -129,6 +129,9 @@ OTHERS = {
     **AVSEGFORMER, **AVSS, 'train.phase2_epoch': 0, 'data.image_size': 224, 'data.eval_size': 224,
   },
 }  # fmt: skip
+for _name in ('tpavi_avss', 'avsegformer_avss'):
+  OTHERS[f'{_name}_stage1'] = {k: v for k, v in OTHERS[_name].items() if k not in SEMANTIC}
+  OTHERS[f'{_name}_stage2'] = {**OTHERS[_name], 'use_prior': True}
 
 
 def _in_full(values, backbone):

@@ -17,9 +17,12 @@ from aavs_jax import cli, evaluate
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_label_ids
 from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.pytorch import convert as convert_
+from aavs_jax.studies import reproduce as reproduce_
 from aavs_jax.studies.reproduce import ROWS, format_table, reproduce
-from tests import tiny
+from tests import small_maps, tiny
 from tests.released import random_released, random_vggish
+from tests.test_maps_convert import released as released_maps
 
 SEEDS = {'s4': 2, 'ms3': 7, 'stage1': 5, 'stage2': 3}  # of many, no scores are zero or alike
 
@@ -242,3 +245,65 @@ def test_nothing_is_shown_as_minus_zero():
          'ours': {'miou': 83.18, 'fscore': 91.33},
          'difference': {'miou': -0.02, 'fscore': 0.03}}  # fmt: skip
   assert _in_table(format_table({'s4': row}))['S4'][1:] == ['83.2 / 91.3', '+0.0 / +0.0']
+
+
+@pytest.fixture(scope='module')
+def others(tmp_path_factory):
+  """Released checkpoints of other methods by task, and VGGish."""
+  folder = tmp_path_factory.mktemp('others')
+  binary, semantic = small_maps.get_config('tpavi'), small_maps.get_config('avsegformer_stage1')
+  semantic.task, semantic.num_classes = 'semantic', 71
+  save_file(released_maps(binary), folder / 'binary.safetensors')
+  save_file(released_maps(semantic), folder / 'semantic.safetensors')
+  save_file(random_vggish(binary, 0), folder / 'vggish.safetensors')
+  return folder
+
+
+@pytest.mark.slow
+def test_other_methods_have_rows_by_their_own_metric(others, data_root, tmp_path, monkeypatch):
+  def convert(*arguments):
+    note = convert_.convert(*arguments)
+    path = arguments[1] / 'config.json'
+    config = json.loads(path.read_text())
+    config['data'] |= {'image_size': 32, 'eval_size': 32}  # which no tensor tells
+    path.write_text(json.dumps(config))
+    return note
+
+  monkeypatch.setattr(reproduce_, 'convert', convert)
+  flags = ['--other', f's4={others}/binary.safetensors', '--vggish', f'{others}/vggish.safetensors',
+           '--other', f'avss={others}/semantic.safetensors', '--data', data_root]  # fmt: skip
+  with contextlib.redirect_stdout(io.StringIO()) as printed:
+    assert cli.main(['reproduce', '--workdir', str(tmp_path / 'run'), *flags]) == 0
+  table = json.loads((tmp_path / 'run' / 'table.json').read_text())
+  assert list(table) == ['s4_binary', 'avss_semantic']
+  published = {'s4_binary': (78.74, 87.9), 'avss_semantic': (37.31, 42.8)}
+  for key, subsets in (('s4_binary', ('v1s',)), ('avss_semantic', None)):
+    row, out = table[key], tmp_path / f'{key}.json'
+    direct = evaluate.evaluate(tmp_path / 'run' / key, data=data_root, out=out, subsets=subsets)
+    for kind, name in (('ours', 'released'), ('corrected', 'overall')):
+      assert row[kind] == pytest.approx({k: 100 * direct[name][k] for k in ('miou', 'fscore')})
+    assert tuple(row['paper'].values()) == published[key]
+  rows = _in_table(printed.getvalue())
+  assert (
+    rows['TPAVI, PVT-v2, S4'][0] == '78.7 / 87.9' and len(rows['AVSegFormer, PVT-v2, AVSS']) == 4
+  )
+
+
+@pytest.mark.parametrize(
+  ('given', 'words'),
+  [
+    ({}, 'no checkpoint is given'),
+    ({'others': [('s5', 'binary')]}, '--other s5=...: write it as TASK=FILE'),
+    ({'others': [('s4', 'binary'), ('s4', 'a/binary')]}, 'the same task and name'),
+    ({'others': [('avss', 'binary')]}, 'TPAVI .* of the binary task: give one .* of AVSS'),
+    ({'others': [('ms3', 'semantic')]}, 'AVSegFormer of the semantic task: give one .* of MS3'),
+    ({'others': [('s4', 'vggish')]}, 'VGGish of torchvggish: give one of TPAVI'),
+    ({'masks': 'binary'}, 'is the prior of stage 2: name its checkpoint with --stage2'),
+  ],
+)
+def test_other_methods_that_do_not_fit_are_refused(given, words, others, data_root, tmp_path):
+  paths = [(task, others / f'{name}.safetensors') for task, name in given.get('others', ())]
+  vggish = '' if ('s4', 'vggish') in given.get('others', ()) else others / 'vggish.safetensors'
+  with pytest.raises(UserError, match=words):
+    reproduce(tmp_path / 'run', data=data_root, vggish=vggish, **{**given, 'others': paths})
+  assert not list((tmp_path / 'run').glob('*'))

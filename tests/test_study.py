@@ -6,11 +6,13 @@ import pathlib
 
 import pytest
 
-from aavs_jax import evaluate
-from aavs_jax.configs import compose_bench, quickstart
+from aavs_jax import config as config_lib
+from aavs_jax import configs, evaluate
+from aavs_jax.configs import compose_bench, methods_study, quickstart
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.studies import comparison, study
-from tests import tiny
+from tests import small_maps, tiny
 
 EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')
 
@@ -150,6 +152,56 @@ def test_a_study_for_numbers_of_classes_trains_in_each_way(tmp_path):
     assert len(tables['3'][name]['iou_sounding']) == 1
   with pytest.raises(UserError, match='classes and looks of its own'):
     study.run_study(config, tmp_path / 'other', data=str(workdir / 'classes3' / 'data'))
+
+
+@pytest.mark.slow
+def test_a_study_of_several_methods(tmp_path):
+  config = methods_study.get_config()
+  few = {'v1s': 2, 'v1m': 2, 'v2': 2}
+  config.clips = dict(train={'v1s': 4, 'v1m': 4, 'v2': 2}, val=few, test=few)
+  config.num_classes = 3
+  config.image = (96, 72)
+  config.stage1, config.stage2 = tiny.get_config('stage1'), tiny.get_config('stage2')
+  config.others = {
+    'tpavi': {stage: small_maps.get_config(f'tpavi_{stage}') for stage in ('stage1', 'stage2')}
+  }
+  workdir = tmp_path / 'run'
+  page = study.run_study(config, workdir)
+  assert page == workdir / 'comparison.html' and '<h2>tpavi' in page.read_text()
+  tables = json.loads((workdir / 'comparison.json').read_text())
+  assert list(tables) == ['aavs', 'tpavi']
+  for name in tables:
+    assert {'stage2_masks', 'stage2_oracle', 'end_to_end'} < tables[name].keys()
+    single = json.loads((workdir / name / 'end_to_end' / 'config.json').read_text())
+    assert single['method'] == name and single['train']['init'].endswith(f'{name}/start')
+    assert single['data']['root'] == str(workdir / 'data')
+  assert 'aavs train' not in (workdir / 'tpavi' / 'report.html').read_text()
+
+
+def test_methods_are_studied_on_the_same_clips(tmp_path, monkeypatch):
+  made, ran = [], []
+
+  def run_one(config, workdir, data):
+    ran.append((config.stage1.method, workdir.name, data, config.end_to_end))
+    table = {'end_to_end': {key: [0.5] for key in comparison._SCORES}, 'stage1': {}}
+    files.write_json(workdir / 'comparison.json', {str(config.num_classes): table})
+    return [workdir / 'report.html']
+
+  monkeypatch.setattr(study, '_make_clips', lambda config, root: made.append(root))
+  monkeypatch.setattr(study, '_run_one', run_one)
+  page = study.run_study(methods_study.get_config(), tmp_path / 'run')
+  data = str(tmp_path / 'run' / 'data')
+  assert made == [data]
+  assert ran == [(name, name, data, True) for name in ('aavs', 'avsegformer', 'tpavi')]
+  assert list(json.loads((tmp_path / 'run' / 'comparison.json').read_text())) == [r[0] for r in ran]
+  assert '<h2>avsegformer</h2>' in page.read_text()
+
+
+def test_methods_are_compared_in_their_own_way():
+  path = f'{configs.__path__[0]}/methods_study.py'
+  assert set(config_lib.load_study(path).others) == {'tpavi', 'avsegformer'}
+  with pytest.raises(UserError, match=r'config\.others is .* compared with .* end_to_end'):
+    config_lib.load_study(path, ['--config.end_to_end=False'])
 
 
 def test_a_comparison_says_what_each_way_scored(tmp_path):

@@ -77,8 +77,9 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
 
   Args:
     source: an AVSS checkpoint of the release, stage 1 or 2; one of TPAVI's or AVSegFormer's; a
-      Mask2Former of the transformers library, file or folder; PVT-v2 or torchvision's ResNet; or
-      VGGish as torchvggish has it. See torch_files.read_tensors.
+      Mask2Former of the transformers library, file or folder; PVT-v2 or ResNet, as their makers
+      (torchvision) or the transformers library have them; or VGGish as torchvggish has it. See
+      torch_files.read_tensors.
     out: a new folder; it appears only when all of it is written.
     vggish: the audio network, which of these AVSegFormer alone holds: torchvggish's file, or a
       folder that this function made of it.
@@ -94,7 +95,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
   source, out = Path(source), Path(out)
   if out.exists():
     raise UserError(f'{out} exists already: name a new folder, or remove it')
-  tensors = torch_files.read_tensors(source)
+  tensors = maps_names.of_makers(torch_files.read_tensors(source))
   kind = _kind(source, tensors)
   if kind == 'vggish':
     if vggish:

@@ -24,6 +24,33 @@ _TELLS = {  # a tensor by which each is known
   'pvt_v2': 'patch_embed1.proj.weight',
   'resnet': 'layer1.0.conv1.weight',
 }
+_TELLS_OF_TRANSFORMERS = (
+  'encoder.layers.0.patch_embedding.proj.weight',
+  'embedder.embedder.convolution.weight',
+)
+# Names of the transformers library -> those of the makers, one after the other; stages and layers
+# count from 0 there, {0} from 1.
+_OF_TRANSFORMERS = (
+  (r'^encoder\.layers\.(\d)\.patch_embedding\.proj', 'patch_embed{0}.proj'),
+  (r'^encoder\.layers\.(\d)\.patch_embedding\.layer_norm', 'patch_embed{0}.norm'),
+  (r'^encoder\.layers\.(\d)\.layer_norm', 'norm{0}'),
+  (r'^encoder\.layers\.(\d)\.blocks', 'block{0}'),
+  (r'\.layer_norm_1', '.norm1'),
+  (r'\.layer_norm_2', '.norm2'),
+  *((rf'\.attention\.{there}\.', f'.attn.{here}.') for there, here in (
+    ('query', 'q'), ('proj', 'proj'), ('spatial_reduction', 'sr'), ('layer_norm', 'norm'),
+  )),
+  (r'\.mlp\.dense1', '.mlp.fc1'),
+  (r'\.mlp\.dense2', '.mlp.fc2'),
+  (r'^embedder\.embedder\.convolution', 'conv1'),
+  (r'^embedder\.embedder\.normalization', 'bn1'),
+  (r'^encoder\.stages\.(\d)\.layers', 'layer{0}'),
+  (r'\.shortcut\.convolution', '.downsample.0'),
+  (r'\.shortcut\.normalization', '.downsample.1'),
+  (r'\.layer\.([012])\.convolution', '.conv{0}'),
+  (r'\.layer\.([012])\.normalization', '.bn{0}'),
+  (r'^classifier\.', 'head.'),
+)  # fmt: skip
 _POINTS = 4  # of a head on each of three levels; no checkpoint of AVSegFormer has others
 _LEVELS = 3
 
@@ -136,6 +163,29 @@ def _module_name(kind: str, module: str) -> str:
       inner = _INNER[kind].get(found[-1], found[-1])
       return template.format(*found, up=number + 1, twice=2 * number, inner=inner)
   raise KeyError(f'no released name for the module {module} of {kind}')
+
+
+def _up(match: re.Match) -> list[int]:
+  return [int(number) + 1 for number in match.groups()]
+
+
+def of_makers(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+  """Tensors of PVT-v2 or ResNet by their makers' names, where they have the transformers library's.
+
+  Others are returned as they are.
+  """
+  bare = {re.sub(r'^(pvt_v2|resnet)\.', '', name): value for name, value in tensors.items()}
+  if not any(name in bare for name in _TELLS_OF_TRANSFORMERS):
+    return tensors
+  result = {}
+  for name, value in bare.items():
+    for pattern, template in _OF_TRANSFORMERS:
+      name = re.sub(pattern, lambda match: template.format(*_up(match)), name)  # noqa: B023
+    result[name] = value
+  for name in [name for name in result if '.attention.key.' in name]:  # the makers' one layer
+    both = np.concatenate([result.pop(name), result.pop(name.replace('.key.', '.value.'))])
+    result[name.replace('attention.key', 'attn.kv')] = both
+  return result
 
 
 def kind_of(tensors: Mapping[str, np.ndarray]) -> str | None:

@@ -1,4 +1,4 @@
-"""Ways of training beside each other: what each scores, by the number of classes."""
+"""Ways of training beside each other: what each scores, by number of classes or by method."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,24 +42,30 @@ def compare(results: Sequence[Mapping[str, Mapping]]) -> Table:
   return table
 
 
-def write(folder: Path, tables: Mapping[int, Table]) -> None:
+def title(key: int | str) -> str:
+  """What a key of `write` is called."""
+  return key if isinstance(key, str) else f'{key} classes'
+
+
+def write(folder: Path, tables: Mapping[int | str, Table]) -> None:
   """Writes comparison.json and comparison.html, and says the same in lines.
 
   Args:
     folder: of the study.
-    tables: by the number of classes, what `compare` returns.
+    tables: by the number of classes, or by the name of the method, what `compare` returns.
   """
+  numbers = {key: table for key, table in tables.items() if isinstance(key, int)}
   files.write_json(folder / 'comparison.json', {str(n): table for n, table in tables.items()})
   body = (
     '<h1>Where do stepping stones pay?</h1><p class="lead">The same model; one stage sees as many '
     'frames as two together. For the robust prior stage 1 is trained again without each part of '
     'the clips, which is not counted. Mean over seeds, their range in brackets.</p>'
-    + (html.section('mIoU by the number of classes', picture(tables)) if len(tables) > 1 else '')
-    + ''.join(html.section(f'{n} classes', _table(table)) for n, table in tables.items())
+    + (html.section('mIoU by the number of classes', picture(numbers)) if len(numbers) > 1 else '')
+    + ''.join(html.section(title(key), _table(table)) for key, table in tables.items())
   )
   files.write_text(folder / 'comparison.html', html.page('Where do stepping stones pay?', body))
   for n, table in tables.items():
-    say(f'  {n} classes, percent: ' + ', '.join(_SCORES.values()))
+    say(f'  {title(n)}, percent: ' + ', '.join(_SCORES.values()))
     for name, label in _labels(table).items():
       say('  ' + f'{label:42}' + '  '.join(_cell(table[name].get(score)) for score in _SCORES))
 

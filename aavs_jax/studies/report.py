@@ -118,11 +118,14 @@ def _scores(evaluation: Mapping) -> html.Scores:
 def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   """The command that makes each part of a run, by its name in the folder.
 
-  None of a study with more than the quickstart's parts: its own command is the only one for these.
+  None of a study with more than the quickstart's parts, or of another method: its own command is
+  the only one for these.
   """
   folder = folder.resolve()
   study = _study(folder)
-  if study and (study['looks'] or study['robust']):
+  if study and (
+    study['looks'] or study['robust'] or study['stage1'].get('method', 'aavs') != 'aavs'
+  ):
     return {}
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
   stages = {

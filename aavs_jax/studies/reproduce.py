@@ -1,9 +1,15 @@
-"""The paper's main table from released checkpoints: conversion, masks, evaluations, comparison."""
+"""The paper's main table from released checkpoints: conversion, masks, evaluations, comparison.
+
+And rows of the methods that the paper compares with, TPAVI and AVSegFormer, by the metrics of their
+own releases.
+"""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import ml_collections
 
 from aavs_jax import config as config_lib
 from aavs_jax import hand_over
@@ -14,6 +20,7 @@ from aavs_jax.input_pipeline.avsbench import SUBSETS
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.index import read_index, require_classes
+from aavs_jax.pytorch import maps_names, torch_files
 from aavs_jax.pytorch.convert import KINDS, convert
 from aavs_jax.scoring import tables
 from aavs_jax.stepping_stones import Evaluation, scores
@@ -40,7 +47,7 @@ class Row(NamedTuple):
   """A row of the table: what is evaluated, and what the paper reports (Table 1)."""
 
   name: str
-  evaluation: Evaluation  # of a key of _MODELS
+  evaluation: Evaluation  # of a key of _MODELS, or of a folder of one of OTHERS
   paper: tuple[float, float]  # mIoU and F in percent
 
 
@@ -51,18 +58,29 @@ ROWS = {
   'avss': Row('AVSS', _OF_STAGE2, (48.5, 53.2)),
   'avss_oracle': Row('AVSS, ground-truth masks', _OF_STAGE2._replace(prior='oracle'), (64.9, 67.0)),
 }
+# What is published of other methods, by method and backbone, then by task: TPAVI's of papers,
+# AVSegFormer's of its released checkpoints.
+OTHERS = {
+  ('tpavi', 'resnet'): {'s4': (72.79, 84.8), 'ms3': (47.88, 57.8), 'avss': (20.18, 25.2)},
+  ('tpavi', 'pvt_v2'): {'s4': (78.74, 87.9), 'ms3': (54.00, 64.5), 'avss': (29.77, 35.2)},
+  ('avsegformer', 'resnet'): {'s4': (76.38, 86.7), 'ms3': (53.81, 65.6), 'avss': (26.58, 31.5)},
+  ('avsegformer', 'pvt_v2'): {'s4': (83.06, 90.5), 'ms3': (61.33, 73.0), 'avss': (37.31, 42.8)},
+}
+_NAMES = {'tpavi': 'TPAVI', 'avsegformer': 'AVSegFormer', 'resnet': 'ResNet-50', 'pvt_v2': 'PVT-v2'}
+_OF_TASK = {'s4': ('v1s',), 'ms3': ('v1m',), 'avss': tuple(SUBSETS)}
 
 
 def reproduce(
   workdir: str | Path,
   *,
   data: str,
-  stage2: str | Path,
-  vggish: str | Path,
+  stage2: str | Path = '',
+  vggish: str | Path = '',
   stage1: str | Path = '',
   masks: str | Path = '',
   s4: str | Path = '',
   ms3: str | Path = '',
+  others: Sequence[tuple[str, str | Path]] = (),
   batch_items: int = 1,
 ) -> dict[str, dict]:
   """Scores released checkpoints on the test split beside what the paper reports.
@@ -74,66 +92,100 @@ def reproduce(
   Args:
     workdir: where everything goes.
     data: AVSBench-semantic.
-    stage2: released checkpoint of AVSS's second stage.
-    vggish: the audio network, see convert.convert.
+    stage2: released checkpoint of AVSS's second stage; '' leaves its rows empty.
+    vggish: the audio network, see convert.convert; AVSegFormer has its own.
     stage1: checkpoint of AVSS's first stage, whose masks are the prior of the second; or
     masks: the folder of these masks, all that is released of the first stage.
     s4: released checkpoint of S4; '' leaves its row empty.
     ms3: likewise of MS3.
+    others: released checkpoints of TPAVI and AVSegFormer, each after its task, a key of _OF_TASK.
     batch_items: pieces of five frames that go through a model at once.
 
   Returns:
-    By key of ROWS: 'name', and 'paper', 'ours' and 'difference', each {'miou', 'fscore'} in
-    percent; the last two are None where no checkpoint is given.
+    By key of ROWS, or of the folder of another method, what `beside` gives.
 
   Raises:
-    UserError: a checkpoint is not of the stage it is given for; not one of stage1 and masks is
-      given, but none or both; workdir holds something else or what was made of other files; faults
-      of files or data.
+    UserError: a checkpoint is not of the stage, method or task it is given for; with stage2 not one
+      of stage1 and masks is given, but none or both; no checkpoint is given; workdir holds
+      something else or what was made of other files; faults of files or data.
   """
   workdir, data = Path(workdir).resolve(), str(Path(data).resolve())
   if batch_items < 1:
     raise UserError(f'--batch is {batch_items}: use 1 or more')
-  if bool(stage1) == bool(masks):
+  if not stage2 and (stage1 or masks):
+    raise UserError(f'{stage1 or masks} is the prior of stage 2: name its checkpoint with --stage2')
+  if stage2 and bool(stage1) == bool(masks):
     raise UserError(
       f'--stage1 is {str(stage1)!r} and --masks {str(masks)!r}: give one of them, for the prior of '
       'stage 2'
     )
   given = {'s4': s4, 'ms3': ms3, 'stage1': stage1, 'stage2': stage2}
   sources = {model: Path(path) for model, path in given.items() if path}
-  evaluations = _evaluations(sources, data)
+  tasks = {f'{task}_{Path(path).stem}': (task, Path(path)) for task, path in others}
+  if not sources and not tasks:
+    raise UserError('no checkpoint is given: name one with --stage2, --s4, --ms3 or --other')
+  unknown = [task for task, _ in others if task not in _OF_TASK]
+  if unknown:
+    raise UserError(f'--other {unknown[0]}=...: write it as TASK=FILE, TASK being s4, ms3 or avss')
+  if len(tasks) < len(others):
+    raise UserError('two files of --other have the same task and name: rename one of them')
+  evaluations = {k: row.evaluation for k, row in ROWS.items() if row.evaluation.stage in sources}
+  evaluations |= {
+    model: Evaluation(model, subsets=_OF_TASK[task]) for model, (task, _) in tasks.items()
+  }
+  for evaluation in evaluations.values():  # what is wrong with the data shows now, not in hours
+    clips = read_index(data, 'test', evaluation.subsets)
+    if evaluation.subsets == tuple(SUBSETS):
+      require_classes(clips)
   say('[1] conversion of the released checkpoints')
-  _convert_all(workdir, sources, vggish, data, batch_items)
-  say("[2] stage 1's masks of the test split, the prior of stage 2")
-  masks = _masks(workdir, masks, data)
+  made_of = {'vggish': vggish and _identity(vggish), 'data': data}
+  for model, source in sources.items():
+    _convert(model, source, vggish, workdir / model, made_of)
+  rows = dict(ROWS) if sources else {}
+  for model, (task, source) in tasks.items():
+    rows[model] = _convert_other(model, task, source, vggish, workdir / model, made_of)
+  for model in (*sources, *tasks):
+    _set_batch(workdir / model / 'config.json', batch_items)
+  if stage2:
+    say("[2] stage 1's masks of the test split, the prior of stage 2")
+    masks = _masks(workdir, masks, data)
   say('[3] evaluation on the test split')
-  result = _beside_paper(scores(evaluations, workdir, data=data, masks=masks))
+  found = scores(evaluations, workdir, data=data, masks=masks)
+  result = {key: beside(row.name, row.paper, found.get(key)) for key, row in rows.items()}
   files.write_json(workdir / 'table.json', result)
   files.write_text(workdir / 'table.md', format_table(result) + '\n')
   return result
 
 
-def _evaluations(models: Collection[str], data: str) -> dict[str, Evaluation]:
-  """Those of the rows whose model is there; what is wrong with the data shows now, not in hours."""
-  result = {key: row.evaluation for key, row in ROWS.items() if row.evaluation.stage in models}
-  for evaluation in result.values():
-    clips = read_index(data, 'test', evaluation.subsets)
-    if evaluation.stage == 'stage2':
-      require_classes(clips)
-  return result
+def beside(
+  name: str, paper: tuple[float, float] | None, evaluation: Mapping | None
+) -> dict[str, str | dict[str, float] | None]:
+  """A row of a table of what is published and what we find.
+
+  Args:
+    name: of the row.
+    paper: mIoU and F in percent, if they are published.
+    evaluation: see evaluate.evaluate, if there is one.
+
+  Returns:
+    'name', and each {'miou', 'fscore'} in percent, or None: 'paper'; 'ours', by the metric that the
+    published ones are by; 'difference' of these; 'corrected', where that metric has faults, by
+    AVSBench's, see protocols.py.
+  """
+  paper = dict(zip(_SCORES, paper)) if paper else None
+  ours = difference = corrected = None
+  if evaluation:
+    ours, corrected = _percent(evaluation['overall']), None
+    if 'released' in evaluation:
+      ours, corrected = _percent(evaluation['released']), ours
+  if ours and paper:
+    difference = {key: ours[key] - paper[key] for key in _SCORES}
+  row = {'paper': paper, 'ours': ours, 'difference': difference, 'corrected': corrected}
+  return {'name': name, **row}
 
 
-def _beside_paper(evaluations: Mapping[str, Mapping]) -> dict[str, dict]:
-  """The rows of the table, of those evaluations that there are."""
-  result = {}
-  for key, row in ROWS.items():
-    paper = dict(zip(_SCORES, row.paper))
-    ours = difference = None
-    if key in evaluations:
-      ours = {name: 100 * evaluations[key]['overall'][name] for name in _SCORES}
-      difference = {name: ours[name] - paper[name] for name in _SCORES}
-    result[key] = {'name': row.name, 'paper': paper, 'ours': ours, 'difference': difference}
-  return result
+def _percent(scores: Mapping[str, float]) -> dict[str, float]:
+  return {name: 100 * scores[name] for name in _SCORES}
 
 
 def format_table(result: Mapping[str, Mapping]) -> str:
@@ -145,10 +197,13 @@ def format_table(result: Mapping[str, Mapping]) -> str:
     return ' / '.join(values)
 
   # As wide as most numbers, so that tables of two runs differ in numbers alone.
-  rows = [['test split, mIoU / F', 'paper', f'{"ours":>11}', f'{"difference":>13}']]
+  columns = {'paper': '.1f', 'ours': '.1f', 'difference': '+.1f', 'corrected': '.1f'}
+  if not any(row.get('corrected') for row in result.values()):
+    del columns['corrected']
+  widths = {'ours': 11, 'difference': 13}
+  rows = [['test split, mIoU / F', *(f'{key:>{widths.get(key, 0)}}' for key in columns)]]
   for row in result.values():
-    scores = cell(row['paper'], '.1f'), cell(row['ours'], '.1f'), cell(row['difference'], '+.1f')
-    rows.append([row['name'], *scores])
+    rows.append([row['name'], *(cell(row.get(key), form) for key, form in columns.items())])
   return tables.aligned(rows, 1, markdown=True)
 
 
@@ -166,19 +221,53 @@ def _identity(path: str | Path) -> str:
     raise UserError(f'{path} cannot be read ({error.strerror}): name a checkpoint file') from error
 
 
-def _convert_all(
-  workdir: Path, sources: Mapping[str, Path], vggish: str | Path, data: str, batch_items: int
-) -> None:
-  made_of = {'vggish': _identity(vggish), 'data': data}
-  for model, source in sources.items():
-    _convert(model, source, vggish, workdir / model, {'checkpoint': _identity(source), **made_of})
-    _set_batch(workdir / model / 'config.json', batch_items)
-
-
 def _convert(
   model: str, source: Path, vggish: str | Path, folder: Path, made_of: Mapping[str, str]
 ) -> None:
-  """A work folder of a released checkpoint, unless it is there; UserError for the wrong stage."""
+  """A work folder of a released checkpoint of AAVS; UserError for the wrong stage."""
+
+  def require(kind, config):
+    found = config_lib.stage_of(config) if kind == 'aavs' else kind
+    if found != ('stage 2' if model == 'stage2' else 'stage 1'):
+      wanted = f'{_MODELS[model]}{_HINTS.get(model, "")}'
+      raise UserError(f'--{model} {source} is {_FOUND[found]}: give the checkpoint of {wanted}')
+
+  _convert_once(source, vggish, folder, made_of, require)
+
+
+def _convert_other(
+  model: str, task: str, source: Path, vggish: str | Path, folder: Path, made_of: Mapping[str, str]
+) -> Row:
+  """A work folder of a released checkpoint of another method, and its row."""
+
+  def require(kind, config):
+    fits = kind in maps_names.CONFIGS and (config.task == 'semantic') == (task == 'avss')
+    if not fits:
+      found = f' of the {config.task} task' if kind in maps_names.CONFIGS else ''
+      raise UserError(
+        f'--other {task}={source} is {KINDS[kind]}{found}: give one of TPAVI or AVSegFormer of '
+        f'{task.upper()}'
+      )
+
+  if maps_names.kind_of(torch_files.read_tensors(source)) == 'avsegformer':
+    vggish, made_of = '', {**made_of, 'vggish': ''}  # it has its own
+  _convert_once(source, vggish, folder, made_of, require)
+  config = config_lib.from_json(folder / 'config.json')
+  backbone = config.model.backbone.kind
+  name = f'{_NAMES[config.method]}, {_NAMES[backbone]}, {task.upper()}'
+  published = OTHERS[config.method, backbone][task]
+  return Row(name, Evaluation(model, subsets=_OF_TASK[task]), published)
+
+
+def _convert_once(
+  source: Path,
+  vggish: str | Path,
+  folder: Path,
+  made_of: Mapping[str, str],
+  require: Callable[[str, ml_collections.ConfigDict], None],
+) -> None:
+  """A work folder of a checkpoint, unless it is there; `require` refuses what else it may be."""
+  made_of = {'checkpoint': _identity(source), **made_of}
   if folder.exists():
     note = folder / _SOURCE
     if not note.exists() or files.read_json(note, dict, _RESTORE) != made_of:
@@ -187,13 +276,9 @@ def _convert(
         '--workdir'
       )
     return
-  with files.writing(folder) as working:  # until it is known to be of the right stage
+  with files.writing(folder) as working:  # until it is known to be of the right kind
     kind = convert(source, working, vggish)['kind']
-    config = config_lib.from_json(working / 'config.json')
-    found = config_lib.stage_of(config) if kind == 'aavs' else kind
-    if found != ('stage 2' if model == 'stage2' else 'stage 1'):
-      wanted = f'{_MODELS[model]}{_HINTS.get(model, "")}'
-      raise UserError(f'--{model} {source} is {_FOUND[found]}: give the checkpoint of {wanted}')
+    require(kind, config_lib.from_json(working / 'config.json'))
     files.write_json(working / _SOURCE, made_of)
 
 

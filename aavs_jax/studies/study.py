@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
@@ -31,8 +32,8 @@ def run_study(
   """Runs a study (configs/quickstart.py), or what is left of it; each part is reused if complete.
 
   Args:
-    config: the study. With several numbers of classes it is a study of each, in a folder of its
-      own, and a comparison of them (configs/compose_bench.py).
+    config: the study. With several numbers of classes (configs/compose_bench.py) or methods
+      (configs/methods_study.py) it is a study of each, in a folder of its own, and a comparison.
     workdir: where everything goes; a study of another config there is refused.
     data: a data set in the AVSBench-semantic layout; '' makes one.
     fresh: remove what an earlier run of a study left in workdir first.
@@ -64,22 +65,41 @@ def run_study(
       )
     files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
-  if several:
+  if several or config.others:
     tables = {}
-    for number in config.num_classes:
-      say(f'{number} classes')
-      one = config.copy_and_resolve_references()
-      with one.ignore_type():
-        one.num_classes = number
-      run_study(one, workdir / f'classes{number}')
-      found = files.read_json(workdir / f'classes{number}' / 'comparison.json', dict, 'remove it')
-      tables[number] = found[str(number)]
+    for key, one, clips in _studies(config, workdir, data):
+      say(comparison.title(key))
+      folder = workdir / (key if config.others else f'classes{key}')
+      run_study(one, folder, clips)
+      found = files.read_json(folder / 'comparison.json', dict, 'remove it')
+      tables[key] = found[str(one.num_classes)]
     comparison.write(workdir, tables)
     pages = [workdir / 'comparison.html']
   else:
     pages = _run_one(config, workdir, data)
   say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, pages))}')
   return pages[0]
+
+
+def _studies(
+  config: ml_collections.ConfigDict, workdir: Path, data: str
+) -> Iterator[tuple[int | str, ml_collections.ConfigDict, str]]:
+  """What is compared, a number of classes or a method; the study of it; and its data, or ''."""
+  if not config.others:
+    for number in config.num_classes:
+      one = config.copy_and_resolve_references()
+      with one.ignore_type():
+        one.num_classes = number
+      yield number, one, ''
+    return
+  if not data:
+    data = str(workdir / 'data')
+    _make_clips(config, data)
+  for name, stages in {config.stage1.method: config, **config.others}.items():
+    one = config.copy_and_resolve_references()
+    one.stage1, one.stage2 = stages.stage1, stages.stage2
+    one.others = {}
+    yield name, one, data
 
 
 def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> list[Path]:

@@ -6,7 +6,7 @@ Method.goes_on.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from aavs_jax.devices.mesh import state_sharding
+from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training.optimizer import make_optimizer, taken_over
@@ -52,6 +53,16 @@ class Plan(NamedTuple):
   def step_of_phase(self, step: int) -> int:
     """The place of a step, both from 0, in its phase."""
     return step - self.boundary if self.phase_at(step) == 2 else step
+
+
+def require_whole(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit: int) -> None:
+  """UserError for a clip whose frames are no multiple of the `unit` that stay together."""
+  for clip in clips:
+    if clip.num_frames % unit:
+      raise UserError(
+        f'{clip.subset}/{clip.uid} has {clip.num_frames} frames, but {config.method} sees {unit} '
+        'of a clip together: train on clips of a multiple of them, see config.data.subsets'
+      )
 
 
 def plan(config: ml_collections.ConfigDict, steps_per_epoch: float, frames: int, unit: int) -> Plan:

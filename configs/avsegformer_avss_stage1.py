@@ -1,0 +1,9 @@
+"""Stepping Stones on AVSegFormer, stage 1 (where): binary labels over v1s, v1m and v2."""
+
+from aavs_jax.configs import _maps, avsegformer_avss
+
+VARIANTS = avsegformer_avss.VARIANTS
+
+
+def get_config(backbone='pvt_v2'):
+  return _maps.stage1(avsegformer_avss.get_config(backbone))

@@ -1,0 +1,9 @@
+"""Stepping Stones on TPAVI, stage 1 (where): binary labels over v1s, v1m and v2."""
+
+from aavs_jax.configs import _maps, tpavi_avss
+
+VARIANTS = tpavi_avss.VARIANTS
+
+
+def get_config(backbone='pvt_v2'):
+  return _maps.stage1(tpavi_avss.get_config(backbone))
