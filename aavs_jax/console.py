@@ -18,9 +18,8 @@ def say(line: str) -> None:
 
 
 class Progress:
-  """Counts items; a changing line on a terminal, a line every ten seconds elsewhere, one at the end.
-
-  `total` may be a guess, 0 is none.
+  """Counts items; a changing line on a terminal, a line every ten seconds elsewhere, and one at the
+  end. `total` may be a guess; 0 is none.
   """
 
   def __init__(self, what: str, total: int, unit: str):

@@ -32,7 +32,8 @@ _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that 
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 # What counts as a video in a folder of them; one that is named may be called anything.
 VIDEOS = (
-  '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.ogv', '.flv', '.wmv', '.3gp',
+  '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.ogv', '.flv', '.wmv',
+  '.3gp',
 )  # fmt: skip
 
 Frames = Sequence[np.ndarray]  # uint8 [H W 3] each, RGB, at the source's size
