@@ -36,20 +36,20 @@ _FRAMES = (
   'antialias of Pillow; bytes as they are, normalisation is inside the model'
 )
 _LOG_MEL = (
-  'ln(mel + log_offset), where mel is magnitudes (not powers) of spectra times triangles. Mono sound '
-  'in [-1, 1] at sample_rate; spectrum i is of samples i * hop to i * hop + window times the periodic '
-  'Hann window, zeros behind them up to fft; nothing is padded at the ends of the sound. Triangle b '
-  'is linear in m(hertz) = 1127 ln(1 + hertz / 700), 0 at point b, 1 at point b + 1, 0 at point b + '
-  '2 of mel_bands + 2 points evenly spaced in m over mel_range; bin k is at k * sample_rate / fft '
-  'hertz, and bin 0 does not count. example_frames spectra one after the other are an example: of a '
-  'window of at most 10 frames, one a second, frame t has that which begins at sample t * '
-  'example_frames * hop of the window and is example_samples long; where the sound has ended before, '
-  'the last whole one again'
+  'ln(mel + log_offset), where mel is magnitudes (not powers) of spectra times triangles. Mono '
+  'sound in [-1, 1] at sample_rate; spectrum i is of samples i * hop to i * hop + window times '
+  'the periodic Hann window, zeros behind them up to fft; nothing is padded at the ends of the '
+  'sound. Triangle b is linear in m(hertz) = 1127 ln(1 + hertz / 700), 0 at point b, 1 at point b '
+  '+ 1, 0 at point b + 2 of mel_bands + 2 points evenly spaced in m over mel_range; bin k is at k '
+  '* sample_rate / fft hertz, and bin 0 does not count. example_frames spectra one after the '
+  'other are an example: of a window of at most 10 frames, one a second, frame t has that which '
+  'begins at sample t * example_frames * hop of the window and is example_samples long; where the '
+  'sound has ended before, the last whole one again'
 )
 _PREPARE = (
-  'frames uint8 [n h w 3] of any size, and the 16 kHz samples float32 [m] of their window, at least '
-  'log_mel.example_samples of them, to the inputs of the stages, by the rules above in float32: a '
-  'byte of a frame is off by 1 at most, a number of log_mel by 1e-3'
+  'frames uint8 [n h w 3] of any size, and the 16 kHz samples float32 [m] of their window, at '
+  'least log_mel.example_samples of them, to the inputs of the stages, by the rules above in '
+  'float32: a byte of a frame is off by 1 at most, a number of log_mel by 1e-3'
 )
 
 
