@@ -1,9 +1,9 @@
-"""Loads what `aavs export --format stablehlo` has written; needs jax, numpy and safetensors alone.
+"""Loads what `aavs export --format stablehlo` has written.
 
   served = load('artefact')
   maps = served.predict(served.prepare(frames, samples))   # of one window, see model.json
 
-The file can be copied out of the package.
+It needs jax with flatbuffers, numpy and safetensors, and can be copied out of the package.
 """
 
 import hashlib

@@ -22,6 +22,8 @@ from aavs_jax.predict import load_models
 from tests.runs import ROOT
 from tests.test_predict import make_workdir
 
+pytest.importorskip('flatbuffers')  # of the extra `dev`
+
 FRAMES = 5  # `aavs predict` sends so many through a model at once
 
 
