@@ -20,8 +20,7 @@ Arrays = dict[str, jax.Array]
 
 
 class Served(NamedTuple):
-  model: dict[str, Any]
-  """model.json."""
+  model: dict[str, Any]  # model.json
   prepare: Callable[[Arrays], Arrays]
   """'frames' uint8 [n h w 3] and 'samples' float32 [m] of one window -> what `predict` takes."""
   predict: Callable[[Arrays], Arrays]

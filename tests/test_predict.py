@@ -434,8 +434,9 @@ def test_fewer_frames_a_second(no_model, tmp_path):
 
 @pytest.mark.parametrize('every', [0, -1, 1 / 3, float('nan'), 1e9])
 def test_times_between_frames_that_cannot_be(every, no_model, tmp_path):
-  with pytest.raises(UserError, match='is no time from a frame to the next'):
-    predict(tmp_path / 'v.mp4', stage1='any', out=tmp_path / 'out', every=every)
+  for call, sources in ((predict, tmp_path / 'v.mp4'), (predict_all, [tmp_path / 'v.mp4'])):
+    with pytest.raises(UserError, match='is no time from a frame to the next'):
+      call(sources, stage1='any', out=tmp_path / 'out', every=every)
 
 
 def test_a_clip_folder_has_one_frame_a_second(no_model, tmp_path):
