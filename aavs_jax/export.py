@@ -183,16 +183,15 @@ def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
   def run(*values):
     return tuple(function(numbers, dict(zip(inputs, values))).values())
 
-  path = folder / f'{name}.onnx'
-  to_onnx(
+  model = to_onnx(
     run,
     list(inputs.values()),
     model_name=name,
     input_names=list(inputs),
     output_names=list(outputs),
-    return_mode='file',
-    output_path=str(path),
   )
+  path = folder / f'{name}.onnx'
+  path.write_bytes(model.SerializeToString())  # all in one file, which jax2onnx's own need not be
   return {**_file(path), **_signature(inputs, outputs)}
 
 
