@@ -7,6 +7,7 @@ masks reach stage 2, names and colours of the classes. `aavs_jax.serving` loads 
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def _antialiased(length: Any, size: int) -> Float[Array, 'size length']:
 
 
 def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
+  logging.getLogger('jax2onnx').setLevel(logging.ERROR)  # of each library that it knows and lacks
   from jax2onnx import to_onnx
 
   config, variables = stage
