@@ -311,24 +311,32 @@ def _eval(args) -> None:
 
 
 def _predict_arguments(sub) -> None:
-  sub.add_argument('source')
+  sub.add_argument(
+    'sources', nargs='+', metavar='SOURCE', help='video, folder of videos, or clip folder'
+  )
   sub.add_argument('--stage1', help='work folder of stage 1')
   sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
-  sub.add_argument('--out', required=True)
+  sub.add_argument('--out', required=True, help='new folder; of several sources one in it for each')
+  sub.add_argument(
+    '--every',
+    type=float,
+    default=1,
+    metavar='SECONDS',
+    help='from a frame of a video to the next (%(default)s)',
+  )
 
 
 def _predict(args) -> None:
+  from aavs_jax import predict
   from aavs_jax.console import say
-  from aavs_jax.predict import predict
 
-  out = predict(
-    args.source,
-    stage1=args.stage1,
-    stage2=args.stage2,
-    out=args.out,
-    progress=lambda seconds: say(f'  {seconds} s of the source done'),
-  )
-  say(f'masks and overlays in {out}')
+  sources = [path for source in args.sources for path in predict.expand(source)]
+  options = dict(stage1=args.stage1, stage2=args.stage2, out=args.out, every=args.every)
+  if sources == [Path(args.sources[0])]:
+    predict.predict(sources[0], **options)
+  else:
+    predict.predict_all(sources, **options)
+  say(f'masks and overlays in {args.out}')
 
 
 def _convert_arguments(sub) -> None:
@@ -347,14 +355,30 @@ def _convert(args) -> None:
 
 def _export_arguments(sub) -> None:
   sub.add_argument('workdir')
-  sub.add_argument('out', help='new file, .pth or .safetensors')
+  sub.add_argument('out', help='new file, .pth or .safetensors; of the other formats a new folder')
+  sub.add_argument(
+    '--format',
+    default='torch',
+    choices=('torch', 'stablehlo', 'onnx'),
+    help="the release's state dict, or what predicts without this package (%(default)s)",
+  )
+  sub.add_argument(
+    '--stage1', help='work folder of the stage 1 that goes with a stage 2; not torch'
+  )
 
 
 def _export(args) -> None:
+  from aavs_jax import export
   from aavs_jax.console import say
-  from aavs_jax.pytorch.convert import export
+  from aavs_jax.pytorch import convert
 
-  say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
+  if args.format != 'torch':
+    out = export.export(args.workdir, args.out, args.format, args.stage1)
+    say(f'written to {out}: {export.MODEL} says how to use it')
+    return
+  if args.stage1:
+    raise UserError('--stage1 is not for --format torch, which writes one stage: leave it out')
+  say(f'written to {convert.export(args.workdir, args.out)}, without VGGish, as the release has it')
 
 
 def _report_arguments(sub) -> None:
@@ -660,13 +684,13 @@ _COMMANDS = (
   ('eval', _eval_arguments, _eval, 'score a trained stage on a split by every protocol',
    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json'),
   ('predict', _predict_arguments, _predict,
-   'segment a video file, or a folder with frames/ and audio.wav',
+   'segment video files, or a folder with frames/ and audio.wav',
    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction'),
   ('convert', _convert_arguments, _convert, 'make a work folder of weights that PyTorch trained',
    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth'),
   ('export', _export_arguments, _export,
-   "write a work folder's weights as a state dict of the release",
-   'aavs export runs/stage2 stage2.pth'),
+   "write a work folder's weights as a state dict of the release, or stages for serving",
+   'aavs export runs/stage2 serve --format stablehlo --stage1 runs/stage1'),
   ('report', _report_arguments, _report, 'write the report of a finished quickstart',
    'aavs report runs/quickstart --data runs/quickstart/data'),
   ('recipe', _recipe_arguments, _recipe, 'show what the published recipes change, or one config',
