@@ -329,6 +329,26 @@ def _predict(args) -> None:
   say(f'masks and overlays in {out}')
 
 
+def _demo_arguments(sub) -> None:
+  sub.add_argument('out', help='new folder')
+  sub.add_argument('--stage1', help='work folder of stage 1')
+  sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
+  sub.add_argument(
+    '--onnxruntime', metavar='DIR', help='the unpacked npm package onnxruntime-web (npm fetches it)'
+  )
+
+
+def _demo(args) -> None:
+  from aavs_jax.console import say
+  from aavs_jax.demo import write_demo
+
+  write_demo(args.out, stage1=args.stage1, stage2=args.stage2, runtime=args.onnxruntime)
+  say(
+    f'written to {args.out}: python -m http.server --bind 127.0.0.1 --directory {args.out}, then '
+    'open http://127.0.0.1:8000'
+  )
+
+
 def _convert_arguments(sub) -> None:
   sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
   sub.add_argument('out', help='new work folder')
@@ -607,6 +627,9 @@ _COMMANDS = (
   ('predict', _predict_arguments, _predict,
    'segment a video file, or a folder with frames/ and audio.wav',
    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction'),
+  ('demo', _demo_arguments, _demo,
+   'write a page on which a browser takes a video or the camera and marks what sounds',
+   'aavs demo page --stage1 runs/stage1 --stage2 runs/stage2'),
   ('convert', _convert_arguments, _convert, 'make a work folder of weights that PyTorch trained',
    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth'),
   ('export', _export_arguments, _export,

@@ -1,0 +1,325 @@
+// The page: a video or the camera, second by second to the worker, and what it says drawn.
+const RATE = 16000;
+const WINDOW_SECONDS = 10; // as `aavs predict` cuts videos: sound of a window in examples of 0.96 s
+const EXAMPLE = 15360, NEEDED = 15600; // samples from example to example, and of one
+const JUST_AFTER = 0.0015; // seconds; time stamps are rounded to milliseconds
+const SIDE = 640; // of the canvas, the longer one
+const ALPHA = 0.55;
+const $ = (id) => document.getElementById(id);
+const player = $('player'), reader = $('reader'), marks = $('marks');
+const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+
+const worker = new Worker('worker.js', { type: 'module' });
+const waiting = new Map();
+let asked = 0;
+// Asks the worker; what it throws is thrown here.
+function ask(task, values = {}, transfer = []) {
+  const id = asked++;
+  worker.postMessage({ id, task, ...values }, transfer);
+  return new Promise((resolve, reject) => waiting.set(id, { resolve, reject }));
+}
+worker.onmessage = ({ data: { id, error, ...result } }) => {
+  const { resolve, reject } = waiting.get(id);
+  waiting.delete(id);
+  error === undefined ? resolve(result) : reject(new Error(error));
+};
+worker.onerror = () => fail('The page cannot start its models: this browser is too old, or files of its folder are missing.');
+
+const say = (text) => ($('status').textContent = text);
+function fail(text) {
+  $('error').textContent = text;
+  $('error').hidden = false;
+  say('');
+}
+
+let model, colours;
+let source; // { seconds, samples, answers, name } of a file, or { stream, context, heard } of the camera
+const mode = () => document.querySelector('input[name=sound]:checked').value;
+
+async function start() {
+  say('Loading the model …');
+  try {
+    ({ model } = await ask('load'));
+  } catch (error) {
+    return fail(`The model failed to load: ${error.message}`);
+  }
+  colours = model.stages.stage2 ? model.colours : [[0, 0, 0], model.sounding_colour];
+  if (!model.stages.stage2) model.classes = ['', 'sounds'];
+  $('file').disabled = $('camera').disabled = false;
+  say('Ready.');
+}
+
+// Ends what went on before; what is still under way sees that it is no more the source.
+function begin(next) {
+  source?.stream?.getTracks().forEach((track) => track.stop());
+  source?.context?.close();
+  if (source?.url) URL.revokeObjectURL(source.url);
+  player.srcObject = null;
+  player.removeAttribute('src');
+  marks.getContext('2d').clearRect(0, 0, marks.width, marks.height);
+  $('error').hidden = true;
+  $('classes').replaceChildren();
+  return (source = next);
+}
+
+async function openFile(file) {
+  const mine = begin({ name: file.name, url: URL.createObjectURL(file), answers: new Map() });
+  say(`Reading ${file.name} …`);
+  player.src = reader.src = mine.url;
+  const happened = await new Promise((done) => {
+    reader.onloadeddata = reader.onerror = (event) => done(event.type);
+    reader.load();
+  });
+  if (mine !== source) return;
+  if (happened === 'error' || !reader.videoWidth) {
+    return fail(`This browser cannot show ${file.name}: give it an MP4 or WebM video.`);
+  }
+  try {
+    mine.samples = mono(await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await file.arrayBuffer()));
+  } catch {
+    return fail(`${file.name} has no sound track that this browser can read, and the model finds what sounds: give it a video with sound.`);
+  }
+  if (mine !== source) return;
+  mine.seconds = Math.max(1, Math.round(reader.duration));
+  layOut(reader.videoWidth, reader.videoHeight);
+  await compute();
+}
+
+const mono = (buffer) => {
+  const channels = Array.from({ length: buffer.numberOfChannels }, (_, c) => buffer.getChannelData(c));
+  return channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
+};
+
+// The samples that belong to a second, as `aavs predict` has them.
+function soundOf({ samples, seconds }, second) {
+  if (mode() === 'silence') return new Float32Array(NEEDED);
+  if (mode() === 'shifted') second = (second + (seconds >> 1)) % seconds;
+  const within = second % WINDOW_SECONDS;
+  const from = (second - within) * RATE + within * EXAMPLE;
+  return samples.slice(from, from + NEEDED);
+}
+
+function seek(second) {
+  // Another file that takes its place ends the wait as well.
+  const arrived = new Promise((done) => (reader.onseeked = reader.onemptied = done));
+  reader.currentTime = Math.min(second + JUST_AFTER, reader.duration);
+  return arrived;
+}
+
+const grabbed = new OffscreenCanvas(1, 1);
+function grab(video) {
+  grabbed.width = video.videoWidth;
+  grabbed.height = video.videoHeight;
+  const context = grabbed.getContext('2d', { willReadFrequently: true });
+  context.drawImage(video, 0, 0);
+  return context.getImageData(0, 0, grabbed.width, grabbed.height);
+}
+
+// Answers every second of the file in the present mode, from the one that is shown on.
+let computing = false;
+async function compute() {
+  if (computing) return; // it sees by itself what has changed
+  computing = true;
+  try {
+    for (let second; (second = nextSecond()) !== undefined; ) {
+      const mine = source, key = `${mode()} ${second}`;
+      const samples = soundOf(mine, second);
+      await seek(second);
+      if (mine !== source) continue;
+      const frame = grab(reader);
+      const answer = await ask('answer', { frame, samples }, [frame.data.buffer]);
+      mine.answers.set(key, answer);
+      if (mine === source) showFile();
+    }
+  } catch (error) {
+    fail(`The model failed: ${error.message}`);
+  } finally {
+    computing = false;
+  }
+}
+
+const shownSecond = () => Math.min(Math.floor(player.currentTime + JUST_AFTER), source.seconds - 1);
+
+function nextSecond() {
+  if (!source.seconds) return undefined;
+  const left = Array.from({ length: source.seconds }, (_, i) => (shownSecond() + i) % source.seconds)
+    .filter((second) => !source.answers.has(`${mode()} ${second}`));
+  const done = source.seconds - left.length;
+  say(left.length ? `${source.name}: ${done} of ${source.seconds} seconds done` : `${source.name}: all ${done} seconds done`);
+  return left[0];
+}
+
+let shown;
+function showFile() {
+  if (!source?.seconds) return;
+  const second = shownSecond(), answer = source.answers.get(`${mode()} ${second}`);
+  player.muted = mode() !== 'true'; // the user hears what the model hears, or nothing
+  if (answer === shown) return;
+  show(answer, second);
+}
+
+async function openCamera() {
+  if (!navigator.mediaDevices) {
+    return fail('Browsers give camera and microphone to pages of https:// and of 127.0.0.1 alone: open the page there.');
+  }
+  const mine = begin({});
+  say('Waiting for permission to use camera and microphone …');
+  try {
+    mine.stream = await navigator.mediaDevices.getUserMedia({
+      video: { facingMode: 'environment', width: { ideal: 640 } },
+      audio: { echoCancellation: false, noiseSuppression: false, autoGainControl: false },
+    });
+  } catch (error) {
+    if (mine !== source) return;
+    const denied = error.name === 'NotAllowedError';
+    return fail(denied
+      ? 'Camera and microphone were refused: allow them for this page in the browser, and try again.'
+      : `There is no camera with microphone that can be used (${error.message}): give a video file.`);
+  }
+  mine.context = new AudioContext();
+  await mine.context.audioWorklet.addModule('microphone.js');
+  const microphone = new AudioWorkletNode(mine.context, 'microphone');
+  microphone.port.onmessage = ({ data }) => mine.heard?.push(data);
+  mine.context.createMediaStreamSource(mine.stream).connect(microphone);
+  player.srcObject = mine.stream;
+  player.muted = true;
+  await player.play();
+  layOut(player.videoWidth, player.videoHeight);
+  say('Camera and microphone, a second at a time.');
+  const past = []; // the sounds of five seconds
+  for (let second = 0; mine === source; second++) {
+    const frame = grab(player);
+    mine.heard = [];
+    await sleep(1);
+    if (mine !== source) return;
+    const samples = await at16kHz(mine.heard, mine.context.sampleRate);
+    past.push(samples);
+    if (past.length > 6) past.shift();
+    const heard = { true: samples, silence: new Float32Array(NEEDED), shifted: past[0] }[mode()];
+    try {
+      const answer = await ask('answer', { frame, samples: heard });
+      if (mine === source) show(answer, second, frame);
+    } catch (error) {
+      return fail(`The model failed: ${error.message}`);
+    }
+  }
+}
+
+// Pieces [channels][n] at any rate to mono samples at 16 kHz, by the browser's own filter.
+async function at16kHz(pieces, rate) {
+  const length = pieces.reduce((sum, [left]) => sum + left.length, 0);
+  if (!length) return new Float32Array(NEEDED);
+  const context = new OfflineAudioContext(1, Math.ceil((length * RATE) / rate), RATE);
+  const buffer = context.createBuffer(1, length, rate), target = buffer.getChannelData(0);
+  let position = 0;
+  for (const channels of pieces) {
+    for (const channel of channels) channel.forEach((value, i) => (target[position + i] += value / channels.length));
+    position += channels[0].length;
+  }
+  const node = new AudioBufferSourceNode(context, { buffer });
+  node.connect(context.destination);
+  node.start();
+  return (await context.startRendering()).getChannelData(0);
+}
+
+function layOut(width, height) {
+  const scale = SIDE / Math.max(width, height);
+  marks.width = Math.round(width * scale);
+  marks.height = Math.round(height * scale);
+  player.style.aspectRatio = `${width} / ${height}`;
+  shown = undefined;
+  $('stage').hidden = false;
+}
+
+// An answer, or undefined while there is none; the frame under it where no video shows that.
+function show(answer, second, frame) {
+  shown = answer;
+  const context = marks.getContext('2d');
+  context.clearRect(0, 0, marks.width, marks.height);
+  $('second').textContent = second;
+  if (!answer) return $('classes').replaceChildren('…');
+  if (frame) {
+    grabbed.getContext('2d').putImageData(frame, 0, 0);
+    context.drawImage(grabbed, 0, 0, marks.width, marks.height);
+  }
+  context.drawImage(painted(answer.ids), 0, 0);
+  name(answer.ids);
+  paintMel(answer.example);
+  tell(answer.times);
+}
+
+// Classes in their colours, with a contour that is white inside and black outside, as media/overlay.py.
+function painted(ids) {
+  const { width, height } = marks, side = model.eval_size;
+  const canvas = new OffscreenCanvas(width, height), context = canvas.getContext('2d');
+  const image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
+  const large = new Uint8Array(width * height);
+  for (let y = 0, i = 0; y < height; y++) {
+    const row = Math.floor(((y + 0.5) * side) / height) * side;
+    for (let x = 0; x < width; x++, i++) large[i] = ids[row + Math.floor(((x + 0.5) * side) / width)];
+  }
+  const inks = colours.map(([r, g, b]) => ((Math.round(255 * ALPHA) << 24) | (b << 16) | (g << 8) | r) >>> 0);
+  for (let y = 0, i = 0; y < height; y++) {
+    for (let x = 0; x < width; x++, i++) {
+      const id = large[i];
+      const border = (x && large[i - 1] !== id) || (x < width - 1 && large[i + 1] !== id) ||
+        (y && large[i - width] !== id) || (y < height - 1 && large[i + width] !== id);
+      pixels[i] = border ? (id ? 0xffffffff : 0xff000000) : id ? inks[id] : 0;
+    }
+  }
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+function name(ids) {
+  const counts = new Map();
+  ids.forEach((id) => id && counts.set(id, (counts.get(id) ?? 0) + 1));
+  const rows = [...counts].sort((a, b) => b[1] - a[1]).map(([id, count]) => {
+    const row = document.createElement('li'), swatch = document.createElement('i');
+    swatch.style.background = `rgb(${colours[id]})`;
+    row.append(swatch, `${model.classes[id]} (${((100 * count) / ids.length).toFixed(0)} %)`);
+    return row;
+  });
+  $('classes').replaceChildren(...(rows.length ? rows : ['nothing']));
+}
+
+function paintMel(example) {
+  const context = $('mel').getContext('2d'), image = context.createImageData(96, 64);
+  const [quiet, loud] = [Math.log(0.01), 2];
+  example.forEach((value, i) => {
+    const level = Math.min(1, Math.max(0, (value - quiet) / (loud - quiet)));
+    const place = 4 * ((63 - (i % 64)) * 96 + Math.floor(i / 64));
+    image.data.set([255 * Math.min(1, 2 * level), 230 * level ** 1.5, 255 * (0.2 + 0.5 * level - 0.5 * level ** 4), 255], place);
+  });
+  context.putImageData(image, 0, 0);
+}
+
+const costs = []; // of the last seconds
+function tell(times) {
+  costs.push(times);
+  if (costs.length > 10) costs.shift();
+  const mean = times.map((_, part) => costs.reduce((sum, each) => sum + each[part], 0) / costs.length);
+  const names = ['frame and sound', ...Object.keys(model.stages).map((stage) => stage.replace('stage', 'stage '))];
+  const total = mean.reduce((a, b) => a + b);
+  $('time').textContent = `${total.toFixed(0)} ms a second of video: ` +
+    mean.map((time, part) => `${names[part]} ${time.toFixed(0)}`).join(', ');
+}
+
+$('file').onchange = ({ target }) => {
+  if (target.files.length) openFile(target.files[0]);
+  target.value = ''; // so that the same file may be chosen again
+};
+$('camera').onclick = openCamera;
+for (const radio of document.querySelectorAll('input[name=sound]')) {
+  radio.onchange = () => {
+    if (!source?.seconds) return;
+    showFile();
+    compute();
+  };
+}
+player.onseeked = showFile;
+player.onplay = function follow() {
+  showFile();
+  if (!player.paused) requestAnimationFrame(follow);
+};
+start();
