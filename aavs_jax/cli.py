@@ -365,14 +365,30 @@ def _convert(args) -> None:
 
 def _export_arguments(sub) -> None:
   sub.add_argument('workdir')
-  sub.add_argument('out', help='new file, .pth or .safetensors')
+  sub.add_argument('out', help='new file, .pth or .safetensors; of the other formats a new folder')
+  sub.add_argument(
+    '--format',
+    default='torch',
+    choices=('torch', 'stablehlo', 'onnx'),
+    help="the release's state dict, or what predicts without this package (%(default)s)",
+  )
+  sub.add_argument(
+    '--stage1', help='work folder of the stage 1 that goes with a stage 2; not torch'
+  )
 
 
 def _export(args) -> None:
+  from aavs_jax import export
   from aavs_jax.console import say
-  from aavs_jax.pytorch.convert import export
+  from aavs_jax.pytorch import convert
 
-  say(f'written to {export(args.workdir, args.out)}, without VGGish, as the release has it')
+  if args.format != 'torch':
+    out = export.export(args.workdir, args.out, args.format, args.stage1)
+    say(f'written to {out}: {export.MODEL} says how to use it')
+    return
+  if args.stage1:
+    raise UserError('--stage1 is not for --format torch, which writes one stage: leave it out')
+  say(f'written to {convert.export(args.workdir, args.out)}, without VGGish, as the release has it')
 
 
 def _report_arguments(sub) -> None:
@@ -633,8 +649,8 @@ _COMMANDS = (
   ('convert', _convert_arguments, _convert, 'make a work folder of weights that PyTorch trained',
    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth'),
   ('export', _export_arguments, _export,
-   "write a work folder's weights as a state dict of the release",
-   'aavs export runs/stage2 stage2.pth'),
+   "write a work folder's weights as a state dict of the release, or stages for serving",
+   'aavs export runs/stage2 serve --format stablehlo --stage1 runs/stage1'),
   ('report', _report_arguments, _report, 'write the report of a finished quickstart',
    'aavs report runs/quickstart --data runs/quickstart/data'),
   ('recipe', _recipe_arguments, _recipe, 'show what the published recipes change, or one config',

@@ -22,7 +22,8 @@ from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.media.video import Window, read_windows, write_overlay_video
 from aavs_jax.scoring.predictor import Predictor
-from aavs_jax.training.work_folder import class_names, load_trained
+from aavs_jax.training.work_folder import class_names, load_stages
+from aavs_jax.types import Variables
 
 WINDOW_SECONDS = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once
@@ -68,8 +69,7 @@ def predict(
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
       this ends; what SIGKILL leaves goes with the next call for `out`.
   """
-  files.refuse_bucket(out)
-  source, target = Path(source), _checked_target(Path(out))
+  source, target = Path(source), files.new_folder(out)
   is_video = source.is_file()
   windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)
   answer = load_models(stage1, stage2)
@@ -185,23 +185,12 @@ def load_models(
     [T e e] or None without stage 2.
 
   Raises:
-    UserError: no model, a model of the other stage, or two that do not fit together.
+    UserError: as work_folder.load_stages.
   """
-  if stage1 is None and stage2 is None:
-    raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
-  locate, classify, soft = None, None, False
-  if stage1 is not None:
-    config1, locate = _load_model(stage1, 'binary')
-  if stage2 is not None:
-    config2, classify = _load_model(stage2, 'semantic')
-    soft = config2.prior.soft
-    if config2.use_prior and locate is None:
-      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1')
-    if config2.use_prior and config1.data.eval_size != config2.data.eval_size:
-      raise UserError(
-        f'data.eval_size is {config1.data.eval_size} in {stage1} and {config2.data.eval_size} in '
-        f'{stage2}: name the stage 1 whose masks {stage2} was trained for'
-      )
+  first, second = load_stages(stage1, stage2)
+  locate = first and _model(*first)
+  classify = second and _model(*second)
+  soft = bool(second) and second.config.prior.soft
 
   def answer(frames, log_mel):
     masks = classes = prior = None
@@ -218,15 +207,8 @@ def load_models(
   return answer
 
 
-def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDict, Model]:
-  """Config, and (frames, log_mel, prior [T e e] or None) -> what Method.predict gives."""
-  config, variables, _ = load_trained(workdir)
-  if config.task != task:
-    role, other = ('stage1', 'stage2') if task == 'binary' else ('stage2', 'stage1')
-    raise UserError(
-      f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: name '
-      f'it with --{other}'
-    )
+def _model(config: ml_collections.ConfigDict, variables: Variables) -> Model:
+  """(frames, log_mel, prior [T e e] or None) -> what Method.predict gives."""
   method = methods.of(config)
   predictor = Predictor(method)
   devices = jax.device_count()
@@ -248,19 +230,7 @@ def _load_model(workdir: str | Path, task: str) -> tuple[ml_collections.ConfigDi
       answers.append(np.asarray(predictor(variables, padded))[:real])
     return np.concatenate(answers)
 
-  return config, model
-
-
-def _checked_target(out: Path) -> Path:
-  """The absolute path of a folder that may be written, as it does not exist or is empty."""
-  target = out.resolve()
-  if target.exists() and not target.is_dir():
-    raise UserError(f'{out} is a file: name a new folder for the output')
-  if target.is_dir() and any(target.iterdir()):
-    raise UserError(f'{out} is not empty: name a new folder for the output or empty this one')
-  if target.is_mount():
-    raise UserError(f'{out} is a mount point: name a new folder inside it for the output')
-  return target
+  return model
 
 
 def _write_second(

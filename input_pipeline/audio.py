@@ -31,6 +31,21 @@ _BLOCK_SAMPLES = 1 << 20  # samples of all channels read at once
 _logger = logging.getLogger(__name__)
 
 
+def parameters() -> dict[str, object]:
+  """The numbers of `log_mel_examples`, for those who compute it elsewhere."""
+  return {
+    'sample_rate': SAMPLE_RATE,
+    'window': _WINDOW_LENGTH,
+    'hop': _HOP,
+    'fft': _FFT_LENGTH,
+    'mel_bands': MEL_BANDS,
+    'mel_range': _MEL_RANGE,
+    'log_offset': _LOG_OFFSET,
+    'example_frames': EXAMPLE_FRAMES,
+    'example_samples': samples_needed(1),
+  }
+
+
 def samples_needed(examples: int) -> int:
   """The fewest samples at 16 kHz that give this many examples (one or more)."""
   return (examples * EXAMPLE_FRAMES - 1) * _HOP + _WINDOW_LENGTH
@@ -125,9 +140,9 @@ def _mel_filters() -> np.ndarray:
   return filters
 
 
-_MEL_FILTERS = _mel_filters()  # float64 [257, 64]
+MEL_FILTERS = _mel_filters()  # float64 [257, 64]
 # The periodic Hann window: numpy's own is the symmetric one.
-_WINDOW = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW_LENGTH) / _WINDOW_LENGTH)
+WINDOW = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW_LENGTH) / _WINDOW_LENGTH)
 
 
 def log_mel_examples(waveform: np.ndarray) -> np.ndarray:
@@ -148,8 +163,8 @@ def log_mel_examples(waveform: np.ndarray) -> np.ndarray:
     start = i * EXAMPLE_FRAMES * _HOP
     stretch = waveform[start : start + samples_needed(1)]
     frames = np.lib.stride_tricks.sliding_window_view(stretch, _WINDOW_LENGTH)[::_HOP]
-    magnitude = np.abs(np.fft.rfft(frames * _WINDOW, _FFT_LENGTH))
-    example[:] = log_magnitudes(magnitude @ _MEL_FILTERS)
+    magnitude = np.abs(np.fft.rfft(frames * WINDOW, _FFT_LENGTH))
+    example[:] = log_magnitudes(magnitude @ MEL_FILTERS)
   return examples
 
 

@@ -52,6 +52,21 @@ def refuse_bucket(path: str | os.PathLike) -> None:
     raise UserError(f'{path} is in a bucket, where this cannot be: mount it or name a shared disk')
 
 
+def new_folder(path: str | os.PathLike) -> pathlib.Path:
+  """The absolute path of a folder to be written, which does not exist or is empty, or UserError."""
+  refuse_bucket(path)
+  target = pathlib.Path(path).resolve()
+  if str(path) == '-':
+    raise UserError('- would be standard output, but a folder is written: name a new one')
+  if target.exists() and not target.is_dir():
+    raise UserError(f'{path} is a file: name a new folder for the output')
+  if target.is_dir() and any(target.iterdir()):
+    raise UserError(f'{path} is not empty: name a new folder for the output or empty this one')
+  if target.is_mount():
+    raise UserError(f'{path} is a mount point: name a new folder inside it for the output')
+  return target
+
+
 def read_file(path: str, limit: int, what: str, advice: str) -> bytes:
   """All of a file.
 

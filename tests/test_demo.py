@@ -71,9 +71,9 @@ def test_the_folder_holds_all_that_the_page_names(no_models, runtime, tmp_path):
   out = demo.write_demo(tmp_path / 'page', stage1='any', runtime=runtime)
   found = {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()}
   assert found == {
-    'index.html', 'page.css', 'page.js', 'worker.js', 'inputs.js', 'microphone.js', 'models/model.json',
+    'index.html', 'page.css', 'page.js', 'worker.js', 'inputs.js', 'microphone.js',
+    'models/model.json', 'onnxruntime/package.json',
     'onnxruntime/ort.wasm.bundle.min.mjs', 'onnxruntime/ort-wasm-simd-threaded.wasm',
-    'onnxruntime/package.json',
   }  # fmt: skip
 
 

@@ -12,14 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # each imports only what stands above it here; those of one line do not know each other
-  'input_pipeline configs types console',
+  'input_pipeline configs types console serving',
   'devices media',
   'models',
   'methods',
   'config',
   'scoring',
   'training',
-  'train evaluate hand_over predict hearing pytorch perf',
+  'train evaluate hand_over predict export hearing pytorch perf',
   'cross_fit demo',
   'stepping_stones',
   'studies',

@@ -293,6 +293,46 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
   return config, local_variables(unflatten(flat)), step
 
 
+class Trained(NamedTuple):
+  config: ml_collections.ConfigDict
+  variables: Variables
+
+
+def load_stages(
+  stage1: str | Path | None, stage2: str | Path | None
+) -> tuple[Trained | None, Trained | None]:
+  """The models of one or both stages, from their work folders.
+
+  Raises:
+    UserError: no model, a model of the other stage, or two that do not fit together.
+  """
+  if stage1 is None and stage2 is None:
+    raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
+  first = None if stage1 is None else _load_stage(stage1, 'binary')
+  second = None if stage2 is None else _load_stage(stage2, 'semantic')
+  if second and second.config.use_prior:
+    if first is None:
+      raise UserError(f'{stage2} starts from masks of stage 1: name its work folder with --stage1')
+    sizes = [stage.config.data.eval_size for stage in (first, second)]
+    if sizes[0] != sizes[1]:
+      raise UserError(
+        f'data.eval_size is {sizes[0]} in {stage1} and {sizes[1]} in {stage2}: name the stage 1 '
+        f'whose masks {stage2} was trained for'
+      )
+  return first, second
+
+
+def _load_stage(workdir: str | Path, task: str) -> Trained:
+  config, variables, _ = load_trained(workdir)
+  if config.task != task:
+    role, other = ('stage1', 'stage2') if task == 'binary' else ('stage2', 'stage1')
+    raise UserError(
+      f'{workdir} holds a model of the {config.task} task, but --{role} takes a {task} one: name '
+      f'it with --{other}'
+    )
+  return Trained(config, variables)
+
+
 def class_names(workdir: str | Path) -> Sequence[str]:
   """Names of a model's classes by id; those of AVSBench for a model that was converted.
 

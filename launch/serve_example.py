@@ -1,0 +1,61 @@
+"""Predicts with an artefact of `aavs export --format stablehlo`; needs jax and numpy alone.
+
+  python serve_example.py ARTEFACT FRAMES.npy SOUND.wav OUT.npz
+
+FRAMES.npy: uint8 [n h w 3], RGB, one frame a second, at most ten. SOUND.wav: 16 bit, 16 kHz, mono.
+OUT.npz: `mask` and, with stage 2, `classes`, uint8 [n e e].
+"""
+
+import json
+import sys
+import wave
+from pathlib import Path
+
+import numpy as np
+from jax import export
+
+
+def read_safetensors(path):
+  """Arrays by name: 8 bytes say how long a JSON header is, which says where each of them lies."""
+  data = path.read_bytes()
+  start = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:start])
+  header.pop('__metadata__', None)
+  dtypes = {'F32': np.float32, 'I32': np.int32}
+  return {
+    name: np.frombuffer(data, dtypes[x['dtype']], np.prod(x['shape'], dtype=int), start + x['data_offsets'][0])
+    .reshape(x['shape'])
+    for name, x in header.items()
+  }  # fmt: skip
+
+
+def main(folder, frames, sound, out):
+  folder = Path(folder)
+  model = json.loads((folder / 'model.json').read_text())
+
+  def function(entry):
+    return export.deserialize(bytearray((folder / entry['file']).read_bytes())).call
+
+  with wave.open(sound) as file:
+    samples = np.frombuffer(file.readframes(file.getnframes()), '<i2').astype(np.float32) / 32768
+  arrays = function(model['prepare'])({'frames': np.load(frames), 'samples': samples})
+  outputs = {}
+  for _, stage in sorted(model['stages'].items()):  # stage 1 before stage 2
+    weights = read_safetensors(folder / stage['weights']['file'])
+    inputs = {row['name']: arrays[row['name']] for row in stage['inputs']}
+    outputs |= function(stage)(weights, inputs)
+    arrays['prior'] = outputs.get('mask')
+  maps = {name: np.asarray(outputs[name]) for name in ('mask', 'classes') if name in outputs}
+  np.savez_compressed(out, **maps)
+  for second in range(len(arrays['frames'])):
+    line = f'second {second}:'
+    if 'mask' in maps:
+      line += f' {(maps["mask"][second] >= 128).mean():.1%} of the frame sounds;'
+    for i in np.unique(maps['classes'][second]) if 'classes' in maps else ():
+      if i:
+        line += f' {model["classes"][i]} {(maps["classes"][second] == i).mean():.1%}'
+    print(line)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
