@@ -41,7 +41,7 @@ class Browser:
     try:
       self._wait_for_driver()
       session = self._call('POST', '', {'capabilities': {'alwaysMatch': capabilities}})
-      self._address += f'/session/{session["sessionId"]}'
+      self._address += f'/{session["sessionId"]}'
     except BaseException:
       self._driver.kill()
       raise

@@ -57,8 +57,8 @@ function begin(next) {
   player.srcObject = null;
   player.removeAttribute('src');
   marks.getContext('2d').clearRect(0, 0, marks.width, marks.height);
-  $('error').hidden = true;
-  $('classes').replaceChildren();
+  $('error').hidden = $('stage').hidden = true;
+  for (const id of ['classes', 'second', 'time', 'parts']) $(id).textContent = '';
   return (source = next);
 }
 
@@ -82,6 +82,9 @@ async function openFile(file) {
   if (mine !== source) return;
   mine.seconds = Math.max(1, Math.round(reader.duration));
   layOut(reader.videoWidth, reader.videoHeight);
+  $('at').max = reader.duration;
+  $('at').value = 0;
+  $('controls').hidden = false;
   await compute();
 }
 
@@ -185,6 +188,7 @@ async function openCamera() {
   player.muted = true;
   await player.play();
   layOut(player.videoWidth, player.videoHeight);
+  $('controls').hidden = true;
   say('Camera and microphone, a second at a time.');
   const past = []; // the sounds of five seconds
   for (let second = 0; mine === source; second++) {
@@ -294,15 +298,15 @@ function paintMel(example) {
   context.putImageData(image, 0, 0);
 }
 
-const costs = []; // of the last seconds
+const costs = []; // of the last seconds; the median leaves out the first ones, which are slow
 function tell(times) {
   costs.push(times);
-  if (costs.length > 10) costs.shift();
-  const mean = times.map((_, part) => costs.reduce((sum, each) => sum + each[part], 0) / costs.length);
-  const names = ['frame and sound', ...Object.keys(model.stages).map((stage) => stage.replace('stage', 'stage '))];
-  const total = mean.reduce((a, b) => a + b);
-  $('time').textContent = `${total.toFixed(0)} ms a second of video: ` +
-    mean.map((time, part) => `${names[part]} ${time.toFixed(0)}`).join(', ');
+  if (costs.length > 15) costs.shift();
+  const names = ['frame and sound', ...Object.keys(model.stages).map((name) => name.replace('stage', 'stage '))];
+  const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
+  const parts = names.map((_, part) => median(costs.map((each) => each[part])));
+  $('time').textContent = `${parts.reduce((a, b) => a + b).toFixed(0)} ms for a second of video`;
+  $('parts').textContent = `(${parts.map((time, i) => `${names[i]} ${time.toFixed(0)}`).join(', ')})`;
 }
 
 $('file').onchange = ({ target }) => {
@@ -317,8 +321,12 @@ for (const radio of document.querySelectorAll('input[name=sound]')) {
     compute();
   };
 }
+$('play').onclick = () => (player.paused ? player.play() : player.pause());
+$('at').oninput = ({ target }) => (player.currentTime = target.value);
 player.onseeked = showFile;
-player.onplay = function follow() {
+player.onplay = player.onpause = function follow() {
+  $('play').textContent = player.paused ? 'Play' : 'Pause';
+  $('at').value = player.currentTime;
   showFile();
   if (!player.paused) requestAnimationFrame(follow);
 };
