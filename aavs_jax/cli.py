@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -599,10 +600,18 @@ def _quickstart_arguments(sub) -> None:
 
 def _quickstart(args) -> None:
   from aavs_jax.config import load_study
+  from aavs_jax.console import say
   from aavs_jax.studies.study import run_study
 
   config = load_study(args.config, args.overrides)
-  run_study(config, args.workdir, data=args.data, fresh=args.fresh)
+  page = run_study(config, args.workdir, data=args.data, fresh=args.fresh)
+  if page.name == 'report.html':  # of one pair of models, not a comparison
+    first = '' if importlib.util.find_spec('jax2onnx') else 'pip install -e .[onnx] && '
+    run = page.parent
+    say(
+      'to try it on a video of yours in a browser: '
+      f'{first}aavs demo {run}/page --stage1 {run}/stage1 --stage2 {run}/stage2'
+    )
 
 
 # Rows of name, arguments, what runs it, help, example.

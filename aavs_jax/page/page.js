@@ -49,11 +49,15 @@ async function start() {
   say('Ready.');
 }
 
+function end(old) {
+  old?.stream?.getTracks().forEach((track) => track.stop());
+  old?.context?.close();
+  if (old?.url) URL.revokeObjectURL(old.url);
+}
+
 // Ends what went on before; what is still under way sees that it is no more the source.
 function begin(next) {
-  source?.stream?.getTracks().forEach((track) => track.stop());
-  source?.context?.close();
-  if (source?.url) URL.revokeObjectURL(source.url);
+  end(source);
   player.srcObject = null;
   player.removeAttribute('src');
   marks.getContext('2d').clearRect(0, 0, marks.width, marks.height);
@@ -179,9 +183,10 @@ async function openCamera() {
       ? 'Camera and microphone were refused: allow them for this page in the browser, and try again.'
       : `There is no camera with microphone that can be used (${error.message}): give a video file.`);
   }
+  if (mine !== source) return end(mine);
   mine.context = new AudioContext();
   await mine.context.audioWorklet.addModule('microphone.js');
-  const microphone = new AudioWorkletNode(mine.context, 'microphone');
+  const microphone = new AudioWorkletNode(mine.context, 'microphone', { numberOfOutputs: 0 });
   microphone.port.onmessage = ({ data }) => mine.heard?.push(data);
   mine.context.createMediaStreamSource(mine.stream).connect(microphone);
   player.srcObject = mine.stream;
@@ -231,6 +236,7 @@ function layOut(width, height) {
   marks.width = Math.round(width * scale);
   marks.height = Math.round(height * scale);
   player.style.aspectRatio = `${width} / ${height}`;
+  document.querySelector('.picture').style.maxWidth = `${(75 * width) / height}vh`;
   shown = undefined;
   $('stage').hidden = false;
 }
@@ -323,11 +329,13 @@ for (const radio of document.querySelectorAll('input[name=sound]')) {
 }
 $('play').onclick = () => (player.paused ? player.play() : player.pause());
 $('at').oninput = ({ target }) => (player.currentTime = target.value);
-player.onseeked = showFile;
-player.onplay = player.onpause = function follow() {
+let following;
+function follow() {
+  cancelAnimationFrame(following);
   $('play').textContent = player.paused ? 'Play' : 'Pause';
   $('at').value = player.currentTime;
   showFile();
-  if (!player.paused) requestAnimationFrame(follow);
-};
+  if (!player.paused) following = requestAnimationFrame(follow);
+}
+player.onplay = player.onpause = player.onseeked = follow;
 start();
