@@ -310,24 +310,32 @@ def _eval(args) -> None:
 
 
 def _predict_arguments(sub) -> None:
-  sub.add_argument('source')
+  sub.add_argument(
+    'sources', nargs='+', metavar='SOURCE', help='video, folder of videos, or clip folder'
+  )
   sub.add_argument('--stage1', help='work folder of stage 1')
   sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
-  sub.add_argument('--out', required=True)
+  sub.add_argument('--out', required=True, help='new folder; of several sources one in it for each')
+  sub.add_argument(
+    '--every',
+    type=float,
+    default=1,
+    metavar='SECONDS',
+    help='from a frame of a video to the next (%(default)s)',
+  )
 
 
 def _predict(args) -> None:
+  from aavs_jax import predict
   from aavs_jax.console import say
-  from aavs_jax.predict import predict
 
-  out = predict(
-    args.source,
-    stage1=args.stage1,
-    stage2=args.stage2,
-    out=args.out,
-    progress=lambda seconds: say(f'  {seconds} s of the source done'),
-  )
-  say(f'masks and overlays in {out}')
+  sources = [path for source in args.sources for path in predict.expand(source)]
+  options = dict(stage1=args.stage1, stage2=args.stage2, out=args.out, every=args.every)
+  if sources == [Path(args.sources[0])]:
+    predict.predict(sources[0], **options)
+  else:
+    predict.predict_all(sources, **options)
+  say(f'masks and overlays in {args.out}')
 
 
 def _demo_arguments(sub) -> None:
@@ -650,7 +658,7 @@ _COMMANDS = (
   ('eval', _eval_arguments, _eval, 'score a trained stage on a split by every protocol',
    'aavs eval --workdir runs/stage2 --data data --out runs/stage2_test.json'),
   ('predict', _predict_arguments, _predict,
-   'segment a video file, or a folder with frames/ and audio.wav',
+   'segment video files, or a folder with frames/ and audio.wav',
    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction'),
   ('demo', _demo_arguments, _demo,
    'write a page on which a browser takes a video or the camera and marks what sounds',

@@ -18,7 +18,9 @@ def say(line: str) -> None:
 
 
 class Progress:
-  """Counts items; a changing line on a terminal, a line every ten seconds elsewhere."""
+  """Counts items; a changing line on a terminal, a line every ten seconds elsewhere, and one at the
+  end. `total` may be a guess; 0 is none.
+  """
 
   def __init__(self, what: str, total: int, unit: str):
     self._what, self._total, self._unit = what, total, unit
@@ -38,21 +40,29 @@ class Progress:
     if not self._first:
       # What the first ones took, compilation for example, says nothing of the others.
       self._first, self._warm = done, now
-    if self._done < self._total and now - self._shown < (0.2 if self._terminal else 10):
-      return
-    self._shown = now
-    self._show(now, end='\r' if self._terminal else '\n')
+    if now - self._shown >= (0.2 if self._terminal else 10):
+      self._shown = now
+      of, left = '', self._total - done
+      if left > 0:
+        of = f'/{self._total}'
+      rate = self._rate(now)
+      text = f'{done}{of} {self._unit}, {rate:.1f}/s'
+      if left > 0 and done > self._first:
+        text += f', {duration(left / rate)} left'
+      self._show(text, end='\r' if self._terminal else '\n')
 
-  def _show(self, now: float, end: str) -> None:
-    line = f'  {self._what}: {self._done}/{self._total} {self._unit}'
-    if self._done > self._first:
-      pace = (now - self._warm) / (self._done - self._first)
-      line += f', {duration(pace * (self._total - self._done))} left'
-    if self._done == self._total:
-      spent = duration(now - self._started)
-      line, end = f'  {self._what}: {self._total} {self._unit} in {spent}', '\n'
-    print(f'{line:<78}', end=end, flush=True)
+  def _rate(self, now: float) -> float:
+    warm = self._done > self._first
+    count, since = (self._done - self._first, self._warm) if warm else (self._done, self._started)
+    return count / max(now - since, 1e-9)
+
+  def _show(self, text: str, end: str) -> None:
+    print(f'{f"  {self._what}: {text}":<78}', end=end, flush=True)
 
   def __exit__(self, kind, *_):
-    if kind is not None and self._terminal:
+    if kind is None and self._done:
+      now = time.monotonic()
+      spent, rate = duration(now - self._started), self._rate(now)
+      self._show(f'{self._done} {self._unit} in {spent}, {rate:.1f}/s', end='\n')
+    elif self._terminal:
       print()

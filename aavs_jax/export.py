@@ -36,21 +36,20 @@ _FRAMES = (
   'antialias of Pillow; bytes as they are, normalisation is inside the model'
 )
 _LOG_MEL = (
-  'ln(mel + log_offset), mel = magnitudes (not powers) of spectra times triangles. Mono sound in '
-  '[-1, 1] at sample_rate; spectrum i is of the samples i * hop to i * hop + window, times the '
-  'periodic Hann window, with zeros behind up to fft samples; nothing is padded at the ends of the '
-  'sound. Triangle b is linear in m(hertz) = 1127 ln(1 + hertz / 700), from 0 over 1 to 0 at the '
-  'points b, b + 1, b + 2 of mel_bands + 2 points, which are evenly spaced in m over mel_range; bin '
-  '0 of a spectrum does not count. example_frames spectra one after the other are an example: frame '
-  't of a window of at most 10 frames, one a second, has that which begins at sample '
-  't * example_frames * hop of the window, example_samples long; where the sound has ended before, '
-  'the last whole example again'
+  'ln(mel + log_offset), where mel is magnitudes (not powers) of spectra times triangles. Mono '
+  'sound in [-1, 1] at sample_rate; spectrum i is of samples i * hop to i * hop + window times '
+  'the periodic Hann window, zeros behind them up to fft; nothing is padded at the ends of the '
+  'sound. Triangle b is linear in m(hertz) = 1127 ln(1 + hertz / 700), 0 at point b, 1 at point b '
+  '+ 1, 0 at point b + 2 of mel_bands + 2 points evenly spaced in m over mel_range; bin k is at k '
+  '* sample_rate / fft hertz, and bin 0 does not count. example_frames spectra one after the '
+  'other are an example: of a window of at most 10 frames, one a second, frame t has that which '
+  'begins at sample t * example_frames * hop of the window and is example_samples long; where the '
+  'sound has ended before, the last whole one again'
 )
 _PREPARE = (
-  'frames uint8 [n h w 3] of any size and the 16 kHz samples float32 [m] of their window, m at least '
-  'log_mel.example_samples, to the inputs of the stages. In float32, where the rules above are '
-  'float64 or whole numbers: a byte of a frame differs by 1 at most (less than one in 10,000 do), '
-  'log-mel by 1e-3 at most (1e-5 in general), more at nearly silent bands'
+  'frames uint8 [n h w 3] of any size, and the 16 kHz samples float32 [m] of their window, at '
+  'least log_mel.example_samples of them, to the inputs of the stages, by the rules above in '
+  'float32: a byte of a frame is off by 1 at most, a number of log_mel by 1e-3'
 )
 
 
@@ -62,9 +61,9 @@ def export(
   Args:
     workdir: work folder of either stage, or of a model trained end to end.
     out: a new or empty folder.
-    form: 'stablehlo': {stage}.stablehlo by jax.export, for any number of frames, {stage}.safetensors
-      with its numbers, and prepare.stablehlo; 'onnx': {stage}.onnx, for one frame (or the `unit` of
-      a method that sees several together).
+    form: 'stablehlo': {stage}.stablehlo by jax.export, for any number of frames, with its numbers
+      in {stage}.safetensors, and prepare.stablehlo; 'onnx': {stage}.onnx, for one frame (or the
+      `unit` of a method that sees several together).
     stage1: work folder of the stage 1 that the stage 2 in `workdir` starts from.
 
   Returns:

@@ -6,6 +6,7 @@ Sources are read and answered window by window, so memory does not grow with the
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import jax
@@ -14,20 +15,26 @@ import numpy as np
 from PIL import Image
 
 from aavs_jax import methods
-from aavs_jax.console import say
+from aavs_jax.console import Progress, say
 from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import overlay, overlay_binary
+from aavs_jax.media.timeline import claimed_seconds
 from aavs_jax.media.video import Window, read_windows, write_overlay_video
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training.work_folder import class_names, load_stages
 from aavs_jax.types import Variables
 
-WINDOW_SECONDS = 10  # the longest clip the models have seen
+WINDOW_FRAMES = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
+# What counts as a video in a folder of them; one that is named may be called anything.
+VIDEOS = (
+  '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.ogv', '.flv', '.wmv',
+  '.3gp',
+)  # fmt: skip
 
 Frames = Sequence[np.ndarray]  # uint8 [H W 3] each, RGB, at the source's size
 Model = Callable[[Frames, np.ndarray, np.ndarray | None], np.ndarray]
@@ -39,19 +46,20 @@ def predict(
   stage1: str | Path | None,
   stage2: str | Path | None = None,
   out: str | Path,
-  progress: Callable[[int], None] | None = None,
+  every: float = 1,
 ) -> Path:
   """Answers a clip folder or a video second by second and writes a folder of results.
 
   OUT appears only when all of it is written:
 
-    masks/{t}.png     0 or 255, what sounds in second t: stage 1's answer, or where stage 2's is not
+    masks/{t}.png     0 or 255, what sounds in frame t: stage 1's answer, or where stage 2's is not
                       background if there is no stage 1; at the size of the frame, as all images
     classes/{t}.png   class ids as grey values; with stage 2 only
     overlays/{t}.jpg  the classes, or without stage 2 the mask, drawn over the frame
     overlay.mp4       the same over every frame of a video, with its sound
-    summary.json      source, seconds, stage1, stage2 and frames: for each second the share of the
-                      frame that sounds, and id, name and share of its classes, the largest first
+    summary.json      source, seconds, every, stage1, stage2 and frames: for each its second, the
+                      share of it that sounds, and id, name and share of its classes, the largest
+                      first
 
   Args:
     source: a folder with frames/ (JPEG or PNG, named by their numbers, one a second) and audio.wav,
@@ -60,7 +68,9 @@ def predict(
     stage2: the same of the semantic task. A model that takes a prior gets stage 1's masks of the
       same frames; one trained end to end needs no stage 1.
     out: a new or empty folder.
-    progress: called with the number of seconds done, after every window.
+    every: seconds from a frame of a video to the next, in whole milliseconds. With 1 a frame hears
+      what frames hear in training, examples of 0.96 s one after the other; else the 0.96 s that
+      begin with it, or at the end of the sound the last ones.
 
   Returns:
     out.
@@ -69,41 +79,128 @@ def predict(
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
       this ends; what SIGKILL leaves goes with the next call for `out`.
   """
-  source, target = Path(source), files.new_folder(out)
-  is_video = source.is_file()
-  windows = read_windows(source, WINDOW_SECONDS) if is_video else read_clip_folder(source)
-  answer = load_models(stage1, stage2)
-  names = () if stage2 is None else class_names(stage2)
+  target = files.new_folder(out)
+  opened = _open(Path(source), every)
+  _write_results(target, opened, _load(stage1, stage2), every)
+  return Path(out)
 
-  with files.writing_folder(target) as working:
-    summary = []
-    for images, log_mel in _hear(windows, source):
-      masks, classes = answer(images, log_mel)
-      for i, image in enumerate(images):
-        ids = None if classes is None else classes[i]
-        summary.append(_write_second(working, len(summary), image, masks[i], ids, names))
-      if progress:
-        progress(len(summary))
-    if is_video:
-      # Read back one by one: the masks of a long video need not fit into memory.
-      drawn = working / ('classes' if stage2 is not None else 'masks')
-      maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
-      draw = overlay if stage2 is not None else overlay_binary
-      write_overlay_video(working / 'overlay.mp4', source, maps, draw)
-    files.write_json(
-      working / 'summary.json',
-      {
-        'source': str(source),
-        'seconds': len(summary),
-        'stage1': None if stage1 is None else str(stage1),
-        'stage2': None if stage2 is None else str(stage2),
-        'frames': summary,
-      },
+
+def predict_all(
+  sources: Sequence[Path],
+  *,
+  stage1: str | Path | None,
+  stage2: str | Path | None = None,
+  out: str | Path,
+  every: float = 1,
+) -> Path:
+  """As `predict`, of several sources with the same models, each into OUT/{its name without suffix}.
+
+  One that cannot be read does not keep the others from being answered.
+
+  Raises:
+    UserError: before anything is done, a model or folder is at fault, or two sources have one name;
+      at the end, sources that could not be answered.
+  """
+  target = files.new_folder(out)
+  named = {}
+  for source in sources:
+    name = source.name if source.is_dir() else source.stem
+    if name in named:
+      raise UserError(
+        f'{named[name]} and {source} would both be written to {Path(out) / name}: rename one, or '
+        'give it another --out'
+      )
+    named[name] = source
+  models = _load(stage1, stage2)
+  failed = []
+  for name, source in named.items():
+    try:
+      _write_results(target / name, _open(source, every), models, every)
+    except UserError as error:
+      say(f'  FAILED: {error}')
+      failed.append(str(source))
+  if failed:
+    raise UserError(
+      f'{len(failed)} of {len(named)} sources failed, as said above ({", ".join(failed)}); the '
+      f'others are in {out}'
     )
   return Path(out)
 
 
-def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Iterator[Window]:
+def expand(source: str | Path) -> list[Path]:
+  """The videos in a folder that is no clip folder; anything else itself."""
+  source = Path(source)
+  if not source.is_dir() or (source / 'frames').exists():
+    return [source]
+  videos = (p for p in source.iterdir() if p.suffix.lower() in VIDEOS and p.name[0] != '.')
+  return sorted(videos) or [source]
+
+
+class _Source(NamedTuple):
+  path: Path
+  windows: Iterator[Window]
+  frames: int  # that are expected; 0 if it is not known
+
+
+class _Models(NamedTuple):
+  stage1: str | Path | None
+  stage2: str | Path | None
+  answer: Callable[[Frames, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+  names: Sequence[str]  # of classes
+
+
+def _load(stage1: str | Path | None, stage2: str | Path | None) -> _Models:
+  answer = load_models(stage1, stage2)
+  return _Models(stage1, stage2, answer, () if stage2 is None else class_names(stage2))
+
+
+def _open(source: Path, every: float) -> _Source:
+  if not (0.01 <= every <= 3600 and round(every * 1e3, 6).is_integer()):
+    raise UserError(
+      f'--every {every} is no time from a frame to the next: use 0.01 to 3600 s, in ms'
+    )
+  if source.is_file():
+    expected = max(1, round(claimed_seconds(source) / every))
+    return _Source(source, read_windows(source, WINDOW_FRAMES, every), expected)
+  if every != 1:
+    raise UserError(f'{source} has one frame a second: --every is for videos, leave it out')
+  paths = _frame_paths(source)
+  return _Source(source, read_clip_folder(source), len(paths))
+
+
+def _write_results(target: Path, source: _Source, models: _Models, every: float) -> None:
+  """The folder of results of one source, see `predict`."""
+  with files.writing_folder(target) as working:
+    summary = []
+    with Progress(source.path.name, source.frames, 'frames') as progress:
+      for images, log_mel in _hear(source, every):
+        masks, classes = models.answer(images, log_mel)
+        for i, image in enumerate(images):
+          ids = None if classes is None else classes[i]
+          entry = _write_frame(working, len(summary), image, masks[i], ids, models.names)
+          summary.append({'second': len(summary) * every, **entry})
+        progress.advance_to(len(summary))
+    if source.path.is_file():
+      # Read back one by one: the masks of a long video need not fit into memory.
+      named = models.stage2 is not None
+      drawn = working / ('classes' if named else 'masks')
+      maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
+      draw = overlay if named else overlay_binary
+      write_overlay_video(working / 'overlay.mp4', source.path, maps, draw, every)
+    files.write_json(
+      working / 'summary.json',
+      {
+        'source': str(source.path),
+        'seconds': len(summary) * every,
+        'every': every,
+        'stage1': None if models.stage1 is None else str(models.stage1),
+        'stage2': None if models.stage2 is None else str(models.stage2),
+        'frames': summary,
+      },
+    )
+
+
+def read_clip_folder(folder: str | Path, seconds: int = WINDOW_FRAMES) -> Iterator[Window]:
   """Cuts a clip folder into windows of at most `seconds` frames, as read_windows does a video.
 
   The waveform ends early where the sound does.
@@ -132,7 +229,7 @@ def read_clip_folder(folder: str | Path, seconds: int = WINDOW_SECONDS) -> Itera
 
 def _frame_paths(folder: Path) -> list[Path]:
   """The frames of a clip folder, in the order of their numbers."""
-  advice = 'give a video file, or a folder with frames/0.jpg, 1.jpg, ... and audio.wav'
+  advice = 'give videos, a folder of them, or one with frames/0.jpg, 1.jpg, ... and audio.wav'
   if not folder.exists():
     raise UserError(f'{folder} does not exist: {advice}')
   if not (folder / 'frames').is_dir():
@@ -158,17 +255,22 @@ def _frame_paths(folder: Path) -> list[Path]:
   return paths
 
 
-def _hear(windows: Iterator[Window], source: Path) -> Iterator[tuple[Frames, np.ndarray]]:
+def _hear(source: _Source, every: float) -> Iterator[tuple[Frames, np.ndarray]]:
   """Frames of each window with log-mel examples [T 96 64]; the last one fills up at the end."""
   last, repeated = None, 0
-  for images, waveform, _ in windows:
-    examples = audio.log_mel_examples(waveform)
+  for images, waveform, _ in source.windows:
+    if every == 1:
+      examples = audio.log_mel_examples(waveform)
+    else:
+      step, length = round(every * audio.SAMPLE_RATE), audio.samples_needed(1)
+      begin = [min(i * step, len(waveform) - length) for i in range(len(images))]
+      examples = np.concatenate([audio.log_mel_examples(waveform[i : i + length]) for i in begin])
     repeated += max(0, len(images) - len(examples))
     log_mel, _ = audio.fit_examples(examples if len(examples) else last, len(images))
     last = log_mel[-1:]
     yield images, log_mel
   if repeated:
-    say(f'{source}: the sound is {repeated} s too short, its last second stands in for these')
+    say(f'{source.path}: the sound is {repeated} s too short, its last second stands in for these')
 
 
 def load_models(
@@ -233,15 +335,15 @@ def _model(config: ml_collections.ConfigDict, variables: Variables) -> Model:
   return model
 
 
-def _write_second(
+def _write_frame(
   folder: Path,
-  second: int,
+  number: int,
   image: np.ndarray,
   mask: np.ndarray,
   classes: np.ndarray | None,
   names: Sequence[str],
 ) -> dict:
-  """Writes the images of one second and returns its entry in summary.json."""
+  """Writes the images of one frame and returns what summary.json has of it."""
   height, width = image.shape[:2]
 
   def write(name: str, picture: np.ndarray) -> None:
@@ -253,16 +355,16 @@ def _write_second(
     return cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
 
   mask = fit(mask)
-  write(f'masks/{second}.png', mask)
+  write(f'masks/{number}.png', mask)
   found = []
   if classes is None:
     drawn = overlay_binary(image, mask)
   else:
     classes = fit(classes)
-    write(f'classes/{second}.png', classes)
+    write(f'classes/{number}.png', classes)
     drawn = overlay(image, classes)
     counts = np.bincount(classes.ravel())
     ids = [i for i in np.argsort(-counts, kind='stable').tolist() if i and counts[i]]
     found = [{'id': i, 'name': names[i], 'share': counts[i] / classes.size} for i in ids]
-  write(f'overlays/{second}.jpg', drawn)
-  return {'second': second, 'sounding_share': np.mean(mask > 0).item(), 'classes': found}
+  write(f'overlays/{number}.jpg', drawn)
+  return {'sounding_share': np.mean(mask > 0).item(), 'classes': found}

@@ -60,4 +60,6 @@ def load(folder: str | Path) -> Served:
       arrays['prior'] = outputs.get('mask')
     return outputs
 
-  return Served(model, lambda frames, samples: prepare(dict(frames=frames, samples=samples)), predict)
+  return Served(
+    model, lambda frames, samples: prepare(dict(frames=frames, samples=samples)), predict
+  )

@@ -22,11 +22,12 @@ def read_safetensors(path):
   header = json.loads(data[8:start])
   header.pop('__metadata__', None)
   dtypes = {'F32': np.float32, 'I32': np.int32}
-  return {
-    name: np.frombuffer(data, dtypes[x['dtype']], np.prod(x['shape'], dtype=int), start + x['data_offsets'][0])
-    .reshape(x['shape'])
-    for name, x in header.items()
-  }  # fmt: skip
+
+  def array(dtype, shape, data_offsets):
+    count = np.prod(shape, dtype=int)
+    return np.frombuffer(data, dtypes[dtype], count, start + data_offsets[0]).reshape(shape)
+
+  return {name: array(**entry) for name, entry in header.items()}
 
 
 def main(folder, frames, sound, out):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 
 import jax
@@ -23,7 +24,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.media.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.media.video import read_windows
-from aavs_jax.predict import load_models, predict
+from aavs_jax.predict import load_models, predict, predict_all
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import create, flat_shapes
@@ -156,12 +157,11 @@ def video(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def answered(video, stage1, stage2, tmp_path_factory):
-  """The output folder of a video of 12 s, and the seconds done as they were told."""
+  """The output folder of a video of 12 s."""
   parent = tmp_path_factory.mktemp('answered')
-  told = []
-  out = predict(video, stage1=stage1, stage2=stage2, out=parent / 'a' / 'out', progress=told.append)
+  out = predict(video, stage1=stage1, stage2=stage2, out=parent / 'a' / 'out')
   assert out == parent / 'a' / 'out' and names(parent) == ['a'] and names(out.parent) == ['out']
-  return out, told
+  return out
 
 
 @pytest.fixture(scope='module')
@@ -175,9 +175,8 @@ def by_hand(video, stage1, stage2):
 
 
 def test_masks_of_two_windows_are_the_models_own(answered, by_hand, stage1):
-  out, told = answered
+  out = answered
   frames, log_mel, masks, _ = by_hand
-  assert told == [10, 12]
   assert sorted(map(int, (p.stem for p in (out / 'masks').iterdir()))) == list(range(12))
   shifted = stage1_masks(stage1, frames, np.roll(log_mel, 1, 0))
   assert (shifted != masks).any((1, 2)).sum() >= 6  # so it matters which second is heard
@@ -188,7 +187,7 @@ def test_masks_of_two_windows_are_the_models_own(answered, by_hand, stage1):
 
 
 def test_stage_2_starts_from_the_masks_of_stage_1(answered, by_hand, stage2):
-  out, _ = answered
+  out = answered
   frames, log_mel, masks, classes = by_hand
   assert len(names(out / 'classes')) == 12
   for t in range(12):
@@ -198,7 +197,7 @@ def test_stage_2_starts_from_the_masks_of_stage_1(answered, by_hand, stage2):
 
 
 def test_overlays_show_the_classes_over_the_frames(answered, by_hand):
-  out, _ = answered
+  out = answered
   frames, _, _, classes = by_hand
   assert len(names(out / 'overlays')) == 12
   for t in range(12):
@@ -209,7 +208,7 @@ def test_overlays_show_the_classes_over_the_frames(answered, by_hand):
 
 
 def test_overlay_video_plays_as_long_with_sound(answered):
-  out, _ = answered
+  out = answered
   frames, sound, rate = decode(out / 'overlay.mp4')
   assert len(frames) == 60 and frames[0][1].shape == (48, 64, 3)
   assert sound.shape[1] / rate == pytest.approx(12, abs=0.1) and np.abs(sound).max() > 0.1
@@ -221,12 +220,13 @@ def test_overlay_video_plays_as_long_with_sound(answered):
 
 
 def test_summary_counts_the_pixels_of_the_files(answered, video, stage1, stage2):
-  out, _ = answered
+  out = answered
   summary = json.loads((out / 'summary.json').read_text())
   frames = summary.pop('frames')
   assert summary == {
     'source': str(video),
     'seconds': 12,
+    'every': 1,
     'stage1': str(stage1),
     'stage2': str(stage2),
   }
@@ -328,10 +328,8 @@ def test_broken_clip_folders_are_refused(how, words, stage1, tmp_path):
 def test_damage_met_half_way_leaves_nothing_behind(stage1, tmp_path):
   make_clip(tmp_path / 'clip', range(11), 11)
   (tmp_path / 'clip' / 'frames' / '10.png').write_bytes(b'not an image')
-  told = []
   with pytest.raises(UserError, match=r'10\.png: the image cannot be read'):
-    predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / 'new' / 'out', progress=told.append)
-  assert told == [10]
+    predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / 'new' / 'out')
   assert names(tmp_path) == ['clip']
 
 
@@ -376,6 +374,76 @@ def test_frames_of_other_sizes_are_answered_at_their_own(no_model, tmp_path):
   assert {frame.shape[:2] for _, frame in decode(out / 'overlay.mp4')[0]} == {(48, 64)}
 
 
+def test_several_sources_are_answered_each_in_a_folder_of_its_own(no_model, tmp_path, capsys):
+  folder, clip, out = tmp_path / 'videos', tmp_path / 'clip', tmp_path / 'out'
+  folder.mkdir()
+  write_video(folder / 'a.mp4', 1)
+  write_video(folder / 'b.mkv', 2)
+  (folder / 'c.mov').write_bytes(b'this is no video' * 100)
+  (folder / 'notes.txt').write_text('no video either')
+  make_clip(clip, range(3), 3)
+  command = ['predict', str(folder), str(clip), '--stage1', 'any', '--out', str(out)]
+  assert cli.main(command) == 2
+  told = capsys.readouterr()
+  assert '1 of 4 sources failed' in told.err and 'c.mov' in told.err
+  assert 'FAILED: ' in told.out and 'c.mov cannot be read as a video' in told.out
+  assert re.search(r'b\.mkv: 2 frames in 0:\d\d, [\d.]+/s', told.out)
+  assert names(out) == ['a', 'b', 'clip']
+  assert [len(names(out / name / 'masks')) for name in names(out)] == [1, 2, 3]
+
+
+def test_two_sources_of_one_name_are_refused(no_model, tmp_path):
+  sources = [write_video(tmp_path / 'a.mp4', 1), tmp_path / 'a.mkv']
+  with pytest.raises(UserError, match=r'a\.mp4 and .*a\.mkv would both be written to .*out/a:'):
+    predict_all(sources, stage1='any', out=tmp_path / 'out')
+  assert names(tmp_path) == ['a.mp4']
+
+
+def test_more_frames_a_second_hear_what_begins_with_them(tmp_path, monkeypatch):
+  heard = []
+
+  def listen(frames, log_mel):
+    heard.extend(zip(frames, log_mel))
+    return np.full((len(frames), 4, 4), 255, np.uint8), None
+
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: listen)
+  source = write_video(tmp_path / 'v.mkv', 6)
+  out = predict(source, stage1='any', out=tmp_path / 'out', every=0.4)
+  assert len(heard) == 15 == len(names(out / 'masks'))
+  (_, waveform, _), *_ = read_windows(source, 6)
+  for t, (frame, log_mel) in enumerate(heard):
+    colour = COLOURS[int(t * 0.4 + 1e-6)]
+    np.testing.assert_allclose(frame[24:, 32:].mean((0, 1)), colour, atol=12)
+    start = min(round(t * 0.4 * RATE), len(waveform) - audio.samples_needed(1))
+    example = audio.log_mel_examples(waveform[start:])[0]
+    np.testing.assert_allclose(log_mel, example, atol=0.05)
+  summary = json.loads((out / 'summary.json').read_text())
+  assert (summary['seconds'], summary['every']) == (pytest.approx(6), 0.4)
+  assert [frame['second'] for frame in summary['frames'][:3]] == [0, 0.4, 0.8]
+
+
+def test_fewer_frames_a_second(no_model, tmp_path):
+  source = write_video(tmp_path / 'v.mp4', 5)
+  out = predict(source, stage1='any', out=tmp_path / 'out', every=2)
+  assert len(names(out / 'masks')) == 3  # 2.5, rounded as halves of seconds are
+  for t in range(3):
+    drawn = read(out / 'overlays' / f'{t}.jpg')[24:, 32:]
+    expected = 0.45 * COLOURS[2 * t] + 0.55 * np.array(SOUNDING_COLOUR)
+    np.testing.assert_allclose(drawn[4:-4, 4:-4].mean((0, 1)), expected, atol=12)
+
+
+@pytest.mark.parametrize('every', [0, -1, 1 / 3, float('nan'), 1e9])
+def test_times_between_frames_that_cannot_be(every, no_model, tmp_path):
+  with pytest.raises(UserError, match='is no time from a frame to the next'):
+    predict(tmp_path / 'v.mp4', stage1='any', out=tmp_path / 'out', every=every)
+
+
+def test_a_clip_folder_has_one_frame_a_second(no_model, tmp_path):
+  make_clip(tmp_path / 'clip', range(2), 2)
+  with pytest.raises(UserError, match='one frame a second: --every is for videos'):
+    predict(tmp_path / 'clip', stage1='any', out=tmp_path / 'out', every=2)
+
+
 def test_sources_that_do_not_exist_or_are_no_video(stage1, tmp_path):
   junk = tmp_path / 'junk.mp4'
   junk.write_bytes(b'this is no video' * 100)
@@ -398,6 +466,8 @@ def test_output_must_be_a_new_or_empty_folder(stage1, tmp_path):
     with pytest.raises(UserError, match=words):
       predict(tmp_path / 'clip', stage1=stage1, out=tmp_path / out)
   assert names(tmp_path) == ['clip', 'file', 'full'] and names(tmp_path / 'full') == ['thesis.txt']
+  with pytest.raises(UserError, match='would be standard output'):
+    predict(tmp_path / 'clip', stage1=stage1, out='-')
 
 
 def test_models_must_fit_their_stages(stage1, stage2, tmp_path):

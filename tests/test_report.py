@@ -1,7 +1,9 @@
 """The report: complete, self-contained, well-formed, worst clips first, at ease with half a run."""
 
+import base64
 import csv
 import html
+import io
 import json
 import re
 import shlex
@@ -150,7 +152,7 @@ def check(page):
   checker.feed(page)
   checker.close()
   assert not checker.open
-  assert all(link.startswith(('data:image/jpeg;base64,', '#')) for link in checker.links)
+  assert all(link.startswith(('data:image/', '#')) for link in checker.links)
   words = re.sub(r'base64,[^"]*', '', page)
   assert 'http' not in words and '@import' not in words and 'url(' not in words.split('<body>')[0]
   return checker
@@ -179,7 +181,7 @@ def page(run):
 
 def test_page_is_well_formed_and_self_contained(page):
   checker = check(page)
-  assert checker.images == 12 * 4 * 5
+  assert checker.images == 12 * 4 * 5 + 1
   assert page.count('<svg') == 2
   assert len(page) < 6e6
 
@@ -193,6 +195,23 @@ def test_every_clip_is_listed_and_twelve_are_shown(page, clips):
   assert listed == uids
   places = [page.index(h) for h in ('Worst clips by stage 2', 'Around the median', 'Best clips')]
   assert places == sorted(places)
+
+
+def test_the_median_clip_moves(page, clips):
+  section = page[page.index('The median clip, in motion') :].split('</section>')[0]
+  assert clips[8][1] in section
+  data = base64.b64decode(re.search(r'data:image/webp;base64,([^"]*)', section)[1])
+  assert len(data) < 200_000
+  with Image.open(io.BytesIO(data)) as image:
+    assert image.n_frames == FRAMES[clips[8][0]] and image.size == (640, 320)
+    seen = []
+    for t in range(image.n_frames):
+      image.seek(t)
+      seen.append(np.asarray(image.convert('RGB')).astype(int))
+  assert np.abs(seen[1] - seen[0]).mean() > 1
+  left, right = seen[0][:, :320], seen[0][:, 320:]
+  moved = np.abs(left - right).max(-1) > 60  # where the disc is
+  assert 0.05 < moved.mean() < 0.3
 
 
 def test_numbers_of_the_learning_table(page):
@@ -268,7 +287,7 @@ def test_missing_mask_leaves_a_gap(run, clips, tmp_path):
   (workdir / 'masks' / subset / uid / '1.png').unlink()
   (workdir / 'masks' / subset / uid / '2.png').write_bytes(b'cut off')
   page = write_report(workdir, run[1]).read_text(encoding='utf-8')
-  assert check(page).images == 12 * 4 * 5 - 2
+  assert check(page).images == 12 * 4 * 5 - 2 + 1
   assert page.count('class="absent"') == 2
 
 

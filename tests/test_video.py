@@ -102,7 +102,7 @@ def test_channels_are_averaged(short_video):
 
 
 def test_window_length_is_a_choice(short_video):
-  assert [(len(f), s) for f, _, s in read_windows(short_video, seconds=2)] == [(2, 0), (1, 2)]
+  assert [(len(f), s) for f, _, s in read_windows(short_video, count=2)] == [(2, 0), (1, 2)]
 
 
 @pytest.mark.parametrize(

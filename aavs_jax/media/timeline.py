@@ -45,6 +45,12 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
     ) from error
 
 
+def claimed_seconds(path: Path) -> float:
+  """How long a video lasts by its own account, which may be wrong; 0 if it has none."""
+  with _open(path) as container:
+    return (container.duration or 0) / av.time_base
+
+
 class Timeline:
   """The picture and the sound of a file on one time line, in seconds from the first picture.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
-from aavs_jax.input_pipeline.audio import SAMPLE_RATE
+from aavs_jax.input_pipeline.audio import SAMPLE_RATE, samples_needed
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.media.overlay import overlay
 from aavs_jax.media.timeline import Timeline
@@ -28,40 +28,44 @@ _SHORT = 0.1  # seconds; what is left of a picture and shorter is not drawn anew
 Window = tuple[Sequence[np.ndarray], np.ndarray, int]
 
 
-def read_windows(path: str | Path, seconds: int = 10) -> Iterator[Window]:
-  """Cuts a video into windows of at most `seconds` seconds, at one frame a second.
+def read_windows(path: str | Path, count: int = 10, every: float = 1) -> Iterator[Window]:
+  """Cuts a video into windows of at most `count` frames, one every second or so many seconds.
 
-  The frame of second t is the one on the screen at t, counted from the first frame; the waveform is
-  what is heard from t on, with silence where there is no sound. Both are placed by their own time
-  stamps; pieces whose clocks begin anew or leap are joined. A video lasts until its picture and
-  its sound have both ended, the last frame staying on, and has as many seconds as that length
-  rounded, at least one. Memory holds one window, whatever the length of the video.
+  Frame i is the one on the screen at i * every, counted from the first frame; the waveform is
+  what is heard from then on, with silence where there is no sound. Both are placed by their own
+  time stamps; pieces whose clocks begin anew or leap are joined. A video lasts until its picture
+  and its sound have both ended, the last frame staying on, and gives as many frames as `every` goes
+  into that length, rounded, at least one. Memory holds one window, whatever the length of the
+  video.
 
   What had to be left out or assumed is said in a line when the last window has been read.
 
   Args:
     path: a video file with picture and sound, of any format the installed FFmpeg libraries read.
-    seconds: length of a window.
+    count: frames of a window.
+    every: seconds, in whole milliseconds.
 
   Yields:
-    frames: T <= seconds times uint8 [H, W, 3], RGB, upright (a phone's rotation mark is obeyed);
+    frames: T <= count times uint8 [H, W, 3], RGB, upright (a phone's rotation mark is obeyed);
       the size may change within a video.
-    waveform: float32 [T * 16000], mono, the mean over the channels.
-    start_second: second of the first frame.
+    waveform: float32 [T * every * 16000], mono, the mean over the channels; with more behind it
+      where the last frame needs it for an example of sound, which it is long enough for.
+    start: number of the first frame.
 
   Raises:
     UserError: no such file, not a video, no picture or no sound, or none that can be decoded.
   """
-  return _windows(Timeline(path), seconds)
+  return _windows(Timeline(path), count, every)
 
 
 def write_overlay_video(
   out: str | Path,
   source: str | Path,
-  masks_by_second: Iterable[np.ndarray],
+  masks: Iterable[np.ndarray],
   draw: Callable[[np.ndarray, np.ndarray], np.ndarray] = overlay,
+  every: float = 1,
 ) -> Path:
-  """Writes a copy of a video with each second's mask drawn over all of its frames.
+  """Writes a copy of a video with the mask of each second, or of `every`, drawn over its frames.
 
   It plays as the source does, with the same time line as `read_windows`; a frame that stays for
   long is repeated, as the masks change. All frames get the size of the first, and its shape of a
@@ -74,9 +78,10 @@ def write_overlay_video(
   Args:
     out: path of the MP4 file to write; its folder is made.
     source: the video, as for `read_windows`.
-    masks_by_second: the mask of second 0, 1, ..., [h, w] of any size; the last one stays until the
-      video ends.
+    masks: of the frames of `read_windows`, [h, w] of any size; the last one stays until the video
+      ends.
     draw: (frame uint8 [H, W, 3], mask) -> uint8 [H, W, 3]; `overlay` or `overlay_binary`.
+    every: as for `read_windows`.
 
   Returns:
     out.
@@ -95,42 +100,44 @@ def write_overlay_video(
     files.writing(out) as working,
     av.open(str(working), 'w', format='mp4', options={'movflags': 'faststart'}) as target,
   ):
-    _write_streams(target, timeline, iter(masks_by_second), draw)
+    _write_streams(target, timeline, iter(masks), draw, every)
   return out
 
 
-def _windows(timeline: Timeline, seconds: int) -> Iterator[Window]:
-  pictures = _one_frame_a_second(timeline)
+def _windows(timeline: Timeline, count: int, every: float) -> Iterator[Window]:
+  step, example = round(every * SAMPLE_RATE), samples_needed(1)
+  pictures = _pictures_at(timeline, every)
   pieces, buffer = timeline.sound(SAMPLE_RATE, 'mono'), np.zeros(0, np.float32)
-  for start in itertools.count(0, seconds):
-    frames = list(itertools.islice(pictures, seconds))
+  for start in itertools.count(0, count):
+    frames = list(itertools.islice(pictures, count))
     if not frames:
       break
-    wanted = len(frames) * SAMPLE_RATE
+    own = len(frames) * step
+    wanted = max(own, own - step + example)
     parts, have = [buffer], len(buffer)
     while have < wanted and (piece := next(pieces, None)) is not None:
       parts.append(piece[0])
       have += len(piece[0])
     waveform = np.concatenate(parts)
-    waveform, buffer = waveform[:wanted], waveform[wanted:]
-    yield frames, np.pad(waveform, (0, wanted - len(waveform))), start
+    waveform, buffer = waveform[:wanted], waveform[own:]
+    yield frames, np.pad(waveform, (0, max(0, max(own, example) - len(waveform)))), start
   for remark in timeline.remarks():
     say(f'{timeline.path}: {remark}')
 
 
-def _one_frame_a_second(timeline: Timeline) -> Iterator[np.ndarray]:
-  """The frame of each second, as `read_windows` defines it."""
-  second, image = 0, None
+def _pictures_at(timeline: Timeline, every: float) -> Iterator[np.ndarray]:
+  """The frame at each multiple of `every`, as `read_windows` defines it."""
+  number, image = 0, None
   for _, end, frame in timeline.pictures():
     while True:
-      # Held back until the video is known to reach the middle of the second.
-      if image is None and second < end - _EPSILON:
+      # Held back until the video is known to reach the middle between it and the next.
+      if image is None and number * every < end - _EPSILON:
         image = timeline.upright(frame)
-      if image is None or end < second + 0.5:
+      if image is None or end < (number + 0.5) * every:
         break
       yield image
-      second, image = second + 1, None
-  if second == 0:
+      number, image = number + 1, None
+  if number == 0:
     yield image
 
 
@@ -151,11 +158,12 @@ def _add_picture(target: av.container.OutputContainer, timeline: Timeline, first
   return stream
 
 
-def _repeated(timeline: Timeline) -> Iterator[tuple[float, np.ndarray]]:
-  """Every picture as (seconds, image), again at each full second it stays, and at its end."""
+def _repeated(timeline: Timeline, every: float) -> Iterator[tuple[float, np.ndarray]]:
+  """Every picture as (seconds, image), again where a mask begins while it stays, and at its end."""
   for start, end, frame in timeline.pictures():
     image = timeline.upright(frame)
-    times = [start, *range(math.floor(start + _EPSILON) + 1, math.ceil(end - _SHORT))]
+    first, stop = math.floor((start + _EPSILON) / every) + 1, math.ceil((end - _SHORT) / every)
+    times = [start, *(number * every for number in range(first, stop))]
     yield from ((time, image) for time in times)
   # So that the file is as long as the video: its end is that of a usual frame.
   if (last := end - float(1 / max(timeline.rate, 1))) > times[-1] + _SHORT:
@@ -167,8 +175,9 @@ def _write_streams(
   timeline: Timeline,
   masks: Iterator[np.ndarray],
   draw: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  every: float,
 ) -> None:
-  images = _repeated(timeline)
+  images = _repeated(timeline, every)
   first = next(images)
   height, width = first[1].shape[:2]
   picture_stream = _add_picture(target, timeline, first[1])
@@ -177,11 +186,11 @@ def _write_streams(
   sound = _sound_frames(timeline, layout)
   next_sound = next(sound, None)
 
-  mask, second = None, 0
+  mask, number = None, 0
   for time, image in itertools.chain([first], images):
-    while second <= time + _EPSILON:
+    while number * every <= time + _EPSILON:
       mask = next(masks, mask)
-      second += 1
+      number += 1
     if mask is None:
       raise UserError(
         f'{timeline.path} is a video for which no mask was made: nothing can be drawn'

@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
     x = _conv(self.stem, 7, 2, self.dtype, 'stem')(frames.astype(self.dtype))
     x = nn.relu(BatchNorm(self.dtype, name='stem_norm')(x, train))
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     maps = []
     for index in range(4):
       x = stage(index, x, 'stage')

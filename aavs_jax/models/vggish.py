@@ -27,7 +27,7 @@ class VGGish(nn.Module):
     for i, width in enumerate(self.conv_widths):
       h = nn.relu(nn.Conv(width, (3, 3), dtype=self.dtype, name=f'conv{i}')(h))
       if i in (0, 1, 3, 5):
-        h = nn.max_pool(h, (2, 2), (2, 2))
+        h = nn.max_pool(h, window_shape=(2, 2), strides=(2, 2))
     h = h.reshape(h.shape[0], -1)  # time, band, channel
     for i, width in enumerate(self.dense_widths):
       h = nn.relu(nn.Dense(width, dtype=self.dtype, name=f'dense{i}')(h))

@@ -116,13 +116,19 @@ def swatch(class_id: int) -> str:
 
 def picture(image: np.ndarray, alt: str) -> str:
   """RGB, uint8 [H, W, 3], as a JPEG within the page."""
+  return animation([image], alt, 'jpeg', quality=82)
+
+
+def animation(images: Sequence[np.ndarray], alt: str, kind: str = 'webp', **options) -> str:
+  """Images of one size, RGB, uint8 [H, W, 3], as one that moves; Pillow's options of its kind."""
   buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, 'JPEG', quality=82)
-  data = base64.b64encode(buffer.getvalue()).decode('ascii')
-  height, width, _ = image.shape
-  return (
-    f'<img src="data:image/jpeg;base64,{data}" alt="{text(alt)}" width="{width}" height="{height}">'
+  first, *others = map(Image.fromarray, images)
+  first.save(
+    buffer, kind, **(dict(save_all=True, append_images=others) if others else {}), **options
   )
+  data = base64.b64encode(buffer.getvalue()).decode('ascii')
+  source = f'data:image/{kind};base64,{data}'
+  return f'<img src="{source}" alt="{text(alt)}" width="{first.width}" height="{first.height}">'
 
 
 _CSS = """

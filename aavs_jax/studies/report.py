@@ -395,6 +395,9 @@ def _clips(run: _Run) -> str:
       scores = {stage: of.get(key) for stage, of in by_stage.items()}
       cards.append(_card(run.folder, clips[key], scores))
     sections.append(html.section(f'{heading} by {leading}', ''.join(cards)))
+  median = ranked[len(ranked) // 2]
+  moving = _moving(run.folder, clips[median['subset'], median['uid']])
+  sections.insert(0, html.section('The median clip, in motion', moving) if moving else '')
   table = ''.join(
     f'<tr><th scope="row">{html.text(row["uid"])}</th><td>{html.text(row["subset"])}</td>'
     f'<td>{html.percent(row["miou"])}</td><td>{html.percent(row["fscore"])}</td></tr>'
@@ -406,6 +409,24 @@ def _clips(run: _Run) -> str:
     f'<tbody>{table}</tbody></table></details>'
   )
   return ''.join(sections)
+
+
+def _moving(workdir: Path, clip: Clip) -> str:
+  """Every second of a clip for half a second: frame and, beside it, prediction; '' without any."""
+  size, place = 2 * _THUMBNAIL, Path(clip.subset) / clip.uid
+  images = []
+  for t in range(clip.num_frames):
+    frame = load_frame(clip, t, size)
+    for folder, draw in (('eval/stage2_masks', overlay), ('masks', overlay_binary)):
+      ids = _read_mask(workdir / folder / place / f'{t}.png')
+      if ids is not None:
+        ids = ids if draw is overlay else ids > 127
+        images.append(np.hstack([frame, draw(frame, ids, _ALPHA)]))
+        break
+  if not images:
+    return ''
+  moving = html.animation(images, 'frame and prediction', duration=500, loop=0, quality=70)
+  return f'<p>{html.text(clip.uid)}: frame and prediction.</p><p>{moving}</p>'
 
 
 def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> str:

@@ -1,0 +1,222 @@
+"""Artefacts for serving, against `aavs predict` and the rules of the host."""
+
+import json
+import subprocess
+import sys
+import wave
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from aavs_jax import cli, export, serving
+from aavs_jax.configs import quick_stage1, quick_stage2
+from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
+from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.images import resize_frame
+from aavs_jax.input_pipeline.masks import of_scores
+from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
+from aavs_jax.predict import load_models
+from tests.runs import ROOT
+from tests.test_predict import make_workdir
+
+FRAMES = 5  # `aavs predict` sends so many through a model at once
+
+
+@pytest.fixture(scope='module')
+def stages(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('models')
+  stage1 = make_workdir(folder / 'stage1', quick_stage1.get_config(), 25)
+  return stage1, make_workdir(folder / 'stage2', quick_stage2.get_config(), 10)
+
+
+@pytest.fixture(scope='module')
+def artefact(stages, tmp_path_factory):
+  out = tmp_path_factory.mktemp('artefacts') / 'both'
+  return export.export(stages[1], out, 'stablehlo', stages[0])
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  """At the model's size, so that nothing is resized."""
+  rng = np.random.default_rng(0)
+  coarse = rng.integers(0, 256, (FRAMES, 4, 4, 3), dtype=np.uint8)
+  log_mel = rng.normal(-2, 2, (FRAMES, 96, 64)).astype(np.float32)
+  return {'frames': coarse.repeat(8, 1).repeat(8, 2), 'log_mel': log_mel}
+
+
+@pytest.fixture(scope='module')
+def predicted(stages, inputs):
+  return load_models(*stages)(inputs['frames'], inputs['log_mel'])
+
+
+def test_maps_are_those_of_predict_bit_for_bit(artefact, inputs, predicted):
+  maps = serving.load(artefact).predict(inputs)
+  assert 0 < (predicted[0] > 0).mean() < 1 and len(np.unique(predicted[1])) > 1
+  np.testing.assert_array_equal(maps['mask'], predicted[0])
+  np.testing.assert_array_equal(maps['classes'], predicted[1])
+  one = serving.load(artefact).predict({name: value[:1] for name, value in inputs.items()})
+  assert one['classes'].shape == (1, 16, 16)
+
+
+def test_device_prepares_as_the_host_does(artefact):
+  rng = np.random.default_rng(1)
+  frames = rng.integers(0, 256, (4, 45, 131, 3), dtype=np.uint8)
+  samples = rng.uniform(-1, 1, audio.samples_needed(3) + 7).astype(np.float32)
+  prepared = serving.load(artefact).prepare(frames, samples)
+  host = np.stack([resize_frame(Image.fromarray(frame), 32) for frame in frames])
+  off = np.abs(np.asarray(prepared['frames']).astype(int) - host)
+  assert off.max() <= 1 and (off > 0).mean() < 1e-3
+  examples, repeated = audio.fit_examples(audio.log_mel_examples(samples), 4)
+  assert repeated == 1
+  np.testing.assert_allclose(prepared['log_mel'], examples, atol=1e-3)
+
+
+def test_a_file_that_was_changed_is_refused(artefact, tmp_path):
+  for path in artefact.iterdir():
+    (tmp_path / path.name).write_bytes(path.read_bytes())
+  with open(tmp_path / 'stage2.safetensors', 'r+b') as file:
+    file.seek(-1, 2)
+    file.write(b'\x7f')
+  with pytest.raises(ValueError, match=r'stage2\.safetensors is not as it was written'):
+    serving.load(tmp_path)
+
+
+def test_example_needs_jax_and_numpy_alone(artefact, tmp_path):
+  rng = np.random.default_rng(2)
+  frames = rng.integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
+  samples = rng.integers(-9000, 9000, 2 * 16000).astype('<i2')
+  np.save(tmp_path / 'frames.npy', frames)
+  with wave.open(str(tmp_path / 'sound.wav'), 'wb') as file:
+    file.setnchannels(1)
+    file.setsampwidth(2)
+    file.setframerate(16000)
+    file.writeframes(samples.tobytes())
+  code = (
+    'import runpy, sys\n'
+    'runpy.run_path(sys.argv[0], run_name="__main__")\n'
+    'used = {name.partition(".")[0] for name in sys.modules}\n'
+    'assert not used & {"aavs_jax", "flax", "safetensors", "cv2", "PIL", "librosa"}, used\n'
+  )
+  example = [ROOT / 'launch/serve_example.py', artefact, 'frames.npy', 'sound.wav', 'maps.npz']
+  code = f'import sys; sys.argv[:] = {[*map(str, example)]!r}\n{code}'
+  run = [sys.executable, '-c', code]
+  done = subprocess.run(run, cwd=tmp_path, text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  assert len(done.stdout.splitlines()) == 2 and 'of the frame sounds' in done.stdout
+  served = serving.load(artefact)
+  maps = served.predict(served.prepare(frames, samples.astype(np.float32) / 32768))
+  with np.load(tmp_path / 'maps.npz') as written:
+    for name in ('mask', 'classes'):
+      np.testing.assert_array_equal(written[name], maps[name])
+
+
+@pytest.mark.parametrize('soft', [False, True])
+def test_mask_is_what_is_handed_over(soft, monkeypatch):
+  scores = np.random.default_rng(3).random((3, 2, 40, 40), np.float32)
+  scores[0, :, :2] = scores[0, :1, :2]  # ties
+  scores[0, :, 2] = 0
+  method = SimpleNamespace(apply=lambda _, batch: (batch, {}), predict=lambda outputs: outputs)
+  monkeypatch.setattr('aavs_jax.methods.of', lambda config: method)
+  given = export.function_of(SimpleNamespace(task='binary'), soft)(None, scores)
+  np.testing.assert_array_equal(given['mask'], of_scores(scores, soft))
+
+
+def log_mel_by_description(samples, told):
+  """From the numbers and the sentence in model.json, and nothing else."""
+  window, fft, bands = told['window'], told['fft'], told['mel_bands']
+  starts = np.arange(told['example_frames']) * told['hop']
+  hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
+  spectra = np.fft.rfft(samples[starts[:, None] + np.arange(window)] * hann, fft)
+  mel = 1127 * np.log(1 + np.arange(fft // 2 + 1) * told['sample_rate'] / fft / 700)
+  points = np.linspace(*1127 * np.log(1 + np.array(told['mel_range']) / 700), bands + 2)
+  triangles = [np.interp(mel, points[b : b + 3], (0, 1, 0)) for b in range(bands)]
+  return np.log(np.abs(spectra)[:, 1:] @ np.array(triangles).T[1:] + told['log_offset'])
+
+
+def test_model_json_is_all_that_a_caller_needs(artefact):
+  model = json.loads((artefact / 'model.json').read_text())
+  assert set(model['versions']) == {'aavs_jax', 'jax'}
+  assert (model['image_size'], model['eval_size']) == (32, 16)
+  assert model['classes'] == list(CLASSES) and model['palette'] == PALETTE.tolist()
+  assert model['colours'][8] == list(legend_colour(8))
+  assert model['sounding_colour'] == list(SOUNDING_COLOUR)
+  assert [row['name'] for row in model['stages']['stage2']['inputs']] == [
+    'frames',
+    'log_mel',
+    'prior',
+  ]
+  outputs = {row['name']: row for row in model['stages']['stage1']['outputs']}
+  assert outputs['mask'] == {'name': 'mask', 'dtype': 'uint8', 'shape': ['n', 16, 16]}
+  samples = np.random.default_rng(4).uniform(-1, 1, model['log_mel']['example_samples'])
+  ours = audio.log_mel_examples(samples.astype(np.float32))[0]
+  np.testing.assert_allclose(log_mel_by_description(samples, model['log_mel']), ours, atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused(stages, tmp_path, monkeypatch):
+  stage1, stage2 = stages
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'mine').touch()
+  for workdir, out, first, words in (
+    (stage1, tmp_path / 'full', None, 'is not empty'),
+    (stage1, '-', None, 'would be standard output'),
+    (stage1, 'gs://bucket/out', None, 'is in a bucket'),
+    (stage2, tmp_path / 'out', None, 'starts from masks of stage 1'),
+    (stage1, tmp_path / 'out', stage1, 'leave --stage1 out'),
+    (tmp_path / 'none', tmp_path / 'out', None, 'config.json is missing'),
+  ):
+    with pytest.raises(UserError, match=words):
+      export.export(workdir, out, 'stablehlo', first)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(UserError, match='onnx needs jax2onnx: install it as "Deploying"'):
+    export.export(stage1, tmp_path / 'out', 'onnx')
+  assert [path.name for path in tmp_path.iterdir()] == ['full']
+
+
+def test_command_refuses_a_second_stage_in_a_state_dict(stages, capsys):
+  arguments = ['export', str(stages[1]), 'out.pth', '--stage1', str(stages[0])]
+  assert cli.main(arguments) == 2
+  assert '--stage1 is not for --format torch' in capsys.readouterr().err
+
+
+def test_an_error_half_way_leaves_nothing(stages, tmp_path, monkeypatch):
+  def fail(*_):
+    raise UserError('no more')
+
+  monkeypatch.setattr('aavs_jax.export._write_prepare', fail)
+  monkeypatch.setattr('aavs_jax.export._write_exported', lambda path, *_: path.touch() or {})
+  with pytest.raises(UserError, match='no more'):
+    export.export(stages[0], tmp_path / 'out', 'stablehlo')
+  assert not list(tmp_path.iterdir())
+
+
+def test_onnx_gives_the_same_maps(stages, inputs, predicted, tmp_path):
+  pytest.importorskip('jax2onnx')
+  onnxruntime = pytest.importorskip('onnxruntime')
+  out = tmp_path / 'out'
+  arguments = ['export', stages[1], out, '--format', 'onnx', '--stage1', stages[0]]
+  assert cli.main([*map(str, arguments)]) == 0
+  model = json.loads((out / 'model.json').read_text())
+  assert sorted(path.name for path in out.iterdir()) == ['model.json', 'stage1.onnx', 'stage2.onnx']
+
+  def run(stage, values):
+    session = onnxruntime.InferenceSession(out / model['stages'][stage]['file'])
+    names = [row['name'] for row in model['stages'][stage]['inputs']]
+    found = [(x.name, x.type, x.shape) for x in session.get_inputs()]
+    types = {'uint8': 'tensor(uint8)', 'float32': 'tensor(float)'}
+    rows = model['stages'][stage]['inputs']
+    assert found == [(row['name'], types[row['dtype']], row['shape']) for row in rows]
+    outputs = [row['name'] for row in model['stages'][stage]['outputs']]
+    frames = [
+      session.run(outputs, {name: values[name][t : t + 1] for name in names}) for t in range(FRAMES)
+    ]
+    return {name: np.concatenate(of) for name, of in zip(outputs, zip(*frames))}
+
+  first = run('stage1', inputs)
+  ours = first['scores']
+  np.testing.assert_array_equal(first['mask'], of_scores(ours, soft=False))
+  assert (first['mask'] != predicted[0]).mean() < 1e-3
+  second = run('stage2', {**inputs, 'prior': predicted[0]})
+  assert (second['classes'] != predicted[1]).mean() < 1e-3
