@@ -43,6 +43,8 @@ def write_demo(
       several frames together, or onnxruntime-web cannot be had.
   """
   target = files.new_folder(out)
+  if stage1 is None and stage2 is None:
+    raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
   with files.writing_folder(target) as working:
     models = working / 'models'
     if stage2 is None:

@@ -86,6 +86,7 @@ async function openFile(file) {
   if (mine !== source) return;
   mine.seconds = Math.max(1, Math.round(reader.duration));
   layOut(reader.videoWidth, reader.videoHeight);
+  $('shift').textContent = `Shifted: the sound of ${mine.seconds >> 1} s later.`;
   $('at').max = reader.duration;
   $('at').value = 0;
   $('controls').hidden = false;
@@ -193,6 +194,7 @@ async function openCamera() {
   player.muted = true;
   await player.play();
   layOut(player.videoWidth, player.videoHeight);
+  $('shift').textContent = 'Shifted: the sound of 5 s before.';
   $('controls').hidden = true;
   say('Camera and microphone, a second at a time.');
   const past = []; // the sounds of five seconds

@@ -16,33 +16,35 @@ async function load() {
   return { model };
 }
 
-async function run(name, values) {
-  const session = stages[name];
-  return session.run(Object.fromEntries(session.inputNames.map((input) => [input, values[input]])));
-}
-
 // frame: ImageData; samples: Float32Array at 16 kHz -> class ids [e e], or 1 for what sounds where
 // stage 1 is alone; the example of log-mel; and the milliseconds of each part.
 async function answer({ frame, samples }) {
-  const marks = [performance.now()];
-  const size = model.image_size;
+  const clock = [performance.now()];
+  const tick = () => clock.push(performance.now());
   const example = logMel(samples);
-  const values = {
-    frames: new ort.Tensor('uint8', resize(frame, size), [1, size, size, 3]),
-    log_mel: new ort.Tensor('float32', example, [1, 96, 64]),
+  const values = { log_mel: new ort.Tensor('float32', example, [1, 96, 64]) };
+  const frames = {}; // by size
+  const sizeOf = (name) => model.stages[name].inputs.find((input) => input.name === 'frames').shape[1];
+  for (const size of Object.keys(stages).map(sizeOf)) {
+    frames[size] ??= new ort.Tensor('uint8', resize(frame, size), [1, size, size, 3]);
+  }
+  tick();
+  const run = (name) => {
+    values.frames = frames[sizeOf(name)];
+    const { inputNames } = stages[name];
+    return stages[name].run(Object.fromEntries(inputNames.map((input) => [input, values[input]])));
   };
-  marks.push(performance.now());
   let ids;
   if (stages.stage1) {
-    ({ mask: values.prior } = await run('stage1', values));
+    ({ mask: values.prior } = await run('stage1'));
     ids = values.prior.data.map((level) => level >= 128);
-    marks.push(performance.now());
+    tick();
   }
   if (stages.stage2) {
-    ids = (await run('stage2', values)).classes.data;
-    marks.push(performance.now());
+    ids = (await run('stage2')).classes.data;
+    tick();
   }
-  return { ids, example, times: marks.slice(1).map((mark, i) => mark - marks[i]) };
+  return { ids, example, times: clock.slice(1).map((time, i) => time - clock[i]) };
 }
 
 const tasks = { load, answer };
