@@ -5,6 +5,7 @@ const EXAMPLE = 15360, NEEDED = 15600; // samples from example to example, and o
 const JUST_AFTER = 0.0015; // seconds; time stamps are rounded to milliseconds
 const SIDE = 640; // of the canvas, the longer one
 const ALPHA = 0.55;
+const BEFORE = 5; // seconds by which the sound of the camera is shifted
 const $ = (id) => document.getElementById(id);
 const player = $('player'), reader = $('reader'), marks = $('marks');
 const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
@@ -33,7 +34,7 @@ function fail(text) {
 }
 
 let model, colours;
-let source; // { seconds, samples, answers, name } of a file, or { stream, context, heard } of the camera
+let source; // { name, url, seconds, samples, answers } of a file, { stream, context } of the camera
 const mode = () => document.querySelector('input[name=sound]:checked').value;
 
 async function start() {
@@ -70,11 +71,12 @@ async function openFile(file) {
   const mine = begin({ name: file.name, url: URL.createObjectURL(file), answers: new Map() });
   say(`Reading ${file.name} …`);
   player.src = reader.src = mine.url;
+  reader.play().catch(() => {}); // or some phones load nothing
   const happened = await new Promise((done) => {
     reader.onloadeddata = reader.onerror = (event) => done(event.type);
-    reader.load();
   });
   if (mine !== source) return;
+  reader.pause();
   if (happened === 'error' || !reader.videoWidth) {
     return fail(`This browser cannot show ${file.name}: give it an MP4 or WebM video.`);
   }
@@ -84,19 +86,22 @@ async function openFile(file) {
     return fail(`${file.name} has no sound track that this browser can read, and the model finds what sounds: give it a video with sound.`);
   }
   if (mine !== source) return;
-  mine.seconds = Math.max(1, Math.round(reader.duration));
+  // What a browser has recorded may not tell its length.
+  const length = Number.isFinite(reader.duration) ? reader.duration : mine.samples.length / RATE;
+  mine.seconds = Math.max(1, Math.round(length));
   layOut(reader.videoWidth, reader.videoHeight);
   $('shift').textContent = `Shifted: the sound of ${mine.seconds >> 1} s later.`;
-  $('at').max = reader.duration;
+  $('at').max = length;
   $('at').value = 0;
   $('controls').hidden = false;
   await compute();
 }
 
-const mono = (buffer) => {
+function mono(buffer) {
   const channels = Array.from({ length: buffer.numberOfChannels }, (_, c) => buffer.getChannelData(c));
-  return channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
-};
+  const mean = (_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length;
+  return channels[0].map(mean);
+}
 
 // The samples that belong to a second, as `aavs predict` has them.
 function soundOf({ samples, seconds }, second) {
@@ -137,6 +142,7 @@ async function compute() {
       const frame = grab(reader);
       const answer = await ask('answer', { frame, samples }, [frame.data.buffer]);
       mine.answers.set(key, answer);
+      tell(answer.times);
       if (mine === source) showFile();
     }
   } catch (error) {
@@ -185,47 +191,52 @@ async function openCamera() {
       : `There is no camera with microphone that can be used (${error.message}): give a video file.`);
   }
   if (mine !== source) return end(mine);
+  try {
+    await followCamera(mine);
+  } catch (error) {
+    if (mine === source) fail(`Camera or model failed: ${error.message}`);
+  }
+}
+
+async function followCamera(mine) {
   mine.context = new AudioContext();
   await mine.context.audioWorklet.addModule('microphone.js');
   const microphone = new AudioWorkletNode(mine.context, 'microphone', { numberOfOutputs: 0 });
-  microphone.port.onmessage = ({ data }) => mine.heard?.push(data);
+  let heard = [];
+  microphone.port.onmessage = ({ data }) => heard.push(data);
   mine.context.createMediaStreamSource(mine.stream).connect(microphone);
   player.srcObject = mine.stream;
   player.muted = true;
   await player.play();
   layOut(player.videoWidth, player.videoHeight);
-  $('shift').textContent = 'Shifted: the sound of 5 s before.';
+  $('shift').textContent = `Shifted: the sound of ${BEFORE} s before.`;
   $('controls').hidden = true;
   say('Camera and microphone, a second at a time.');
-  const past = []; // the sounds of five seconds
+  const past = [];
   for (let second = 0; mine === source; second++) {
     const frame = grab(player);
-    mine.heard = [];
+    heard = [];
     await sleep(1);
+    past.push(await at16kHz(heard, mine.context.sampleRate));
+    if (past.length > BEFORE + 1) past.shift();
+    const samples = { true: past.at(-1), silence: new Float32Array(NEEDED), shifted: past[0] }[mode()];
+    const answer = await ask('answer', { frame, samples });
     if (mine !== source) return;
-    const samples = await at16kHz(mine.heard, mine.context.sampleRate);
-    past.push(samples);
-    if (past.length > 6) past.shift();
-    const heard = { true: samples, silence: new Float32Array(NEEDED), shifted: past[0] }[mode()];
-    try {
-      const answer = await ask('answer', { frame, samples: heard });
-      if (mine === source) show(answer, second, frame);
-    } catch (error) {
-      return fail(`The model failed: ${error.message}`);
-    }
+    tell(answer.times);
+    show(answer, second, frame);
   }
 }
 
-// Pieces [channels][n] at any rate to mono samples at 16 kHz, by the browser's own filter.
+// Pieces of mono sound at any rate to samples at 16 kHz, by the browser's own filter.
 async function at16kHz(pieces, rate) {
-  const length = pieces.reduce((sum, [left]) => sum + left.length, 0);
+  const length = pieces.reduce((sum, piece) => sum + piece.length, 0);
   if (!length) return new Float32Array(NEEDED);
   const context = new OfflineAudioContext(1, Math.ceil((length * RATE) / rate), RATE);
-  const buffer = context.createBuffer(1, length, rate), target = buffer.getChannelData(0);
+  const buffer = context.createBuffer(1, length, rate);
   let position = 0;
-  for (const channels of pieces) {
-    for (const channel of channels) channel.forEach((value, i) => (target[position + i] += value / channels.length));
-    position += channels[0].length;
+  for (const piece of pieces) {
+    buffer.copyToChannel(piece, 0, position);
+    position += piece.length;
   }
   const node = new AudioBufferSourceNode(context, { buffer });
   node.connect(context.destination);
@@ -255,9 +266,8 @@ function show(answer, second, frame) {
     context.drawImage(grabbed, 0, 0, marks.width, marks.height);
   }
   context.drawImage(painted(answer.ids), 0, 0);
-  name(answer.ids);
+  legend(answer.ids);
   paintMel(answer.example);
-  tell(answer.times);
 }
 
 // Classes in their colours, with a contour that is white inside and black outside, as media/overlay.py.
@@ -283,7 +293,7 @@ function painted(ids) {
   return canvas;
 }
 
-function name(ids) {
+function legend(ids) {
   const counts = new Map();
   ids.forEach((id) => id && counts.set(id, (counts.get(id) ?? 0) + 1));
   const rows = [...counts].sort((a, b) => b[1] - a[1]).map(([id, count]) => {

@@ -3,6 +3,7 @@ import { logMel, resize } from './inputs.js';
 import * as ort from './onnxruntime/ort.wasm.bundle.min.mjs';
 
 ort.env.wasm.numThreads = 1; // so that a server need not send the headers that threads ask for
+ort.env.logLevel = 'error'; // it warns of names that it does not need
 let model, stages;
 
 async function load() {
@@ -11,7 +12,7 @@ async function load() {
   model = await answer.json();
   stages = {};
   for (const [name, { file }] of Object.entries(model.stages)) {
-    stages[name] = await ort.InferenceSession.create(`models/${file}`);
+    stages[name] = await ort.InferenceSession.create(`models/${file}`, { logSeverityLevel: 3 });
   }
   return { model };
 }
