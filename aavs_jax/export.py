@@ -28,7 +28,7 @@ from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
 from aavs_jax.training.state import flatten, unflatten
 from aavs_jax.training.work_folder import Trained, class_names, load_stages
 
-FORMATS = {'onnx': 'jax2onnx', 'stablehlo': 'safetensors'}  # and the library that each needs
+_NEEDS = {'onnx': ('jax2onnx',), 'stablehlo': ('flatbuffers', 'safetensors')}
 MODEL = 'model.json'
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 _FRAMES = (
@@ -73,8 +73,9 @@ def export(
     UserError: a model or the folder is at fault, or the library of the format is not installed.
   """
   target = files.new_folder(out)
-  if importlib.util.find_spec(FORMATS[form]) is None:
-    raise UserError(f'{form} needs {FORMATS[form]}: install it as "Deploying" in README.md says')
+  lacking = [name for name in _NEEDS[form] if importlib.util.find_spec(name) is None]
+  if lacking:
+    raise UserError(f'{form} needs {lacking[0]}: install it as "Deploying" in README.md says')
   binary = config_lib.from_json(epath.Path(workdir) / 'config.json').task == 'binary'
   if binary and stage1 is not None:
     raise UserError(f'{workdir} holds a model of stage 1 itself: leave --stage1 out')

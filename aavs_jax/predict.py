@@ -79,7 +79,7 @@ def predict(
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
       this ends; what SIGKILL leaves goes with the next call for `out`.
   """
-  target = files.new_folder(out)
+  target = _checked(out, every)
   opened = _open(Path(source), every)
   _write_results(target, opened, _load(stage1, stage2), every)
   return Path(out)
@@ -101,10 +101,10 @@ def predict_all(
     UserError: before anything is done, a model or folder is at fault, or two sources have one name;
       at the end, sources that could not be answered.
   """
-  target = files.new_folder(out)
+  target = _checked(out, every)
   named = {}
   for source in sources:
-    name = source.name if source.is_dir() else source.stem
+    name = source.absolute().name if source.is_dir() else source.stem
     if name in named:
       raise UserError(
         f'{named[name]} and {source} would both be written to {Path(out) / name}: rename one, or '
@@ -154,11 +154,15 @@ def _load(stage1: str | Path | None, stage2: str | Path | None) -> _Models:
   return _Models(stage1, stage2, answer, () if stage2 is None else class_names(stage2))
 
 
-def _open(source: Path, every: float) -> _Source:
+def _checked(out: str | Path, every: float) -> Path:
   if not (0.01 <= every <= 3600 and round(every * 1e3, 6).is_integer()):
     raise UserError(
       f'--every {every} is no time from a frame to the next: use 0.01 to 3600 s, in ms'
     )
+  return files.new_folder(out)
+
+
+def _open(source: Path, every: float) -> _Source:
   if source.is_file():
     expected = max(1, round(claimed_seconds(source) / every))
     return _Source(source, read_windows(source, WINDOW_FRAMES, every), expected)

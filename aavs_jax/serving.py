@@ -1,9 +1,9 @@
-"""Loads what `aavs export --format stablehlo` has written; needs jax, numpy and safetensors alone.
+"""Loads what `aavs export --format stablehlo` has written.
 
   served = load('artefact')
-  maps = served.predict(served.prepare(frames, samples))   # of one window, see model.json
+  maps = served.predict(served.prepare({'frames': frames, 'samples': samples}))
 
-The file can be copied out of the package.
+It needs jax with flatbuffers, numpy and safetensors, and can be copied out of the package.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax import export
 from safetensors.numpy import load_file
 
@@ -21,25 +20,23 @@ Arrays = dict[str, jax.Array]
 
 
 class Served(NamedTuple):
-  model: dict[str, Any]
-  """model.json."""
-  prepare: Callable[[np.ndarray, np.ndarray], Arrays]
-  """(frames uint8 [n h w 3], samples float32 [m] at 16 kHz) -> inputs of `predict`."""
+  model: dict[str, Any]  # model.json
+  prepare: Callable[[Arrays], Arrays]
+  """'frames' uint8 [n h w 3] and 'samples' float32 [m] of one window -> what `predict` takes."""
   predict: Callable[[Arrays], Arrays]
-  """{'frames': uint8 [n s s 3], 'log_mel': float32 [n 96 64]} -> the outputs of all stages."""
+  """'frames' uint8 [n s s 3] and 'log_mel' float32 [n 96 64] -> the outputs of all stages."""
 
 
 def load(folder: str | Path) -> Served:
-  """The functions of an artefact; each compiles once for each number of frames.
+  """The functions of an artefact, which compile once for each number of frames.
 
   Raises:
     ValueError: a file is not the one that was written.
   """
-  folder = Path(folder)
-  model = json.loads((folder / 'model.json').read_text())
+  model = json.loads(Path(folder, 'model.json').read_text())
 
   def path(entry):
-    path = folder / entry['file']
+    path = Path(folder, entry['file'])
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry['sha256']:
       raise ValueError(f'{path} is not as it was written: export it again')
     return path
@@ -47,19 +44,16 @@ def load(folder: str | Path) -> Served:
   def function(entry):
     return jax.jit(export.deserialize(bytearray(path(entry).read_bytes())).call)
 
-  prepare = function(model['prepare'])
   stages = [  # stage 1 before stage 2
-    (stage, function(stage), jax.device_put(load_file(path(stage['weights']))))
+    (stage['inputs'], function(stage), jax.device_put(load_file(path(stage['weights']))))
     for _, stage in sorted(model['stages'].items())
   ]
 
   def predict(inputs):
-    arrays, outputs = dict(inputs), {}
-    for stage, run, weights in stages:
-      outputs |= run(weights, {row['name']: arrays[row['name']] for row in stage['inputs']})
-      arrays['prior'] = outputs.get('mask')
+    outputs = {}
+    for rows, run, weights in stages:
+      given = {**inputs, 'prior': outputs.get('mask')}
+      outputs |= run(weights, {row['name']: given[row['name']] for row in rows})
     return outputs
 
-  return Served(
-    model, lambda frames, samples: prepare(dict(frames=frames, samples=samples)), predict
-  )
+  return Served(model, function(model['prepare']), predict)

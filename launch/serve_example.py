@@ -1,4 +1,4 @@
-"""Predicts with an artefact of `aavs export --format stablehlo`; needs jax and numpy alone.
+"""Predicts with an artefact of `aavs export --format stablehlo`; needs jax, flatbuffers and numpy.
 
   python serve_example.py ARTEFACT FRAMES.npy SOUND.wav OUT.npz
 

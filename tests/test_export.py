@@ -22,6 +22,8 @@ from aavs_jax.predict import load_models
 from tests.runs import ROOT
 from tests.test_predict import make_workdir
 
+pytest.importorskip('flatbuffers')  # of the extra `dev`
+
 FRAMES = 5  # `aavs predict` sends so many through a model at once
 
 
@@ -65,7 +67,7 @@ def test_device_prepares_as_the_host_does(artefact):
   rng = np.random.default_rng(1)
   frames = rng.integers(0, 256, (4, 45, 131, 3), dtype=np.uint8)
   samples = rng.uniform(-1, 1, audio.samples_needed(3) + 7).astype(np.float32)
-  prepared = serving.load(artefact).prepare(frames, samples)
+  prepared = serving.load(artefact).prepare({'frames': frames, 'samples': samples})
   host = np.stack([resize_frame(Image.fromarray(frame), 32) for frame in frames])
   off = np.abs(np.asarray(prepared['frames']).astype(int) - host)
   assert off.max() <= 1 and (off > 0).mean() < 1e-3
@@ -107,7 +109,8 @@ def test_example_needs_jax_and_numpy_alone(artefact, tmp_path):
   assert done.returncode == 0, done.stderr
   assert len(done.stdout.splitlines()) == 2 and 'of the frame sounds' in done.stdout
   served = serving.load(artefact)
-  maps = served.predict(served.prepare(frames, samples.astype(np.float32) / 32768))
+  raw = {'frames': frames, 'samples': samples.astype(np.float32) / 32768}
+  maps = served.predict(served.prepare(raw))
   with np.load(tmp_path / 'maps.npz') as written:
     for name in ('mask', 'classes'):
       np.testing.assert_array_equal(written[name], maps[name])

@@ -414,18 +414,19 @@ def test_more_frames_a_second_hear_what_begins_with_them(tmp_path, monkeypatch):
   for t, (frame, log_mel) in enumerate(heard):
     colour = COLOURS[int(t * 0.4 + 1e-6)]
     np.testing.assert_allclose(frame[24:, 32:].mean((0, 1)), colour, atol=12)
-    start = min(round(t * 0.4 * RATE), len(waveform) - audio.samples_needed(1))
-    example = audio.log_mel_examples(waveform[start:])[0]
-    np.testing.assert_allclose(log_mel, example, atol=0.05)
+    start, last = round(t * 0.4 * RATE), len(waveform) - audio.samples_needed(1)
+    off = np.abs(log_mel - audio.log_mel_examples(waveform[min(start, last) :])[0])
+    # The sound of the file ends some milliseconds after its last second.
+    assert off.max() == 0 if start <= last else off.mean() < 0.2
   summary = json.loads((out / 'summary.json').read_text())
   assert (summary['seconds'], summary['every']) == (pytest.approx(6), 0.4)
   assert [frame['second'] for frame in summary['frames'][:3]] == [0, 0.4, 0.8]
 
 
 def test_fewer_frames_a_second(no_model, tmp_path):
-  source = write_video(tmp_path / 'v.mp4', 5)
+  source = write_video(tmp_path / 'v.mp4', 5.4)
   out = predict(source, stage1='any', out=tmp_path / 'out', every=2)
-  assert len(names(out / 'masks')) == 3  # 2.5, rounded as halves of seconds are
+  assert len(names(out / 'masks')) == 3  # 2.7, rounded
   for t in range(3):
     drawn = read(out / 'overlays' / f'{t}.jpg')[24:, 32:]
     expected = 0.45 * COLOURS[2 * t] + 0.55 * np.array(SOUNDING_COLOUR)
@@ -434,8 +435,9 @@ def test_fewer_frames_a_second(no_model, tmp_path):
 
 @pytest.mark.parametrize('every', [0, -1, 1 / 3, float('nan'), 1e9])
 def test_times_between_frames_that_cannot_be(every, no_model, tmp_path):
-  with pytest.raises(UserError, match='is no time from a frame to the next'):
-    predict(tmp_path / 'v.mp4', stage1='any', out=tmp_path / 'out', every=every)
+  for call, sources in ((predict, tmp_path / 'v.mp4'), (predict_all, [tmp_path / 'v.mp4'])):
+    with pytest.raises(UserError, match='is no time from a frame to the next'):
+      call(sources, stage1='any', out=tmp_path / 'out', every=every)
 
 
 def test_a_clip_folder_has_one_frame_a_second(no_model, tmp_path):
