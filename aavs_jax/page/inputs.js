@@ -5,14 +5,17 @@ const RATE = 16000, STEPS = 96, BANDS = 64, WINDOW = 400, HOP = 160, FFT = 512, 
 const BINS = FFT / 2 + 1;
 const mel = (hertz) => 1127 * Math.log1p(hertz / 700);
 const [LOW, HIGH] = [125, 7500].map(mel);
-const hann = Float64Array.from({ length: WINDOW }, (_, n) => 0.5 - 0.5 * Math.cos((2 * Math.PI * n) / WINDOW));
+const turn = (2 * Math.PI) / WINDOW;
+const hann = Float64Array.from({ length: WINDOW }, (_, n) => 0.5 - 0.5 * Math.cos(turn * n));
 
 // For each band [first bin, weights]: triangles that are linear in mel; the DC bin is left out.
 const filters = Array.from({ length: BANDS }, (_, band) => {
-  const [left, centre, right] = [0, 1, 2].map((i) => LOW + ((HIGH - LOW) * (band + i)) / (BANDS + 1));
+  const edge = (i) => LOW + ((HIGH - LOW) * (band + i)) / (BANDS + 1);
+  const [left, centre, right] = [0, 1, 2].map(edge);
   const weights = Array.from({ length: BINS }, (_, bin) => {
     const x = mel((bin * RATE) / FFT);
-    return bin && Math.max(0, Math.min((x - left) / (centre - left), (right - x) / (right - centre)));
+    const rise = (x - left) / (centre - left), fall = (right - x) / (right - centre);
+    return bin && Math.max(0, Math.min(rise, fall));
   });
   const first = weights.findIndex((weight) => weight > 0);
   return [first, weights.slice(first).filter((weight) => weight > 0)];
@@ -47,7 +50,7 @@ function fft(re, im) {
 // The example [96 64] of the first 15600 of these samples at 16 kHz; what is lacking is silent.
 export function logMel(samples) {
   const example = new Float32Array(STEPS * BANDS);
-  const re = new Float64Array(FFT), im = new Float64Array(FFT), magnitudes = new Float64Array(BINS);
+  const [re, im, magnitudes] = [FFT, FFT, BINS].map((length) => new Float64Array(length));
   for (let t = 0; t < STEPS; t++) {
     re.fill(0);
     im.fill(0);

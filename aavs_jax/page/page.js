@@ -24,7 +24,8 @@ worker.onmessage = ({ data: { id, error, ...result } }) => {
   waiting.delete(id);
   error === undefined ? resolve(result) : reject(new Error(error));
 };
-worker.onerror = () => fail('The page cannot start its models: this browser is too old, or files of its folder are missing.');
+worker.onerror = () =>
+  fail('The page cannot run its models: the browser is too old, or files are missing.');
 
 const say = (text) => ($('status').textContent = text);
 function fail(text) {
@@ -81,9 +82,10 @@ async function openFile(file) {
     return fail(`This browser cannot show ${file.name}: give it an MP4 or WebM video.`);
   }
   try {
-    mine.samples = mono(await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await file.arrayBuffer()));
+    const context = new OfflineAudioContext(1, 1, RATE); // to whose rate it is resampled
+    mine.samples = mono(await context.decodeAudioData(await file.arrayBuffer()));
   } catch {
-    return fail(`${file.name} has no sound track that this browser can read, and the model finds what sounds: give it a video with sound.`);
+    return fail(`${file.name} has no sound that this browser can read: give a video with sound.`);
   }
   if (mine !== source) return;
   // What a browser has recorded may not tell its length.
@@ -98,9 +100,9 @@ async function openFile(file) {
 }
 
 function mono(buffer) {
-  const channels = Array.from({ length: buffer.numberOfChannels }, (_, c) => buffer.getChannelData(c));
-  const mean = (_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length;
-  return channels[0].map(mean);
+  const count = buffer.numberOfChannels;
+  const channels = Array.from({ length: count }, (_, c) => buffer.getChannelData(c));
+  return channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / count);
 }
 
 // The samples that belong to a second, as `aavs predict` has them.
@@ -156,10 +158,11 @@ const shownSecond = () => Math.min(Math.floor(player.currentTime + JUST_AFTER), 
 
 function nextSecond() {
   if (!source.seconds) return undefined;
-  const left = Array.from({ length: source.seconds }, (_, i) => (shownSecond() + i) % source.seconds)
-    .filter((second) => !source.answers.has(`${mode()} ${second}`));
-  const done = source.seconds - left.length;
-  say(left.length ? `${source.name}: ${done} of ${source.seconds} seconds done` : `${source.name}: all ${done} seconds done`);
+  const { name, seconds, answers } = source, first = shownSecond();
+  const order = Array.from({ length: seconds }, (_, i) => (first + i) % seconds);
+  const left = order.filter((second) => !answers.has(`${mode()} ${second}`));
+  const done = left.length ? `${seconds - left.length} of ${seconds}` : `all ${seconds}`;
+  say(`${name}: ${done} seconds done`);
   return left[0];
 }
 
@@ -174,7 +177,7 @@ function showFile() {
 
 async function openCamera() {
   if (!navigator.mediaDevices) {
-    return fail('Browsers give camera and microphone to pages of https:// and of 127.0.0.1 alone: open the page there.');
+    return fail('Browsers give the camera to pages of https:// or 127.0.0.1 alone: open it there.');
   }
   const mine = begin({});
   say('Waiting for permission to use camera and microphone …');
@@ -185,10 +188,9 @@ async function openCamera() {
     });
   } catch (error) {
     if (mine !== source) return;
-    const denied = error.name === 'NotAllowedError';
-    return fail(denied
-      ? 'Camera and microphone were refused: allow them for this page in the browser, and try again.'
-      : `There is no camera with microphone that can be used (${error.message}): give a video file.`);
+    return fail(error.name === 'NotAllowedError'
+      ? 'Camera and microphone were refused: allow them for this page, and try again.'
+      : `No camera with microphone can be used (${error.message}): give a video file.`);
   }
   if (mine !== source) return end(mine);
   try {
@@ -219,7 +221,8 @@ async function followCamera(mine) {
     await sleep(1);
     past.push(await at16kHz(heard, mine.context.sampleRate));
     if (past.length > BEFORE + 1) past.shift();
-    const samples = { true: past.at(-1), silence: new Float32Array(NEEDED), shifted: past[0] }[mode()];
+    const silence = new Float32Array(NEEDED);
+    const samples = { true: past.at(-1), silence, shifted: past[0] }[mode()];
     const answer = await ask('answer', { frame, samples });
     if (mine !== source) return;
     tell(answer.times);
@@ -270,22 +273,25 @@ function show(answer, second, frame) {
   paintMel(answer.example);
 }
 
-// Classes in their colours, with a contour that is white inside and black outside, as media/overlay.py.
+// Classes in their colours, with a contour, white inside and black outside, as media/overlay.py.
 function painted(ids) {
   const { width, height } = marks, side = model.eval_size;
   const canvas = new OffscreenCanvas(width, height), context = canvas.getContext('2d');
-  const image = context.createImageData(width, height), pixels = new Uint32Array(image.data.buffer);
+  const image = context.createImageData(width, height);
+  const pixels = new Uint32Array(image.data.buffer), alpha = Math.round(255 * ALPHA) << 24;
   const large = new Uint8Array(width * height);
   for (let y = 0, i = 0; y < height; y++) {
     const row = Math.floor(((y + 0.5) * side) / height) * side;
-    for (let x = 0; x < width; x++, i++) large[i] = ids[row + Math.floor(((x + 0.5) * side) / width)];
+    for (let x = 0; x < width; x++, i++) {
+      large[i] = ids[row + Math.floor(((x + 0.5) * side) / width)];
+    }
   }
-  const inks = colours.map(([r, g, b]) => ((Math.round(255 * ALPHA) << 24) | (b << 16) | (g << 8) | r) >>> 0);
+  const inks = colours.map(([r, g, b]) => alpha | (b << 16) | (g << 8) | r);
   for (let y = 0, i = 0; y < height; y++) {
     for (let x = 0; x < width; x++, i++) {
       const id = large[i];
-      const border = (x && large[i - 1] !== id) || (x < width - 1 && large[i + 1] !== id) ||
-        (y && large[i - width] !== id) || (y < height - 1 && large[i + width] !== id);
+      const border = (x && large[i - 1] !== id) || (x < width - 1 && large[i + 1] !== id)
+        || (y && large[i - width] !== id) || (y < height - 1 && large[i + width] !== id);
       pixels[i] = border ? (id ? 0xffffffff : 0xff000000) : id ? inks[id] : 0;
     }
   }
@@ -310,8 +316,9 @@ function paintMel(example) {
   const [quiet, loud] = [Math.log(0.01), 2];
   example.forEach((value, i) => {
     const level = Math.min(1, Math.max(0, (value - quiet) / (loud - quiet)));
-    const place = 4 * ((63 - (i % 64)) * 96 + Math.floor(i / 64));
-    image.data.set([255 * Math.min(1, 2 * level), 230 * level ** 1.5, 255 * (0.2 + 0.5 * level - 0.5 * level ** 4), 255], place);
+    const blue = 0.2 + 0.5 * level - 0.5 * level ** 4;
+    const colour = [510 * level, 230 * level ** 1.5, 255 * blue, 255];
+    image.data.set(colour, 4 * ((63 - (i % 64)) * 96 + Math.floor(i / 64)));
   });
   context.putImageData(image, 0, 0);
 }
@@ -320,11 +327,13 @@ const costs = []; // of the last seconds; the median leaves out the first ones, 
 function tell(times) {
   costs.push(times);
   if (costs.length > 15) costs.shift();
-  const names = ['frame and sound', ...Object.keys(model.stages).map((name) => name.replace('stage', 'stage '))];
+  const stages = Object.keys(model.stages).map((name) => name.replace('stage', 'stage '));
+  const names = ['frame and sound', ...stages];
   const median = (values) => values.sort((a, b) => a - b)[values.length >> 1];
   const parts = names.map((_, part) => median(costs.map((each) => each[part])));
   $('time').textContent = `${parts.reduce((a, b) => a + b).toFixed(0)} ms for a second of video`;
-  $('parts').textContent = `(${parts.map((time, i) => `${names[i]} ${time.toFixed(0)}`).join(', ')})`;
+  const told = parts.map((time, i) => `${names[i]} ${time.toFixed(0)}`);
+  $('parts').textContent = `(${told.join(', ')})`;
 }
 
 $('file').onchange = ({ target }) => {

@@ -25,7 +25,7 @@ async function answer({ frame, samples }) {
   const example = logMel(samples);
   const values = { log_mel: new ort.Tensor('float32', example, [1, 96, 64]) };
   const frames = {}; // by size
-  const sizeOf = (name) => model.stages[name].inputs.find((input) => input.name === 'frames').shape[1];
+  const sizeOf = (name) => model.stages[name].inputs.find((i) => i.name === 'frames').shape[1];
   for (const size of Object.keys(stages).map(sizeOf)) {
     frames[size] ??= new ort.Tensor('uint8', resize(frame, size), [1, size, size, 3]);
   }
