@@ -7,6 +7,7 @@ masks reach stage 2, names and colours of the classes. `aavs_jax.serving` loads 
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,7 @@ def _antialiased(length: Any, size: int) -> Float[Array, 'size length']:
 
 
 def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
+  logging.getLogger('jax2onnx').setLevel(logging.ERROR)  # of each library that it knows and lacks
   from jax2onnx import to_onnx
 
   config, variables = stage
@@ -183,16 +185,15 @@ def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
   def run(*values):
     return tuple(function(numbers, dict(zip(inputs, values))).values())
 
-  path = folder / f'{name}.onnx'
-  to_onnx(
+  model = to_onnx(
     run,
     list(inputs.values()),
     model_name=name,
     input_names=list(inputs),
     output_names=list(outputs),
-    return_mode='file',
-    output_path=str(path),
   )
+  path = folder / f'{name}.onnx'
+  path.write_bytes(model.SerializeToString())  # all in one file, which jax2onnx's own need not be
   return {**_file(path), **_signature(inputs, outputs)}
 
 
