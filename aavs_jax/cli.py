@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -339,6 +340,26 @@ def _predict(args) -> None:
   say(f'masks and overlays in {args.out}')
 
 
+def _demo_arguments(sub) -> None:
+  sub.add_argument('out', help='new folder')
+  sub.add_argument('--stage1', help='work folder of stage 1')
+  sub.add_argument('--stage2', help='work folder of stage 2; without it masks have no classes')
+  sub.add_argument(
+    '--onnxruntime', metavar='DIR', help='the unpacked npm package onnxruntime-web (npm fetches it)'
+  )
+
+
+def _demo(args) -> None:
+  from aavs_jax.console import say
+  from aavs_jax.demo import write_demo
+
+  write_demo(args.out, stage1=args.stage1, stage2=args.stage2, runtime=args.onnxruntime)
+  say(
+    f'written to {args.out}: python -m http.server --bind 127.0.0.1 --directory {args.out}, then '
+    'open http://127.0.0.1:8000'
+  )
+
+
 def _convert_arguments(sub) -> None:
   sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
   sub.add_argument('out', help='new work folder')
@@ -639,10 +660,18 @@ def _quickstart_arguments(sub) -> None:
 
 def _quickstart(args) -> None:
   from aavs_jax.config import load_study
+  from aavs_jax.console import say
   from aavs_jax.studies.study import run_study
 
   config = load_study(args.config, args.overrides)
-  run_study(config, args.workdir, data=args.data, fresh=args.fresh)
+  page = run_study(config, args.workdir, data=args.data, fresh=args.fresh)
+  if page.name == 'report.html':  # of one pair of models, not a comparison
+    first = '' if importlib.util.find_spec('jax2onnx') else 'pip install -e .[onnx] && '
+    run = page.parent
+    say(
+      'to try it on a video of yours in a browser: '
+      f'{first}aavs demo {run}/page --stage1 {run}/stage1 --stage2 {run}/stage2'
+    )
 
 
 # Rows of name, arguments, what runs it, help, example.
@@ -686,6 +715,9 @@ _COMMANDS = (
   ('predict', _predict_arguments, _predict,
    'segment video files, or a folder with frames/ and audio.wav',
    'aavs predict video.mp4 --stage1 runs/stage1 --stage2 runs/stage2 --out prediction'),
+  ('demo', _demo_arguments, _demo,
+   'write a page on which a browser takes a video or the camera and marks what sounds',
+   'aavs demo page --stage1 runs/stage1 --stage2 runs/stage2'),
   ('convert', _convert_arguments, _convert, 'make a work folder of weights that PyTorch trained',
    'aavs convert stage2.pth runs/stage2 --vggish vggish.pth'),
   ('export', _export_arguments, _export,

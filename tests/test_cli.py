@@ -17,8 +17,8 @@ from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = (
-  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'convert', 'export', 'recipe',
-  'reproduce', 'report', 'bench', 'aot', 'selftest', 'quickstart', 'stepping-stones',
+  'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'demo', 'convert', 'export',
+  'recipe', 'reproduce', 'report', 'bench', 'aot', 'selftest', 'quickstart', 'stepping-stones',
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ FLOORS = (  # each imports only what stands above it here; those of one line do 
   'scoring',
   'training',
   'train evaluate hand_over predict export hearing pytorch perf',
-  'cross_fit',
+  'cross_fit demo',
   'stepping_stones',
   'studies',
   'cli',
