@@ -28,6 +28,7 @@ from aavs_jax.types import Variables
 
 BATCH, LEARNING_RATE = 64, 2e-3
 STEPS = 300  # for up to eight classes, and in proportion for more
+HEARD = 'hearing.json'  # in the folder: of how many classes and seconds of val, how many right
 _SECONDS = 6000  # that are read of a large data set, about
 _MIXED = 0.5  # share of the examples that are mixtures
 _LOUDNESS = 0.3  # of their parts: spread of the logarithm of its factor
@@ -70,6 +71,8 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
   note = {'kind': 'hearing', 'source': data, 'vggish': '', 'names': [], 'unused': []}
   note['lacking'] = [r'^(?!vggish/)']  # all else
   work_folder.write_converted(out, config, flatten(Variables({'vggish': params}, {})), note)
+  heard = {'classes': int(taught.sum()), 'seconds': len(truth), 'right': float(right)}
+  files.write_json(Path(out) / HEARD, heard)
   return float(right)
 
 

@@ -1,5 +1,6 @@
 """The start that hears: what it is taught, and how training begins from it."""
 
+import json
 import shutil
 
 import jax
@@ -36,6 +37,8 @@ def test_training_begins_with_what_hears_and_the_rest_anew(start):
   assert hears and set(lacking) == fresh.keys() - hears
   assert any((first[path] != fresh[path]).any() for path in hears)
   assert 0 <= start[1] <= 1
+  heard = json.loads((start[0] / hearing.HEARD).read_text())
+  assert heard['right'] == start[1] and heard['seconds'] > heard['classes'] > 1
 
 
 def test_it_is_no_model_of_its_own(start, data_root, tmp_path):

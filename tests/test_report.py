@@ -186,6 +186,15 @@ def test_page_is_well_formed_and_self_contained(page):
   assert len(page) < 6e6
 
 
+def test_it_says_how_well_the_start_hears(run, page, tmp_path):
+  assert 'held-out seconds' not in page
+  (tmp_path / 'start').mkdir()
+  heard = {'classes': 8, 'seconds': 300, 'right': 0.9866}
+  (tmp_path / 'start' / 'hearing.json').write_text(json.dumps(heard))
+  text = write_report(tmp_path, run[1]).read_text()
+  assert 'which of 8 classes sound: in 98.7 % of 300 held-out seconds' in text
+
+
 def test_every_clip_is_listed_and_twelve_are_shown(page, clips):
   shown = re.findall(r'<article><header><code>(.*?)</code>', page)
   uids = [uid for _, uid in clips]

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aavs_jax.configs import quick_stage1, quick_stage2
+from aavs_jax.hearing import HEARD
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
@@ -67,7 +68,7 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     _summary(run),
     html.section('Does it listen?', _listening(run)),
     html.section('Does it name what sounds?', _naming(run)),
-    html.section('Training', ''.join(_curves(run, stage) for stage in _STAGES)),
+    html.section('Training', _start(run) + ''.join(_curves(run, stage) for stage in _STAGES)),
     html.section('Classes', _classes(run)),
     _clips(run),
     html.section('Configurations', ''.join(_config(run, stage) for stage in _STAGES)),
@@ -297,6 +298,18 @@ def _naming(run: _Run) -> str:
     '<p>A class that never occurs among the clips of a column counts as 0, so a test set of few '
     f'classes scores low.</p>{table("")}'
     f'<h3>The same without the background class</h3>{table("_no_background")}{missing}'
+  )
+
+
+def _start(run: _Run) -> str:
+  """How well the network that hears had learnt to, before stage 1 began."""
+  heard = _read_json(run.folder / 'start' / HEARD, {'classes': int, 'seconds': int, 'right': float})
+  if not heard:
+    return ''
+  return (
+    f'<p>Before stage 1 the network that hears has learnt which of {heard["classes"]} classes '
+    f'sound: in {html.percent(heard["right"])} % of {heard["seconds"]} held-out seconds it tells '
+    'all of them right. It is not trained any further.</p>'
   )
 
 
