@@ -50,7 +50,7 @@ _LOG_MEL = (
 _PREPARE = (
   'frames uint8 [n h w 3] of any size, and the 16 kHz samples float32 [m] of their window, at '
   'least log_mel.example_samples of them, to the inputs of the stages, by the rules above in '
-  'float32: a byte of a frame is off by 1 at most, a number of log_mel by 1e-3'
+  'float32: a byte of a frame is off by 1 where it is half-way between two, log_mel by 1e-3 at most'
 )
 
 
