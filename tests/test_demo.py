@@ -270,7 +270,7 @@ def test_faults_are_one_sentence_on_the_page(page, data_root, tmp_path):
   junk.write_bytes(b'this is no video' * 100)
   clip = read_index(data_root, 'test')[0]
   mute = write_clip_video(tmp_path / 'mute.mp4', clip, 2, sound=False)
-  for path, words in ((junk, 'cannot show junk.mp4'), (mute, 'mute.mp4 has no sound track')):
+  for path, words in ((junk, 'cannot show junk.mp4'), (mute, 'mute.mp4 has no sound that')):
     page.choose_file('#file', path)
     shown = page.run(
       "const error = document.getElementById('error');"
