@@ -35,7 +35,7 @@ from tests import browser
 from tests.test_predict import make_workdir
 
 NAME = 'tests.test_demo'
-SIZE = 24  # of which the sides of the video, 384x288, are multiples
+SIZE = 96  # as the quickstart's; of which the sides of the video, 384x288, are multiples
 MAY_BE_ZERO = aavs.MAY_BE_ZERO
 READY = "!document.getElementById('file').disabled"
 DONE = r"/all \d+ seconds done/.test(document.getElementById('status').textContent)"
