@@ -666,11 +666,10 @@ def _quickstart(args) -> None:
   config = load_study(args.config, args.overrides)
   page = run_study(config, args.workdir, data=args.data, fresh=args.fresh)
   if page.name == 'report.html':  # of one pair of models, not a comparison
-    first = '' if importlib.util.find_spec('jax2onnx') else 'pip install -e .[onnx] && '
-    run = page.parent
+    run, missing = page.parent, importlib.util.find_spec('jax2onnx') is None
     say(
-      'to try it on a video of yours in a browser: '
-      f'{first}aavs demo {run}/page --stage1 {run}/stage1 --stage2 {run}/stage2'
+      f'to try it on a video of yours in a browser: aavs demo {run}/page --stage1 {run}/stage1 '
+      f'--stage2 {run}/stage2' + missing * ' (it needs jax2onnx, see "Deploying" in README.md)'
     )
 
 

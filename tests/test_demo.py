@@ -1,4 +1,8 @@
-"""The page of `aavs demo`: what it refuses, and what a browser makes of a video on it."""
+"""The page of `aavs demo`: what it refuses, and what a browser makes of a video on it.
+
+The models are of a method in this file, which no rounding of a colour confuses much, as it would
+one of random weights.
+"""
 
 import functools
 import http.server
@@ -9,6 +13,8 @@ import threading
 from fractions import Fraction
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,10 +27,16 @@ from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.media.overlay import legend_colour
+from aavs_jax.methods import aavs
+from aavs_jax.methods.method import Method
 from aavs_jax.predict import predict
+from aavs_jax.types import Variables
 from tests import browser
 from tests.test_predict import make_workdir
 
+NAME = 'tests.test_demo'
+SIZE = 96  # as the quickstart's; of which the sides of the video, 384x288, are multiples
+MAY_BE_ZERO = aavs.MAY_BE_ZERO
 READY = "!document.getElementById('file').disabled"
 DONE = r"/all \d+ seconds done/.test(document.getElementById('status').textContent)"
 # Until a condition holds, or the page shows an error, which is thrown.
@@ -35,6 +47,32 @@ UNTIL = """
     await new Promise((done) => setTimeout(done, 50));
   }
 """
+
+
+def check(config, need):
+  pass
+
+
+def method(config) -> Method:
+  """What is colourful sounds, the louder its second the more so; redder and greener are classes."""
+
+  def init(key):
+    return Variables({'aavs': {'weights': jax.random.normal(key, (2,))}}, {})
+
+  def apply(variables, batch, key=None):
+    frames = batch['frames'].astype(jnp.float32) / 255
+    loudness = batch['log_mel'].mean((1, 2))[:, None, None]
+    # The weights, near nought in make_workdir, are there to be saved.
+    weights = 1e-3 * variables.params['aavs']['weights']
+    colourful = frames.max(-1) - frames.min(-1) + weights[0]
+    quiet = jnp.broadcast_to(-0.2 * loudness + weights[1], colourful.shape)
+    if config.task == 'binary':
+      return jnp.stack([quiet, colourful], 1), {}
+    kind = 1 + (frames[..., 0] > frames[..., 1])
+    return jnp.where(batch['prior'] > 0, kind, 0).astype(jnp.uint8), {}
+
+  sees = ('frames', 'log_mel') + ('prior',) * config.use_prior
+  return Method(init, apply, None, None, lambda outputs: outputs, sees=sees)
 
 
 def until(condition):
@@ -106,13 +144,14 @@ def test_npm_that_fails_is_quoted(no_models, tmp_path, monkeypatch):
 
 
 def write_clip_video(path, clip, seconds, sound=True):
-  """A composed clip as H.264 with AAC at 44.1 kHz, as phones make it."""
+  """A composed clip, four times as large, as H.264 with AAC at 44.1 kHz, as phones make it."""
   rate = 44100
   waveform, stored = audio.read_wav(clip.audio_path)
   times = np.arange(seconds * rate) / rate
   wave = np.interp(times, np.arange(len(waveform)) / stored, waveform).astype(np.float32)
   with av.open(str(path), 'w') as container:
     frames = [read_image(clip.frame_path(t)) for t in range(seconds)]
+    frames = [frame.repeat(4, 0).repeat(4, 1) for frame in frames]
     picture = container.add_stream('libx264', rate=5, options={'crf': '12'})
     picture.height, picture.width, picture.pix_fmt = *frames[0].shape[:2], 'yuv420p'
     tone = container.add_stream('aac', rate=rate, layout='mono') if sound else None
@@ -139,8 +178,9 @@ def served(tmp_path_factory):
   if importlib.util.find_spec('jax2onnx') is None:
     pytest.skip('the extra `onnx` is not installed')
   folder = tmp_path_factory.mktemp('demo')
-  stage1 = make_workdir(folder / 'stage1', quick_stage1.get_config(), 25)
-  stage2 = make_workdir(folder / 'stage2', quick_stage2.get_config(), 10)
+  sizes = {'method': NAME, 'data.image_size': SIZE, 'data.eval_size': SIZE}
+  stage1 = make_workdir(folder / 'stage1', quick_stage1.get_config(), 0, **sizes)
+  stage2 = make_workdir(folder / 'stage2', quick_stage2.get_config(), 0, **sizes)
   out = demo.write_demo(folder / 'page', stage1=stage1, stage2=stage2)
   handler = functools.partial(Quiet, directory=out)
   with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
@@ -270,7 +310,7 @@ def test_faults_are_one_sentence_on_the_page(page, data_root, tmp_path):
   junk.write_bytes(b'this is no video' * 100)
   clip = read_index(data_root, 'test')[0]
   mute = write_clip_video(tmp_path / 'mute.mp4', clip, 2, sound=False)
-  for path, words in ((junk, 'cannot show junk.mp4'), (mute, 'mute.mp4 has no sound track')):
+  for path, words in ((junk, 'cannot show junk.mp4'), (mute, 'mute.mp4 has no sound that')):
     page.choose_file('#file', path)
     shown = page.run(
       "const error = document.getElementById('error');"
