@@ -1,4 +1,4 @@
-"""Does the strategy help other methods? All three on the same made clips, half an hour on 2 cores.
+"""Does the strategy help other methods? All three, small, on the same made clips.
 
 As in configs/quickstart.py each begins with an audio network that has learnt to hear. Each is
 trained in one stage, and in two, for as many frames.
