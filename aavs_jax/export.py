@@ -198,12 +198,12 @@ def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
 
 
 def _write_stablehlo(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save
 
   config, variables = stage
   function = function_of(config, soft)
   weights = {path: np.ascontiguousarray(value) for path, value in flatten(variables).items()}
-  save_file(weights, folder / f'{name}.safetensors')
+  (folder / f'{name}.safetensors').write_bytes(save(weights))
   unit = methods.of(config).unit
   (count,) = jax_export.symbolic_shape('n' if unit == 1 else f'{unit}*n')
   entry = _write_exported(

@@ -7,9 +7,6 @@ VARIANTS = avss_stage2.VARIANTS
 
 def get_config(variant='release'):
   config = avss_stage2.get_config(variant)
-  config.prior.predicted = 0.5
-  config.prior.none = 0.1
-  config.prior.missing = 0.1
-  config.prior.added = 0.1
-  config.prior.moved = 0.02
+  config.prior.predicted = 0.7
+  config.prior.none = 0.3
   return config

@@ -49,10 +49,7 @@ ORIGIN_QUERY = {**FROZEN, 'model.adaptive_query': False}
 FUSION = {'model.mask_fusion': False}
 KEY = {'model.robust_key': False}
 ATTENTION = {'model.prior_attention': False}
-ROBUST = {
-  'prior.predicted': 0.5, 'prior.none': 0.1, 'prior.missing': 0.1, 'prior.added': 0.1,
-  'prior.moved': 0.02,
-}  # fmt: skip
+ROBUST = {'prior.predicted': 0.7, 'prior.none': 0.3}
 ORACLE = {'oracle_prior': True}
 QUICK = {
   'data.image_size': 96,
@@ -183,7 +180,8 @@ TABLE = {
 }
 for _name, _values in OTHERS.items():
   TABLE[_name] = _in_full(_values, PVT_V2)
-  TABLE[f'{_name}:resnet50'] = _in_full(_values, RESNET50)
+  if '_stage' not in _name:
+    TABLE[f'{_name}:resnet50'] = _in_full(_values, RESNET50)
 OTHER_METHODS = {name for name in TABLE if name.startswith(('tpavi', 'avsegformer'))}
 
 

@@ -58,8 +58,9 @@ def write(folder: Path, tables: Mapping[int | str, Table]) -> None:
   files.write_json(folder / 'comparison.json', {str(n): table for n, table in tables.items()})
   body = (
     '<h1>Where do stepping stones pay?</h1><p class="lead">The same model; one stage sees as many '
-    'frames as two together. For the robust prior stage 1 is trained again without each part of '
-    'the clips, which is not counted. Mean over seeds, their range in brackets.</p>'
+    'frames as two together. With a robust prior stage 2 goes on from the one-stage model, so it '
+    'has seen more, and stage 1 is trained again without each part of the clips. Mean over seeds, '
+    'their range in brackets.</p>'
     + (html.section('mIoU by the number of classes', picture(numbers)) if len(numbers) > 1 else '')
     + ''.join(html.section(title(key), _table(table)) for key, table in tables.items())
   )

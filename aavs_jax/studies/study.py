@@ -179,7 +179,9 @@ def _run_seed(config, folder: Path, data: str, seed: int) -> dict[str, dict]:
     results |= scores({'end_to_end': Evaluation('end_to_end')}, folder, data=data, masks='')
   if config.robust is not None:
     robust = config.robust.copy_and_resolve_references()
-    robust.train.init = robust.train.init or stage2.train.init or str(folder / 'stage1')
+    # It is to do without a mask as well, so it begins with what does.
+    begins = str(folder / 'end_to_end') if config.end_to_end else stage2.train.init
+    robust.train.init = robust.train.init or begins or str(folder / 'stage1')
     results |= _robust(stage1, robust, folder, data, seed)
   say(tables.format_table(list(results.values())))
   return results
