@@ -115,7 +115,7 @@ def method(
   def predict(outputs):
     logits = outputs.logits
     if image_size != eval_size:
-      shape = (len(logits), eval_size, eval_size, logits.shape[-1])
+      shape = (logits.shape[0], eval_size, eval_size, logits.shape[-1])
       logits = jax.image.resize(logits, shape, 'bilinear', antialias=False)
     if config.task == 'semantic':
       return jnp.argmax(logits, -1).astype(jnp.uint8)

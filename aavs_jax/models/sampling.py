@@ -14,7 +14,7 @@ def resize(maps: Float[Array, '... h w'], size: tuple[int, int]) -> Float[Array,
 
 def resize_maps(maps: Float[Array, 'n h w c'], size: tuple[int, int]) -> Float[Array, 'n y x c']:
   """The same of maps whose channels are last."""
-  shape = (len(maps), *size, maps.shape[-1])
+  shape = (maps.shape[0], *size, maps.shape[-1])
   return jax.image.resize(maps, shape, 'bilinear', antialias=False)
 
 
