@@ -15,6 +15,7 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.methods.aavs import normalise
 from aavs_jax.methods.method import Method
@@ -34,8 +35,11 @@ def outputs(config: ml_collections.ConfigDict) -> int:
 
 
 def backbone_of(config: ml_collections.ConfigDict) -> nn.Module:
+  """The one that config.model.backbone names; UserError if there is none of that kind."""
   sizes = config.model.backbone.to_dict()
   kind = sizes.pop('kind')
+  if kind not in _BACKBONES:
+    raise UserError(f'config.model.backbone.kind is {kind!r}: use one of {tuple(_BACKBONES)}')
   if kind == 'pvt_v2':
     sizes['remat'] = config.model.remat
   return _BACKBONES[kind](**sizes, dtype=jnp.dtype(config.dtype))
@@ -153,7 +157,6 @@ def sounding(labels: UInt8[Array, 'n h w']) -> Float[Array, 'n h w']:
 def check(config: ml_collections.ConfigDict, need) -> None:
   """Refuses values of model.backbone and vggish that cannot work, see config.check."""
   backbone = config.model.backbone
-  need('model.backbone.kind', backbone.kind in _BACKBONES, f'use one of {tuple(_BACKBONES)}')
   need('data.image_size', config.data.image_size % 32 == 0, 'use a multiple of 32 pixels')
   need('model.remat', config.model.remat in REMAT_POLICIES, f'use one of {tuple(REMAT_POLICIES)}')
   need('vggish.conv_widths', len(config.vggish.conv_widths) == 6, 'give six numbers')
