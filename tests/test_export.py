@@ -6,11 +6,12 @@ import sys
 import wave
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from aavs_jax import cli, export, serving
+from aavs_jax import cli, export, methods, serving
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.input_pipeline import audio
 from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
@@ -18,7 +19,9 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import resize_frame
 from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
+from aavs_jax.methods.aavs import class_scores
 from aavs_jax.predict import load_models
+from aavs_jax.training.work_folder import load_stages
 from tests.runs import ROOT
 from tests.test_predict import make_workdir
 
@@ -218,9 +221,23 @@ def test_onnx_gives_the_same_maps(stages, inputs, predicted, tmp_path):
     ]
     return {name: np.concatenate(of) for name, of in zip(outputs, zip(*frames))}
 
-  first = run('stage1', inputs)
-  ours = first['scores']
-  np.testing.assert_array_equal(first['mask'], of_scores(ours, soft=False))
-  assert (first['mask'] != predicted[0]).mean() < 1e-3
-  second = run('stage2', {**inputs, 'prior': predicted[0]})
-  assert (second['classes'] != predicted[1]).mean() < 1e-3
+  def scores(stage, values):
+    config, variables = stage
+    batch = {name: values[name] for name in methods.of(config).sees}
+    outputs, _ = jax.jit(methods.of(config).apply)(variables, batch)
+    return np.asarray(class_scores(outputs, config.data.image_size, config.data.eval_size))
+
+  # Of random models many scores are 0 but for rounding: maps are compared where they are not.
+  loaded = load_stages(*stages)
+  first, ours = run('stage1', inputs), scores(loaded[0], inputs)
+  np.testing.assert_allclose(first['scores'], ours, atol=5e-5 * ours.max())
+  np.testing.assert_array_equal(first['mask'], of_scores(first['scores'], soft=False))
+  clear = np.abs(ours[:, 0] - ours[:, 1]) > 1e-4
+  assert clear.mean() > 0.5
+  np.testing.assert_array_equal(first['mask'][clear], predicted[0][clear])
+
+  given = {**inputs, 'prior': predicted[0]}
+  second, ours = run('stage2', given), np.sort(scores(loaded[1], given), 1)
+  clear = ours[:, -1] - ours[:, -2] > 1e-4
+  assert clear.sum() > 20
+  np.testing.assert_array_equal(second['classes'][clear], predicted[1][clear])

@@ -298,12 +298,14 @@ def test_a_prediction_hands_over_what_the_config_of_stage_2_asks_for(soft, monke
   config, given = tiny.get_config('stage2'), []
   config.prior.soft = soft
 
-  def load(workdir, task):
-    if task == 'binary':
-      return tiny.get_config('stage1'), lambda *_: scores
-    return config, lambda frames, log_mel, mask: given.append(mask)
+  def model(config, _):
+    if config.task == 'binary':
+      return lambda *_: scores
+    return lambda frames, log_mel, mask: given.append(mask)
 
-  monkeypatch.setattr('aavs_jax.predict._load_model', load)
+  stages = work_folder.Trained(tiny.get_config('stage1'), None), work_folder.Trained(config, None)
+  monkeypatch.setattr('aavs_jax.predict.load_stages', lambda *_: stages)
+  monkeypatch.setattr('aavs_jax.predict._model', model)
   answer = load_models('one', 'two')
   shown, _ = answer([], None)
   assert np.array_equal(given[0], masks.of_scores(scores, soft))
