@@ -142,6 +142,19 @@ class TestText:
   def test_names_tell_parts(self, name, part):
     assert hlo.part_of(name) == part
 
+  def test_a_breakdown_has_small_parts_in_one_row(self):
+    def part(name, cycles, flops):
+      rest = {'bytes': 0, 'silent': 0}
+      return {'part': name, 'pass': 'forward', 'cycles': cycles, 'flops': flops, **rest}
+
+    parts = [part('big', 9.99e6, 1e9), part('a', 6e3, 2e9), part('b', 4e3, 4e9)]
+    rows = [line.split() for line in aot.format_breakdown(parts).splitlines()[1:]]
+    assert rows == [
+      ['big', 'forward', '9.99', '99.9%', '1.0', '0.00'],
+      ['2', 'more', '0.01', '0.1%', '6.0', '0.00'],
+      ['all', 'of', 'it', '10.00', '100.0%', '7.0', '0.00'],
+    ]
+
   def test_traffic_is_that_of_hbm_as_laid_out(self):
     # Each round reads one slice of the stack and the state; the product stays on the chip, S(1).
     loop = 3 * (2 * 128 * 256 + 4 * 4 * 128)

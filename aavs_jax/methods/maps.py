@@ -22,6 +22,7 @@ from aavs_jax.methods.method import Method
 from aavs_jax.models.pvt_v2 import PVTv2
 from aavs_jax.models.repeat import REMAT_POLICIES
 from aavs_jax.models.resnet import ResNet
+from aavs_jax.models.sampling import resize_maps
 from aavs_jax.models.vggish import VGGish
 from aavs_jax.types import Variables
 
@@ -119,8 +120,7 @@ def method(
   def predict(outputs):
     logits = outputs.logits
     if image_size != eval_size:
-      shape = (logits.shape[0], eval_size, eval_size, logits.shape[-1])
-      logits = jax.image.resize(logits, shape, 'bilinear', antialias=False)
+      logits = resize_maps(logits, (eval_size, eval_size))
     if config.task == 'semantic':
       return jnp.argmax(logits, -1).astype(jnp.uint8)
     # Scores whose sigmoid(2 s1 - s0), of which the metric takes thresholds, is that of the logit.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aavs_jax.models.audio_queries import torch_linear_init
+from aavs_jax.models.sampling import resize_maps
 
 torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # +-1/sqrt(fan in)
 
@@ -99,7 +100,7 @@ class Head(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'n h w d']) -> Float[Array, 'n y x c']:
-    n, height, width, _ = x.shape
+    _, height, width, _ = x.shape
     first, second = self.widths
 
     def convolution(features, size, name, **options):
@@ -108,8 +109,7 @@ class Head(nn.Module):
       )
 
     h = convolution(first, 3, 'conv0')(x)
-    shape = (n, height * self.scale, width * self.scale, first)
-    h = jax.image.resize(h, shape, 'bilinear', antialias=False)
+    h = resize_maps(h, (height * self.scale, width * self.scale))
     h = nn.relu(convolution(second, 3, 'conv1')(h))
     h = convolution(self.classes, 1, 'conv2', use_bias=self.use_bias)(h)
     return h.astype(jnp.float32)

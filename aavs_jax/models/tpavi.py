@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from aavs_jax.models.audio_queries import torch_linear_init
 from aavs_jax.models.convolutions import Convolution, Head, torch_init
 from aavs_jax.models.norms import BatchNorm, layer_norm
-from aavs_jax.models.sampling import enlarge_aligned
+from aavs_jax.models.sampling import enlarge_aligned, resize_maps
 
 TOGETHER = 5  # frames that see each other
 _DILATIONS = (3, 6, 12, 18)
@@ -180,6 +180,4 @@ class TPAVI(nn.Module):
 
 def fit_prior(prior: Float[Array, 'n e e'], like: Float[Array, 'n y x d']) -> jax.Array:
   """The prior at the size of features, for every channel of them."""
-  shape = (*like.shape[:3], 1)
-  resized = jax.image.resize(prior[..., None], shape, 'bilinear', antialias=False)
-  return resized.astype(like.dtype)
+  return resize_maps(prior[..., None], like.shape[1:3]).astype(like.dtype)

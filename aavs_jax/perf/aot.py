@@ -385,9 +385,21 @@ def _measure(step: jax.stages.Compiled, where: Slice, seconds: float) -> dict[st
 
 
 def format_breakdown(parts: Sequence[dict[str, Any]]) -> str:
-  """Cycles, FLOPs and bytes by part of the model, largest first, as a table."""
-  whole = {key: sum(part[key] for part in parts) for key in ('cycles', 'flops', 'bytes', 'silent')}
-  rows = [*parts, {'part': 'all of it', 'pass': '', **whole}]
+  """Cycles, FLOPs and bytes by part of the model, largest first, as a table.
+
+  Parts below a thousandth of the cycles, of which there are dozens, are a row together.
+  """
+
+  def together(name, parts):
+    keys = ('cycles', 'flops', 'bytes', 'silent')
+    return {'part': name, 'pass': '', **{key: sum(part[key] for part in parts) for key in keys}}
+
+  whole = together('all of it', parts)
+  small = [part for part in parts if part['cycles'] < whole['cycles'] / 1000]
+  rows = [part for part in parts if part not in small]
+  if small:
+    rows.append(together(f'{len(small)} more', small))
+  rows.append(whole)
   width = max(len(row['part']) for row in rows) + 2
   lines = [f'  {"":{width}}{"":10}{"M cycles":>10}{"share":>8}{"GFLOP":>10}{"GB":>8}']
   for row in rows:
