@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_collections
 from absl import flags
@@ -13,13 +14,11 @@ from ml_collections import config_flags
 
 from aavs_jax import methods
 from aavs_jax.configs import base
-from aavs_jax.input_pipeline.clips import Clip
+from aavs_jax.input_pipeline.clips import EVAL_ITEM_FRAMES, IGNORE, Clip
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.index import require_classes
-from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Task
-from aavs_jax.input_pipeline.labels import IGNORE
-from aavs_jax.input_pipeline.prepared import require_sizes
-from aavs_jax.input_pipeline.prior import Faults
+
+if TYPE_CHECKING:  # benchmarks run where what reads data is not installed
+  from aavs_jax.input_pipeline.items import Task
 
 # All numbers of a config are finite and positive; these may be zero besides.
 _MAY_BE_ZERO = (
@@ -201,8 +200,11 @@ def stage_of(config: ml_collections.ConfigDict) -> str:
   return 'stage 2' if config.use_prior else 'end to end'
 
 
-def task_of(config: ml_collections.ConfigDict) -> Task:
+def task_of(config: ml_collections.ConfigDict) -> 'Task':
   """What the input pipeline needs to know of a config."""
+  from aavs_jax.input_pipeline.items import Task
+  from aavs_jax.input_pipeline.prior import Faults
+
   prior = config.prior
   return Task(
     semantic=config.task == 'semantic',
@@ -223,6 +225,9 @@ def task_of(config: ml_collections.ConfigDict) -> Task:
 
 def require_fit(clips: Sequence[Clip], config: ml_collections.ConfigDict) -> None:
   """Raises UserError for clips that cannot be used with a config, before any of them is read."""
+  from aavs_jax.input_pipeline.index import require_classes
+  from aavs_jax.input_pipeline.prepared import require_sizes
+
   if config.task == 'semantic':
     require_classes(clips)
     classes = len(clips[0].data_set.classes)

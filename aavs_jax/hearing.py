@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from aavs_jax import config as config_lib
 from aavs_jax.console import Progress, say
 from aavs_jax.input_pipeline import audio, files, labels, reader
-from aavs_jax.input_pipeline.clips import Clip
+from aavs_jax.input_pipeline.clips import IGNORE, Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
 from aavs_jax.models.vggish import VGGish
@@ -106,7 +106,7 @@ def _seconds(config, clip: Clip) -> Examples:
   read = reader.read_clip(clip, size, config.data.eval_size)
   present = [labels.values(read.label_ids(t, size)) for t in clip.labelled_frames]
   return log_mel[list(clip.labelled_frames)], [
-    np.isin(np.arange(1, labels.IGNORE), values) for values in present
+    np.isin(np.arange(1, IGNORE), values) for values in present
   ]
 
 

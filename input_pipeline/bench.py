@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from . import audio, images, items, pipeline, prepare, prepared
-from .clips import Clip
+from .clips import EVAL_ITEM_FRAMES, Clip
 from .compose.dataset import compose
 from .errors import UserError
 from .index import read_index
@@ -226,7 +226,7 @@ def _cpu(function: Callable, *arguments):
 
 def _time_parts(clips: Sequence[Clip], task: items.Task, seconds: float) -> dict[str, float]:
   """CPU seconds a frame of load_training_item by part; medians over the items read in the time."""
-  cut = items.make_items(clips, items.EVAL_ITEM_FRAMES)
+  cut = items.make_items(clips, EVAL_ITEM_FRAMES)
   rows = []  # the whole, then its parts
   until = time.monotonic() + seconds
   for number, item in enumerate(itertools.cycle(cut)):

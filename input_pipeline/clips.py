@@ -15,6 +15,8 @@ from . import files
 from .errors import UserError
 
 SPLITS = ('train', 'val', 'test')
+IGNORE = 255  # label value that belongs to no target
+EVAL_ITEM_FRAMES = 5
 
 _MAX_TABLE = 16_000_000  # bytes; the published tables have less than two million
 

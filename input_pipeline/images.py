@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from . import files, labels
-from .clips import Clip
+from .clips import IGNORE, Clip
 from .errors import UserError
 
 _MAX_PIXELS = 50_000_000
@@ -137,11 +137,11 @@ def _read_ids(path: str, classes: int) -> np.ndarray:
     rgb, ids = ids, ids[..., 0]
     if (rgb != ids[..., None]).any():
       raise UserError(f'{path} is coloured, where class ids as grey values are needed: write those')
-  wrong = ids[(ids >= classes) & (ids != labels.IGNORE)]
+  wrong = ids[(ids >= classes) & (ids != IGNORE)]
   if wrong.size:
     raise UserError(
       f'{path} holds class id {wrong[0]} ({wrong.size} pixels are wrong), but ids are 0 to '
-      f'{classes - 1}, or {labels.IGNORE} to ignore a pixel: write the label anew'
+      f'{classes - 1}, or {IGNORE} to ignore a pixel: write the label anew'
     )
   return ids.astype(np.uint8, copy=False)
 

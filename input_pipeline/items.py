@@ -8,12 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import labels, listening, masks, prior
-from .clips import Clip
+from .clips import IGNORE, Clip
 from .errors import UserError
 from .index import require_classes
 from .reader import Reader, read_clip
-
-EVAL_ITEM_FRAMES = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +93,13 @@ def _log_mel(clip: Clip, sound: listening.Sound, item: Item) -> np.ndarray:
 def targets_of(reader: Reader, t: int, task: Task) -> np.ndarray:
   """Class ids at the model's size; in the binary task 1 stands for all that sound."""
   ids = reader.label_ids(t, task.image_size)
-  return ids if task.semantic else np.where(ids == labels.IGNORE, ids, np.minimum(ids, 1))
+  return ids if task.semantic else np.where(ids == IGNORE, ids, np.minimum(ids, 1))
 
 
 def classes_of(reader: Reader, t: int, ids: np.ndarray, task: Task) -> np.ndarray:
   """What occurs in the label of frame t, in order; UserError for a class that the model lacks."""
   present = labels.values(ids)
-  present = present[present != labels.IGNORE]
+  present = present[present != IGNORE]
   if present.size and present[-1] >= task.num_classes:
     raise UserError(
       f'{reader.label_name(t)} holds class id {present[-1]}, config.num_classes is '

@@ -2,10 +2,9 @@
 
 import functools
 
-import cv2
 import numpy as np
 
-IGNORE = 255  # label value that belongs to no target
+from .clips import IGNORE
 
 
 def colour_map(classes: int) -> np.ndarray:
@@ -79,6 +78,8 @@ def ids_to_colours(ids: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 def values(ids: np.ndarray) -> np.ndarray:
   """What occurs in uint8 ids [H, W], in order; np.unique takes ten times as long."""
+  import cv2  # here, since the self-test runs where it is not installed
+
   return np.flatnonzero(cv2.calcHist([ids], [0], None, [256], [0, 256]))
 
 
@@ -102,5 +103,7 @@ def binary_metric_target(rgb: np.ndarray, size: int) -> np.ndarray:
   The released evaluation resizes the *colour* image with OpenCV's bilinear filter and takes every
   pixel whose grey value is above zero, so objects are slightly dilated.
   """
+  import cv2
+
   resized = cv2.resize(rgb, (size, size), interpolation=cv2.INTER_LINEAR)
   return cv2.cvtColor(resized, cv2.COLOR_RGB2GRAY) > 0

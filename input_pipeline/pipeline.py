@@ -13,10 +13,10 @@ import grain
 import numpy as np
 
 from . import listening, packing
-from .clips import Clip
+from .clips import EVAL_ITEM_FRAMES, Clip
 from .errors import UserError
 from .index import require_classes
-from .items import EVAL_ITEM_FRAMES, Item, Lot, Task, load_training_item, make_items
+from .items import Item, Lot, Task, load_training_item, make_items
 from .read_ahead import read_ahead, unless_stopping
 
 

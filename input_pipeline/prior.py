@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 
 from . import labels
+from .clips import IGNORE
 
 # Of 255, in every pixel: there is no prior. The decoder then adds the embedding of doubt to all
 # keys (0.4 to 0.6), blocks none of them (below 0.5), and adds one and the same number to all mask
@@ -36,7 +37,7 @@ NO_FAULTS = Faults()
 
 def truth(ids: np.ndarray) -> np.ndarray:
   """The ground truth as the prior: uint8 [e, e] of 0 and 255 of class ids uint8 [e, e]."""
-  return ((ids > 0) & (ids != labels.IGNORE)).astype(np.uint8) * 255
+  return ((ids > 0) & (ids != IGNORE)).astype(np.uint8) * 255
 
 
 def disturb(
@@ -73,7 +74,7 @@ def disturb(
 
 
 def _objects(ids: np.ndarray) -> list[int]:
-  return [value for value in labels.values(ids).tolist() if value not in (0, labels.IGNORE)]
+  return [value for value in labels.values(ids).tolist() if value not in (0, IGNORE)]
 
 
 def _elsewhere(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -39,7 +39,7 @@ from aavs_jax.input_pipeline import (
   prepared,
 )
 from aavs_jax.input_pipeline.bad_clips import find_bad_clips, leave_out
-from aavs_jax.input_pipeline.clips import SPLITS
+from aavs_jax.input_pipeline.clips import IGNORE, SPLITS
 from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.images import (
@@ -229,7 +229,7 @@ def test_grey_of_16_bits_is_scaled_in_frames_and_stays_in_labels(root):
   assert np.abs(read_image(clip.frame_path(0))[0, :255, 0] - ramp[0, :255]).max() == 0
 
   ids = np.minimum(ramp, 70)
-  ids[0] = labels.IGNORE
+  ids[0] = IGNORE
   Image.fromarray(ids).save(clip.label_ids_path(0))
   np.testing.assert_array_equal(load_label_ids(clip, 0), ids)
   assert load_label_ids(clip, 0).dtype == np.uint8

@@ -110,6 +110,20 @@ def test_modules_are_attributes_of_the_package():
   subprocess.run([sys.executable, '-c', code], check=True)
 
 
+def test_benchmarks_and_the_self_test_need_nothing_that_reads_data():
+  code = (
+    'import sys\n'
+    'for name in ("array_record", "av", "cv2", "grain", "librosa", "matplotlib", "orbax",\n'
+    '             "soundfile", "tensorflow_datasets"):\n'
+    '  sys.modules[name] = None\n'
+    'from aavs_jax import config\n'
+    'from aavs_jax.perf import aot, bench, peer, sweep\n'
+    'from aavs_jax.pytorch import selftest\n'
+    'config.load("configs/avss_stage2.py")\n'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
+
+
 def test_the_least_versions_that_are_tested_are_those_that_are_asked_for():
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
   lists = [project['dependencies'], *project['optional-dependencies'].values()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.scoring import metrics
 
 GOLDENS = np.load(Path(__file__).parent / 'goldens' / 'metrics.npz')

@@ -15,6 +15,7 @@ from PIL import Image
 from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline import avsbench, labels, listening, masks, pipeline
 from aavs_jax.input_pipeline.bad_clips import find_bad_clips
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids
 from aavs_jax.input_pipeline.index import read_index
@@ -185,7 +186,7 @@ def test_a_class_that_the_model_lacks_is_refused_by_name(train_clips, tmp_path, 
   clip = dataclasses.replace(train_clips[-1], root=str(tmp_path))
   shutil.copytree(train_clips[-1].folder, clip.folder)
   path = clip.label_ids_path(6)
-  halves = np.where(np.arange(72) < 40, 70, labels.IGNORE).astype(np.uint8)
+  halves = np.where(np.arange(72) < 40, 70, IGNORE).astype(np.uint8)
   _resave(path, lambda ids: np.broadcast_to(halves[:, None], ids.shape))
   if colours:  # which are read where there are no ids
     os.remove(path)

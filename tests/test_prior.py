@@ -15,8 +15,8 @@ from etils import epath
 from aavs_jax import config as config_lib
 from aavs_jax import hand_over
 from aavs_jax.cross_fit import cross_fit
-from aavs_jax.input_pipeline import labels, listening, masks, pipeline, prior
-from aavs_jax.input_pipeline.clips import fold_of
+from aavs_jax.input_pipeline import listening, masks, pipeline, prior
+from aavs_jax.input_pipeline.clips import IGNORE, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Item, Lot, Task, load_eval_item, load_training_item
@@ -44,7 +44,7 @@ class TestFaults:
     ids = np.zeros((40, 40), np.uint8)
     ids[4:14, 6:18] = 3
     ids[20:32, 30:] = 8
-    ids[38:, :] = labels.IGNORE
+    ids[38:, :] = IGNORE
     return ids
 
   def test_without_faults_it_is_the_truth(self, ids):
@@ -70,7 +70,7 @@ class TestFaults:
     other = np.where(ids == 8, 5, 0).astype(np.uint8)
     now = np.where(ids == 3, 3, 0).astype(np.uint8)
     mask = disturb(now, [now, other], _rng(), Faults(added=1.0))
-    assert np.array_equal(mask, 255 * (ids > 0) * (ids != labels.IGNORE))
+    assert np.array_equal(mask, 255 * (ids > 0) * (ids != IGNORE))
     silent = disturb(np.zeros_like(ids), [now], _rng(), Faults(added=1.0))
     assert np.array_equal(silent, prior.truth(now))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aavs_jax.input_pipeline.avsbench import CLASSES, SemanticClip
-from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.pytorch import recordings, selftest
 from aavs_jax.scoring import metrics, protocols
 

@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from aavs_jax.input_pipeline.labels import IGNORE, colour_map
+from aavs_jax.input_pipeline.clips import IGNORE
+from aavs_jax.input_pipeline.labels import colour_map
 
 SOUNDING_COLOUR = (255, 45, 110)  # of binary masks: a pink that few frames contain
 

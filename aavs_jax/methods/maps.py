@@ -15,8 +15,8 @@ import ml_collections
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.methods.aavs import normalise
 from aavs_jax.methods.method import Method
 from aavs_jax.models.pvt_v2 import PVTv2

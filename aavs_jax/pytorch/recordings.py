@@ -18,8 +18,8 @@ import numpy as np
 from flax.core import FrozenDict
 
 from aavs_jax.configs import avss_stage1, avss_stage2
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.methods.matching import Targets
 from aavs_jax.methods.set_loss import PointDraws
 from aavs_jax.models.aavs import AAVS

@@ -8,7 +8,7 @@ an array, and all that `protocols.summarise` needs.
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from aavs_jax.input_pipeline.labels import IGNORE
+from aavs_jax.input_pipeline.clips import IGNORE
 
 _BETA_SQUARED = 0.3
 # float32 as in the release: there the last threshold, 1 - 1e-10, rounds to 1.

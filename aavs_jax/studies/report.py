@@ -14,11 +14,10 @@ from matplotlib.figure import Figure
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.hearing import HEARD
 from aavs_jax.input_pipeline import files, prepared
-from aavs_jax.input_pipeline.clips import Clip
+from aavs_jax.input_pipeline.clips import IGNORE, Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_ids
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.labels import IGNORE
 from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.stepping_stones import EVALUATIONS
 from aavs_jax.studies import html
