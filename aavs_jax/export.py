@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -185,13 +186,15 @@ def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
   def run(*values):
     return tuple(function(numbers, dict(zip(inputs, values))).values())
 
-  model = to_onnx(
-    run,
-    list(inputs.values()),
-    model_name=name,
-    input_names=list(inputs),
-    output_names=list(outputs),
-  )
+  # ONNX knows no platforms: of forms that differ by them, the default one is written.
+  with mock.patch('jax.lax.platform_dependent', lambda *values, default, **_: default(*values)):
+    model = to_onnx(
+      run,
+      list(inputs.values()),
+      model_name=name,
+      input_names=list(inputs),
+      output_names=list(outputs),
+    )
   path = folder / f'{name}.onnx'
   path.write_bytes(model.SerializeToString())  # all in one file, which jax2onnx's own need not be
   return {**_file(path), **_signature(inputs, outputs)}

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aavs_jax.models.deformable_attention import attend_dense, attend_gather
-from aavs_jax.models.sampling import resize, sample
+from aavs_jax.models.deformable_attention import attend_dense, read_at_once, read_in_turn
+from aavs_jax.models.sampling import resize, resize_maps, sample
 
 
 def _bilinear(image, x, y):
@@ -32,7 +32,8 @@ def test_sample_is_bilinear_with_zeros_outside(form):
   np.testing.assert_allclose(sample(jnp.asarray(maps), points, form), expected, atol=1e-5)
 
 
-def test_forms_of_deformable_attention_agree_in_value_and_gradient():
+@pytest.mark.parametrize('form', [read_at_once, read_in_turn])
+def test_forms_of_deformable_attention_agree_in_value_and_gradient(form):
   rng = np.random.default_rng(1)
   values = [
     jnp.asarray(rng.standard_normal((2, h, w, 2, 4)), jnp.float32) for h, w in [(3, 4), (6, 8)]
@@ -45,8 +46,17 @@ def test_forms_of_deformable_attention_agree_in_value_and_gradient():
     run = jax.jit(lambda *args: (form(*args), jax.grad(loss, (0, 1, 2))(*args)))
     return run(values, locations, weights)
 
-  for a, b in zip(jax.tree.leaves(both(attend_dense)), jax.tree.leaves(both(attend_gather))):
+  for a, b in zip(jax.tree.leaves(both(attend_dense)), jax.tree.leaves(both(form))):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize('size', [(24, 36), (3, 20), (7, 5)])
+def test_resize_by_reading_pixels_is_the_product(size):
+  maps = jnp.asarray(np.random.default_rng(2).standard_normal((2, 6, 9, 3)), jnp.float32)
+  want = resize_maps(maps, size)
+  np.testing.assert_allclose(resize(maps, size, (1, 2)), want, atol=2e-6)
+  channels_first = resize(jnp.moveaxis(maps, -1, 1), size)
+  np.testing.assert_allclose(jnp.moveaxis(channels_first, 1, -1), want, atol=2e-6)
 
 
 def test_resize_does_not_antialias():

@@ -112,10 +112,10 @@ def class_scores(outputs: Outputs, image_size: int, out_size: int) -> Float[Arra
   Masks are resized to the image before the sigmoid, scores to out_size after the sum; both
   bilinear without antialiasing. The argmax over c is the predicted map.
   """
-  masks = resize(outputs.mask_logits[-1], (image_size, image_size))
+  masks = resize(jnp.moveaxis(outputs.mask_logits[-1], 1, -1), (image_size, image_size), (1, 2))
   classes = jax.nn.softmax(outputs.class_logits[-1], -1)[..., :-1]
-  scores = jnp.einsum('nqc,nqhw->nchw', classes, jax.nn.sigmoid(masks))
-  return resize(scores, (out_size, out_size))
+  scores = jnp.einsum('nhwq,nqc->nhwc', jax.nn.sigmoid(masks), classes)
+  return jnp.moveaxis(resize(scores, (out_size, out_size), (1, 2)), -1, 1)
 
 
 def check(config: ml_collections.ConfigDict, need) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from aavs_jax.methods import maps
 from aavs_jax.methods.method import Method
 from aavs_jax.models.avsegformer import AVSegFormer
-from aavs_jax.models.sampling import resize
+from aavs_jax.models.sampling import resize_maps
 
 MAY_BE_ZERO = (*maps.MAY_BE_ZERO, 'model.dropout', 'loss.mixer_weight')
 
@@ -23,8 +23,9 @@ def method(config: ml_collections.ConfigDict) -> Method:
   def loss(outputs, batch, share):
     labels = batch['labels']
     truth = maps.sounding(labels)
-    mean = outputs.mask_features.astype(jnp.float32).mean(-1)
-    mixer = (dice(resize(mean, labels.shape[1:]), truth) * share).sum() * config.loss.mixer_weight
+    mean = outputs.mask_features.astype(jnp.float32).mean(-1, keepdims=True)
+    mean = resize_maps(mean, labels.shape[1:])[..., 0]
+    mixer = (dice(mean, truth) * share).sum() * config.loss.mixer_weight
     if binary:
       wrong = dice(outputs.logits[..., 0], truth)
     else:

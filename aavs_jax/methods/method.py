@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from aavs_jax.devices.mesh import compiler_options
 from aavs_jax.types import Batch, Variables
 
 Outputs = Any  # a pytree; the method alone knows what is in it
@@ -82,7 +84,7 @@ class Method(NamedTuple):
   """Keys of the config that say how, but not what, is computed; with the value of least FLOPs."""
 
 
-def compiled_predict(method: Method) -> jax.stages.Wrapped:
+def compiled_predict(method: Method, mesh: Mesh) -> jax.stages.Wrapped:
   """Jitted (variables, batch) -> predictions, for evaluation, benchmarks and `aavs aot` alike."""
 
   def step(variables, batch):
@@ -90,7 +92,7 @@ def compiled_predict(method: Method) -> jax.stages.Wrapped:
     return method.predict(outputs)
 
   # What this variant of the model leaves unused is on the devices all the same.
-  return jax.jit(step, keep_unused=True)
+  return jax.jit(step, keep_unused=True, compiler_options=compiler_options(mesh))
 
 
 def seen(method: Method, batch: Batch) -> Batch:

@@ -13,7 +13,7 @@ from aavs_jax.models.convolutions import Convolution
 from aavs_jax.models.deformable_attention import DeformableAttention
 from aavs_jax.models.norms import group_norm, layer_norm
 from aavs_jax.models.repeat import run_layers
-from aavs_jax.models.sampling import resize
+from aavs_jax.models.sampling import resize_maps
 
 
 def sine_positions(
@@ -126,8 +126,7 @@ class PixelDecoder(nn.Module):
 
     lateral = nn.Conv(self.hidden, (1, 1), use_bias=False, dtype=self.dtype, name='lateral')
     h = norm('lateral_norm')(lateral(maps[0]))
-    finest = outputs[-1].transpose(0, 3, 1, 2)
-    h = h + resize(finest, maps[0].shape[1:3]).transpose(0, 2, 3, 1)
+    h = h + resize_maps(outputs[-1], maps[0].shape[1:3])
     smooth = Convolution(
       self.hidden,
       3,

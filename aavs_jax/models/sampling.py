@@ -6,14 +6,44 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 
-def resize(maps: Float[Array, '... h w'], size: tuple[int, int]) -> Float[Array, '... y x']:
-  """Bilinear resize of the last two axes without antialiasing, also where it shrinks."""
-  shape = (*maps.shape[:-2], *size)
-  return jax.image.resize(maps, shape, 'bilinear', antialias=False)
+def resize(
+  maps: Float[Array, '...'], size: tuple[int, int], axes: tuple[int, int] = (-2, -1)
+) -> Float[Array, '...']:
+  """Bilinear resize of two axes without antialiasing, also where it shrinks.
+
+  Two pixels an axis are read, but on TPUs, which multiply instead. For gradients use resize_maps:
+  those of reading pixels are added up one by one.
+  """
+
+  def product(maps):
+    shape = list(maps.shape)
+    for axis, length in zip(axes, size):
+      shape[axis] = length
+    return jax.image.resize(maps, shape, 'bilinear', antialias=False)
+
+  def pixels(maps):
+    for axis, length in zip(axes, size):
+      maps = _between(maps, length, axis)
+    return maps
+
+  return jax.lax.platform_dependent(maps, tpu=product, default=pixels)
+
+
+def _between(maps: Float[Array, '...'], length: int, axis: int) -> Float[Array, '...']:
+  """Resizes one axis, with positions in float32 as PyTorch has them."""
+  axis %= maps.ndim
+  last = maps.shape[axis] - 1
+  scale, half = np.float32(maps.shape[axis] / length), np.float32(0.5)
+  at = np.maximum(scale * (np.arange(length, dtype=np.float32) + half) - half, 0)
+  low = np.minimum(at.astype(np.int32), last)
+  share = (at - low).astype(maps.dtype).reshape(-1, *[1] * (maps.ndim - 1 - axis))
+  near = jnp.take(maps, jnp.asarray(low), axis=axis, mode='clip')
+  far = jnp.take(maps, jnp.asarray(np.minimum(low + 1, last)), axis=axis, mode='clip')
+  return near * (1 - share) + far * share
 
 
 def resize_maps(maps: Float[Array, 'n h w c'], size: tuple[int, int]) -> Float[Array, 'n y x c']:
-  """The same of maps whose channels are last."""
+  """The same of maps whose channels are last, as products."""
   shape = (maps.shape[0], *size, maps.shape[-1])
   return jax.image.resize(maps, shape, 'bilinear', antialias=False)
 

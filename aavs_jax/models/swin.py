@@ -138,7 +138,7 @@ class WindowAttention(nn.Module):
     rows = (2 * self.window - 1) ** 2
     table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
     index = relative_position_index(self.window)[np.ix_(order, order)]
-    bias = table[index].transpose(2, 0, 1)
+    bias = table.T[:, index]  # a head's values beside each other, as the scores are
     scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
     scores = scores * (width // self.heads) ** -0.5 + bias
     if mask is not None:
