@@ -179,7 +179,7 @@ def compile_predict(
   variables = jax.tree.map(lambda leaf: placed(leaf, replicated(mesh)), state.variables)
   batch = seen(method, abstract_batch(config, mesh, frames))
   with jax.set_mesh(mesh):
-    lowered = compiled_predict(method).lower(variables, batch)
+    lowered = compiled_predict(method, mesh).lower(variables, batch)
   return _compile(lowered)
 
 

@@ -52,33 +52,30 @@ def random_batch(config: ml_collections.ConfigDict, frames: int) -> dict[str, np
 
 class _Compiled(NamedTuple):
   run: Callable  # (state, batch) -> (next state, metrics), or (model, batch) -> predictions
-  make_state: Callable  # key -> state or model, where it belongs
+  make_state: Callable  # () -> state or model, where it belongs, of noise
   state: Any  # its shapes and places
   trace_seconds: float  # from Python to XLA's input
   compile_seconds: float
+  text: Callable[[], str]  # of the compiled module
 
 
 def compile_step(what: str, config: ml_collections.ConfigDict, batch: Any, phase: int) -> _Compiled:
   """Compiles a step as training or evaluation runs it; `what` is a key of TITLES."""
   method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
   key = jax.random.key(config.seed)
+  shapes = jax.eval_shape(method.init, key)
   if what == 'step':
     built = phases.build(config, method, mesh, phase, 1)
     state, step = built.abstract, built.step
     arguments = lambda batch: (batch, key)  # noqa: E731
 
-    def begin(key):
-      first = flatten(method.init(key))
+    def make_state():
+      first = _noise(flatten(shapes), replicated(mesh))
       return built.begin(first, first)
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    make_state = jax.jit(begin, out_shardings=places)
   else:
-    make_state = jax.jit(method.init, out_shardings=replicated(mesh))
-    state = jax.tree.map(
-      lambda leaf: placed(leaf, replicated(mesh)), jax.eval_shape(method.init, key)
-    )
-    step = compiled_predict(method)
+    state = jax.tree.map(lambda leaf: placed(leaf, replicated(mesh)), shapes)
+    make_state = lambda: _noise(shapes, replicated(mesh))  # noqa: E731
+    step = compiled_predict(method, mesh)
     arguments = lambda batch: (seen(method, batch),)  # noqa: E731
   started = time.perf_counter()
   with jax.set_mesh(mesh):
@@ -92,7 +89,18 @@ def compile_step(what: str, config: ml_collections.ConfigDict, batch: Any, phase
     state,
     traced - started,
     done - traced,
+    run.as_text,
   )
+
+
+def _noise(shapes: Any, place: jax.sharding.Sharding) -> Any:
+  """Numbers for arrays: to compile what initialises a model takes GPUs longer than the step."""
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    return (0.02 * rng.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+
+  return jax.device_put(jax.tree.map(draw, shapes), place)
 
 
 def place(config: ml_collections.ConfigDict, frames: int) -> dict[str, jax.Array]:
@@ -132,7 +140,7 @@ def bench(
     raise UserError(f'--repeats is {repeats}: use 1 or more')
   batch = place(config, frames)
   compiled = compile_step(what, config, batch, phase)
-  state = compiled.make_state(jax.random.key(config.seed))
+  state = compiled.make_state()
   seconds = []
   for _ in range(repeats + 1):
     started = time.perf_counter()

@@ -1,6 +1,8 @@
 """What one accelerator can tell in a few minutes: speed by batch, dtype and form, peer, kernels."""
 
 import collections
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,11 +15,11 @@ import ml_collections
 from aavs_jax.console import duration
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.perf import bench, peer
+from aavs_jax.perf import bench, hlo, peer
 from aavs_jax.perf.bench import TITLES
 
 CLIP_FRAMES = 5
-CLIPS = (16, 64, 32, 4, 1)  # of a batch; first what tells most
+CLIPS = (16, 32, 4, 1, 64)  # of a batch; first what tells most
 KERNELS = 10
 _REPEATS = 5
 
@@ -39,13 +41,14 @@ class Case(NamedTuple):
     return f'stage {self.stage}, {step}, {self.clips} clips, {how}'
 
 
-def cases(modes: Mapping[str, str]) -> Iterator[Case]:
+def cases(modes: Mapping[str, str], sampling: str) -> Iterator[Case]:
   """All measurements, what tells most first: time may end before they do.
 
   Args:
     modes: of the peer, the best first, and the dtype of ours that each is compared with.
+    sampling: the form of all but two, which have the other one.
   """
-  first = Case('ours', 'step', 2, 2, 'bfloat16', 'dense', CLIPS[0])
+  first = Case('ours', 'step', 2, 2, 'bfloat16', sampling, CLIPS[0])
   seen = set()
 
   def new(**changes):
@@ -60,8 +63,6 @@ def cases(modes: Mapping[str, str]) -> Iterator[Case]:
   for what in TITLES:
     for mode in list(modes)[:1]:
       yield from new(who=mode, what=what, dtype=modes[mode])
-  for what in TITLES:
-    yield from new(what=what, sampling='gather')
   for clips in CLIPS[2:]:
     for what in TITLES:
       yield from new(what=what, clips=clips)
@@ -71,6 +72,8 @@ def cases(modes: Mapping[str, str]) -> Iterator[Case]:
   for phase in (2, 1):
     yield from new(stage=1, phase=phase)
   yield from new(stage=1, what='predict')
+  for what in TITLES:
+    yield from new(what=what, sampling={'gather': 'dense', 'dense': 'gather'}[sampling])
   for mode in modes:
     for clips in CLIPS[1:]:
       for what in TITLES:
@@ -118,7 +121,7 @@ def sweep(
     longest = max(longest, time.monotonic() - started)
     return found
 
-  for number, case in enumerate(cases(modes)):
+  for number, case in enumerate(cases(modes, configs[2].model.sampling)):
     config = configs[case.stage].copy_and_resolve_references()
     config.dtype, config.model.sampling = case.dtype, case.sampling
     frames = case.clips * CLIP_FRAMES
@@ -160,51 +163,67 @@ def _peer(what, config, frames, phase, kind, mode) -> dict[str, Any]:
 
 
 def kernels(config: ml_collections.ConfigDict, frames: int, phase: int) -> dict[str, Any]:
-  """The kernels of one training step, see `traced`."""
+  """The kernels of one training step, see `traced`; in a process of its own."""
+  # Recorded as one command, kernels would not say to which operation they belong.
+  flags = os.environ.get('XLA_FLAGS', '')
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_enable_command_buffer='
   batch = bench.place(config, frames)
   compiled = bench.compile_step('step', config, batch, phase)
-  state = compiled.make_state(jax.random.key(config.seed))
-  state, _ = jax.block_until_ready(compiled.run(state, batch))
-  return traced(lambda: compiled.run(state, batch))
+  state, _ = jax.block_until_ready(compiled.run(compiled.make_state(), batch))
+  return traced(lambda: compiled.run(state, batch), compiled.text())
 
 
-def traced(run: Callable[[], Any]) -> dict[str, Any]:
-  """The kernels in which the device spends most of its time.
+def traced(run: Callable[[], Any], text: str) -> dict[str, Any]:
+  """What the device spends its time with.
 
   Args:
     run: what it is to do; compiled already.
+    text: of the compiled module, from which parts of the model have their names.
 
   Returns:
-    'seconds' of all kernels, their number 'count', and 'largest': name, seconds and count of each.
+    'seconds' of all kernels, their number 'count', and sorted by seconds 'largest': name, seconds
+    and count of the kernels that take most, and 'parts': part and pass (see hlo.part_of), seconds
+    and count of all.
   """
-  seconds, number = collections.Counter(), collections.Counter()
+  scope = dict(re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', text, re.M))
+  by_name, by_part = (collections.defaultdict(lambda: [0.0, 0]) for _ in range(2))
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = 0
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder, profiler_options=options):
       jax.block_until_ready(run())
     (file,) = Path(folder).rglob('*.xplane.pb')
-    for name, nanoseconds in _events(jax.profiler.ProfileData.from_file(str(file))):
-      seconds[name] += nanoseconds / 1e9
-      number[name] += 1
+    for event in _events(jax.profiler.ProfileData.from_file(str(file))):
+      operation = dict(event.stats).get('hlo_op', event.name)
+      for table, key in (
+        (by_name, event.name),
+        (by_part, hlo.part_of(scope.get(operation, ''))),
+      ):
+        table[key][0] += event.duration_ns / 1e9
+        table[key][1] += 1
+
+  def ordered(table, *names):
+    rows = sorted(table.items(), key=lambda row: -row[1][0])
+    return [
+      dict(zip(names, key)) | {'seconds': spent, 'count': count} for key, (spent, count) in rows
+    ]
+
   return {
-    'seconds': sum(seconds.values()),
-    'count': sum(number.values()),
-    'largest': [
-      {'name': name, 'seconds': spent, 'count': number[name]}
-      for name, spent in seconds.most_common(KERNELS)
-    ],
+    'seconds': sum(spent for spent, _ in by_name.values()),
+    'count': sum(count for _, count in by_name.values()),
+    'largest': ordered({(name,): found for name, found in by_name.items()}, 'name')[:KERNELS],
+    'parts': ordered(by_part, 'part', 'pass'),
   }
 
 
-def _events(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-  """Name and nanoseconds of every kernel; on the CPU of every operation."""
+def _events(trace: jax.profiler.ProfileData) -> Iterator[Any]:
+  """Every kernel; on the CPU every operation."""
   for plane in trace.planes:
     for line in plane.lines:
       of_device = plane.name.startswith('/device:') and line.name.startswith('Stream')
       of_host = plane.name == '/host:CPU' and 'XLA' in line.name
       if of_device or of_host:
-        yield from ((event.name, event.duration_ns) for event in line.events)
+        yield from line.events
 
 
 def format_sweep(result: Mapping[str, Any]) -> str:
@@ -237,21 +256,32 @@ def format_sweep(result: Mapping[str, Any]) -> str:
   if result['left']:
     lines += ['', f'There was no time for {result["left"]} more measurements.']
   if result['kernels'] and 'error' not in result['kernels']:
-    found = result['kernels']
-    lines += [
-      '',
-      f'A training step of stage 2, phase 2, {CLIPS[0]} clips, is {found["count"]} kernels, '
-      f'{1e3 * found["seconds"]:.1f} ms; the largest:',
-      '',
-      '| ms | share | times | kernel |',
-      '|---|---|---|---|',
-    ]
-    lines += [
-      f'| {1e3 * kernel["seconds"]:.2f} | {kernel["seconds"] / found["seconds"]:.1%} '
-      f'| {kernel["count"]} | {kernel["name"][:80]} |'
-      for kernel in found['largest']
-    ]
+    lines += _tables_of_kernels(result['kernels'])
   return '\n'.join(lines)
+
+
+def _tables_of_kernels(found: Mapping[str, Any]) -> Iterator[str]:
+  def row(kernel, name):
+    return (
+      f'| {1e3 * kernel["seconds"]:.2f} | {kernel["seconds"] / found["seconds"]:.1%} '
+      f'| {kernel["count"]} | {name} |'
+    )
+
+  yield from (
+    '',
+    f'A training step of stage 2, phase 2, {CLIPS[0]} clips, is {found["count"]} kernels, '
+    f'{1e3 * found["seconds"]:.1f} ms; the largest:',
+    '',
+    '| ms | share | times | kernel |',
+    '|---|---|---|---|',
+  )
+  yield from (row(kernel, kernel['name'][:80]) for kernel in found['largest'])
+  yield from ('', 'By part of the model:', '', '| ms | share | times | part |', '|---|---|---|---|')
+  large = [part for part in found['parts'] if part['seconds'] > found['seconds'] / 100]
+  yield from (row(part, f'{part["part"] or "(no name)"}, {part["pass"]}') for part in large)
+  rest = [part for part in found['parts'] if part not in large]
+  together = {key: sum(part[key] for part in rest) for key in ('seconds', 'count')}
+  yield row(together, f'{len(rest)} more')
 
 
 def _speed(found: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from aavs_jax.devices import distributed
 from aavs_jax.devices.mesh import batch_sharding, local_mesh, replicated
 from aavs_jax.input_pipeline import pipeline
-from aavs_jax.input_pipeline.clips import Clip
-from aavs_jax.input_pipeline.items import EVAL_ITEM_FRAMES, Item
+from aavs_jax.input_pipeline.clips import EVAL_ITEM_FRAMES, Clip
+from aavs_jax.input_pipeline.items import Item
 from aavs_jax.methods.method import Method, compiled_predict, seen
 from aavs_jax.types import Batch, Variables
 
@@ -31,8 +31,8 @@ class Predictor:
 
   def __init__(self, method: Method):
     self.method = method
-    self._step = compiled_predict(method)
     self._mesh = local_mesh()
+    self._step = compiled_predict(method, self._mesh)
 
   def __call__(self, variables: Variables, batch: dict[str, np.ndarray]) -> jax.Array:
     batch = jax.device_put(seen(self.method, batch), batch_sharding(self._mesh))

@@ -15,7 +15,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from aavs_jax.devices.mesh import state_sharding
+from aavs_jax.devices.mesh import compiler_options, state_sharding
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
@@ -139,7 +139,12 @@ def build(
     train_step, method=method, optimizer=optimizer, accumulate=config.train.accumulate
   )
   return Phase(
-    step=jax.jit(step, donate_argnums=0, out_shardings=(places, None)),
+    step=jax.jit(
+      step,
+      donate_argnums=0,
+      out_shardings=(places, None),
+      compiler_options=compiler_options(mesh),
+    ),
     schedule=schedule,
     abstract=jax.tree.map(placed, abstract, places),
     begin=jax.jit(begin, static_argnames='step', out_shardings=places),
