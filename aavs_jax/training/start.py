@@ -15,6 +15,7 @@ from aavs_jax.devices.mesh import state_sharding
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training import checkpoint
+from aavs_jax.training.phases import placed
 from aavs_jax.training.state import Flat, flatten, matches
 
 BACKBONES = ('pvt_v2', 'resnet')  # kinds of converted folders that hold a backbone and VGGish alone
@@ -88,10 +89,19 @@ def first(
   def init(key):
     return flatten(method.init(key))
 
+  shapes = jax.eval_shape(init, key)
+  places = state_sharding(mesh, shapes)
+  found, lacking = fill(
+    jax.tree.map(placed, shapes, places), given, method.of_stage, start_lacks(config)
+  )
+  # To compile what draws a whole model takes longer than to compile the step, minutes on GPUs.
+  draw = shapes if given is None else lacking
   # Created in their places: no device holds more than its part of the model.
-  places = state_sharding(mesh, jax.eval_shape(init, key))
-  fresh = jax.jit(init, out_shardings=places)(key)
-  return fill(fresh, given, method.of_stage, start_lacks(config))
+  fresh = jax.jit(
+    lambda key: {path: init(key)[path] for path in draw},
+    out_shardings={path: places[path] for path in draw},
+  )(key)
+  return {**found, **fresh}, lacking
 
 
 def fill(
@@ -100,7 +110,7 @@ def fill(
   """The numbers of step 0: fresh ones, overwritten by those of a start, in the same places.
 
   Args:
-    fresh: as initialised from the seed.
+    fresh: as initialised from the seed, or shapes of it with shardings.
     start: of a checkpoint, or None.
     of_stage: Method.of_stage.
     lacks: patterns of what the start may lack besides.
