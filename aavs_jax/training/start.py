@@ -96,11 +96,9 @@ def first(
   )
   # To compile what draws a whole model takes longer than to compile the step, minutes on GPUs.
   draw = shapes if given is None else lacking
+  only = lambda flat: {path: flat[path] for path in draw}  # noqa: E731
   # Created in their places: no device holds more than its part of the model.
-  fresh = jax.jit(
-    lambda key: {path: init(key)[path] for path in draw},
-    out_shardings={path: places[path] for path in draw},
-  )(key)
+  fresh = jax.jit(lambda key: only(init(key)), out_shardings=only(places))(key)
   return {**found, **fresh}, lacking
 
 
