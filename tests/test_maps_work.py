@@ -6,6 +6,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,6 +18,8 @@ from aavs_jax.perf import aot
 from aavs_jax.predict import predict
 from aavs_jax.studies import table2
 from aavs_jax.training import checkpoint, metric_log, work_folder
+from aavs_jax.training.start import fill
+from aavs_jax.training.state import flat_shapes
 from tests import runs, small_maps, tiny
 from tests.test_video import write_video
 
@@ -87,6 +90,22 @@ def small(name):
   origin = config.copy_and_resolve_references()
   origin.use_prior = False
   return {f'{name}_avss': origin, **configs}
+
+
+@METHODS
+def test_stage_2_begins_with_what_stage_1_has_learnt(name):
+  first, second = (
+    {
+      path: jnp.zeros(leaf.shape, leaf.dtype)
+      for path, leaf in flat_shapes(methods.of(small_maps.get_config(f'{name}_{stage}'))).items()
+    }
+    for stage in ('stage1', 'stage2')
+  )
+  of_stage = methods.of(small_maps.get_config(f'{name}_stage2')).of_stage
+  _, lacking = fill(second, first, of_stage)
+  # What has a channel for each class.
+  assert lacking == [path for path in second if second[path].shape != first[path].shape]
+  assert any('head/conv2' in path for path in lacking)
 
 
 @pytest.fixture(scope='module', params=('tpavi', 'avsegformer'))

@@ -41,7 +41,7 @@ def method(config: ml_collections.ConfigDict) -> Method:
     released_batch=2,
     late=('^backbone/',),
     goes_on=True,
-    of_stage=(r'avsegformer/head/conv2/',),
+    of_stage=(r'avsegformer/(head|spare_attention)/conv2/',),
     same=('model.heads', 'model.encoder_points'),
     forms={'model.sampling': 'gather', 'model.remat': 'none'},
   )
