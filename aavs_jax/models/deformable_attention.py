@@ -96,30 +96,15 @@ def read_at_once(values, locations, weights):
   return jnp.moveaxis(total, 1, 2).astype(values[0].dtype)
 
 
-@jax.custom_vjp
 def read_in_turn(values, locations, weights):
-  """A pixel of each query after the other; backwards one head after the other.
+  """One head after the other, each computed again in the backward pass.
 
-  Of the rows that all heads read, CPUs would have to keep several gigabytes at the published size.
+  The rows that all heads read are several gigabytes at the published size.
   """
-  locations, weights = jnp.moveaxis(locations, 2, 1), jnp.moveaxis(weights, 2, 1)  # n a q ...
-  total = 0.0
-  for level, value in enumerate(values):
-    n, height, width, heads, channels = value.shape
-    value = jnp.moveaxis(value.reshape(n, height * width, heads, channels), 2, 1)
-    index, weight = _reads(locations[..., level, :, :], weights[..., level, :], height, width)
-    for i in range(index.shape[-1]):
-      rows = jnp.take_along_axis(value, index[..., i, None], axis=2, mode='clip')
-      total = total + rows * weight[..., i, None]
-  return jnp.moveaxis(total, 1, 2).astype(values[0].dtype)
 
-
-def _gradients_in_turn(arguments, gradient):
+  @jax.checkpoint
   def one_head(head):
-    *arguments, gradient = head
-    return jax.vjp(one_head_of, *arguments)[1](gradient)
-
-  def one_head_of(values, locations, weights):
+    values, locations, weights = head
     total = 0.0
     for level, value in enumerate(values):
       n, height, width, channels = value.shape
@@ -134,17 +119,12 @@ def _gradients_in_turn(arguments, gradient):
       total = total + jnp.einsum('nqr,nqrc->nqc', weight.astype(value.dtype), rows)
     return total
 
-  values, locations, weights = arguments
   heads_first = (
     [jnp.moveaxis(value, 3, 0) for value in values],
-    *(jnp.moveaxis(x, 2, 0) for x in (locations, weights, gradient)),
+    jnp.moveaxis(locations, 2, 0),
+    jnp.moveaxis(weights, 2, 0),
   )
-  values, locations, weights = jax.lax.map(one_head, heads_first)
-  values = [jnp.moveaxis(value, 0, 3) for value in values]
-  return values, jnp.moveaxis(locations, 0, 2), jnp.moveaxis(weights, 0, 2)
-
-
-read_in_turn.defvjp(lambda *arguments: (read_in_turn(*arguments), arguments), _gradients_in_turn)
+  return jnp.moveaxis(jax.lax.map(one_head, heads_first), 0, 2)
 
 
 def _reads(locations, weights, height, width):
