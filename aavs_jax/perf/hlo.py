@@ -112,7 +112,7 @@ def work(text: str) -> Work:
         add(instruction, bytes=moved, cycles=cycles, silent=bool(moved and not estimate))
       if op == 'while':
         body, condition = instruction.called('body'), instruction.called('condition')
-        length = _trip_count(instruction, computations[condition])
+        length = _trip_count(computations[condition])
         total['open_loops'] += length is None
         for part in (body, condition):
           walk(part, times * (length or 1), fused)
@@ -223,11 +223,8 @@ def _array(kind: str, dims: str, layout: str) -> _Array:
   return _Array(sizes, logical, stored, bool(sizes) and 'S(' not in rest)
 
 
-def _trip_count(loop: _Instruction, condition: _Computation) -> int | None:
+def _trip_count(condition: _Computation) -> int | None:
   """Rounds of a loop that counts up from 0 by 1, as those of jax.lax.scan do; None of others."""
-  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)  # on GPUs
-  if known:
-    return int(known[1])
   root = condition.root
   if root.op != 'compare' or 'direction=LT' not in root.rest:
     return None

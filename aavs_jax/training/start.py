@@ -94,7 +94,7 @@ def first(
   found, lacking = fill(
     jax.tree.map(placed, shapes, places), given, method.of_stage, start_lacks(config)
   )
-  # To compile what draws a whole model takes longer than to compile the step, minutes on GPUs.
+  # To compile what draws a whole model can take longer than to compile the step.
   draw = shapes if given is None else lacking
   only = lambda flat: {path: flat[path] for path in draw}  # noqa: E731
   # Created in their places: no device holds more than its part of the model.
