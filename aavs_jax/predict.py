@@ -5,8 +5,9 @@ Sources are read and answered window by window, so memory does not grow with the
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import jax
@@ -36,6 +37,7 @@ VIDEOS = (
   '.3gp',
 )  # fmt: skip
 
+_T = TypeVar('_T')
 Frames = Sequence[np.ndarray]  # uint8 [H W 3] each, RGB, at the source's size
 Model = Callable[[Frames, np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -174,11 +176,13 @@ def _open(source: Path, every: float) -> _Source:
 
 def _write_results(target: Path, source: _Source, models: _Models, every: float) -> None:
   """The folder of results of one source, see `predict`."""
+  # One window is read while the one before it is answered and the one before that is written.
+  heard = _ahead(_hear(source, every))
+  answered = _ahead((images, *models.answer(images, log_mel)) for images, log_mel in heard)
   with files.writing_folder(target) as working:
     summary = []
     with Progress(source.path.name, source.frames, 'frames') as progress:
-      for images, log_mel in _hear(source, every):
-        masks, classes = models.answer(images, log_mel)
+      for images, masks, classes in answered:
         for i, image in enumerate(images):
           ids = None if classes is None else classes[i]
           entry = _write_frame(working, len(summary), image, masks[i], ids, models.names)
@@ -188,9 +192,15 @@ def _write_results(target: Path, source: _Source, models: _Models, every: float)
       # Read back one by one: the masks of a long video need not fit into memory.
       named = models.stage2 is not None
       drawn = working / ('classes' if named else 'masks')
-      maps = (read_image(drawn / f'{t}.png')[..., 0] for t in range(len(summary)))
       draw = overlay if named else overlay_binary
-      write_overlay_video(working / 'overlay.mp4', source.path, maps, draw, every)
+      with Progress('overlay.mp4', len(summary), 'masks') as progress:
+
+        def maps():
+          for t in range(len(summary)):
+            progress.advance(1)
+            yield read_image(drawn / f'{t}.png')[..., 0]
+
+        write_overlay_video(working / 'overlay.mp4', source.path, maps(), draw, every)
     files.write_json(
       working / 'summary.json',
       {
@@ -275,6 +285,16 @@ def _hear(source: _Source, every: float) -> Iterator[tuple[Frames, np.ndarray]]:
     yield images, log_mel
   if repeated:
     say(f'{source.path}: the sound is {repeated} s too short, its last second stands in for these')
+
+
+def _ahead(items: Iterator[_T]) -> Iterator[_T]:
+  """The same items in order; while one is in use a thread makes the next."""
+  end = object()
+  with ThreadPoolExecutor(1) as thread:
+    coming = thread.submit(next, items, end)
+    while (item := coming.result()) is not end:
+      coming = thread.submit(next, items, end)
+      yield item
 
 
 def load_models(

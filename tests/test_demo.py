@@ -270,6 +270,10 @@ LOG_MEL = """
   const { logMel } = await import('./inputs.js');
   return Array.from(logMel(Float32Array.from(given[0])));
 """
+HALVE = """
+  const { halve, logMel } = await import('./inputs.js');
+  return Array.from(logMel(halve(Float32Array.from(given[0]))));
+"""
 RESIZE = """
   const { resize } = await import('./inputs.js');
   return Array.from(resize(new ImageData(Uint8ClampedArray.from(given[0]), given[1]), given[2]));
@@ -285,6 +289,11 @@ def test_log_mel_and_small_frames_are_the_packages(page):
     wave = wave.astype(np.float32)
     heard = np.reshape(page.run(LOG_MEL, wave.tolist()), (96, 64))
     np.testing.assert_allclose(heard, audio.log_mel_examples(wave)[0], rtol=0, atol=1e-3)
+  wave = rng.normal(scale=0.1, size=2 * len(loudness)).astype(np.float32)  # at 32 kHz
+  heard = np.reshape(page.run(HALVE, wave.tolist()), (96, 64))
+  expected = audio.log_mel_examples(audio.resample(wave, 2 * audio.SAMPLE_RATE))[0]
+  np.testing.assert_allclose(heard, expected, rtol=0, atol=2e-2)
+  assert np.abs(heard - expected).mean() < 1e-3
   for height, width, size in ((90, 160, 32), (20, 24, 32), (33, 65, 32), (32, 32, 32)):
     frame = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
     frame[..., 3] = 255

@@ -38,7 +38,7 @@ def overlay(
     A new RGB image.
   """
   ids = _fit(np.where(ids == IGNORE, 0, ids).astype(np.uint8), frame)
-  return _draw(frame, ids, _DISPLAY.take(ids, axis=0), alpha)
+  return _draw(frame, ids, cv2.applyColorMap(ids, _DISPLAY[:, None]), alpha)
 
 
 def overlay_binary(

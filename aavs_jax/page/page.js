@@ -1,4 +1,6 @@
 // The page: a video or the camera, second by second to the worker, and what it says drawn.
+import { halve } from './inputs.js';
+
 const RATE = 16000;
 const WINDOW_SECONDS = 10; // as `aavs predict` cuts videos: sound of a window in examples of 0.96 s
 const EXAMPLE = 15360, NEEDED = 15600; // samples from example to example, and of one
@@ -82,8 +84,8 @@ async function openFile(file) {
     return fail(`This browser cannot show ${file.name}: give it an MP4 or WebM video.`);
   }
   try {
-    const context = new OfflineAudioContext(1, 1, RATE); // to whose rate it is resampled
-    mine.samples = mono(await context.decodeAudioData(await file.arrayBuffer()));
+    const context = new OfflineAudioContext(1, 1, 2 * RATE); // to whose rate it is resampled
+    mine.samples = halve(mono(await context.decodeAudioData(await file.arrayBuffer())));
   } catch {
     return fail(`${file.name} has no sound that this browser can read: give a video with sound.`);
   }
@@ -230,11 +232,11 @@ async function followCamera(mine) {
   }
 }
 
-// Pieces of mono sound at any rate to samples at 16 kHz, by the browser's own filter.
+// Pieces of mono sound at any rate to samples at 16 kHz.
 async function at16kHz(pieces, rate) {
   const length = pieces.reduce((sum, piece) => sum + piece.length, 0);
   if (!length) return new Float32Array(NEEDED);
-  const context = new OfflineAudioContext(1, Math.ceil((length * RATE) / rate), RATE);
+  const context = new OfflineAudioContext(1, Math.ceil((2 * length * RATE) / rate), 2 * RATE);
   const buffer = context.createBuffer(1, length, rate);
   let position = 0;
   for (const piece of pieces) {
@@ -244,7 +246,7 @@ async function at16kHz(pieces, rate) {
   const node = new AudioBufferSourceNode(context, { buffer });
   node.connect(context.destination);
   node.start();
-  return (await context.startRendering()).getChannelData(0);
+  return halve((await context.startRendering()).getChannelData(0));
 }
 
 function layOut(width, height) {
