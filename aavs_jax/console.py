@@ -2,6 +2,10 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+_T = TypeVar('_T')
 
 
 def duration(seconds: float) -> str:
@@ -25,11 +29,23 @@ class Progress:
   def __init__(self, what: str, total: int, unit: str):
     self._what, self._total, self._unit = what, total, unit
     self._done = self._first = 0
+    self._waited = None
 
   def __enter__(self):
     self._started = self._shown = self._warm = time.monotonic()
     self._terminal = sys.stdout.isatty()
     return self
+
+  def waiting_for(self, batches: Iterable[_T]) -> Iterator[_T]:
+    """The same batches; the line at the end says what share of the time was waiting for them."""
+    batches, end, self._waited = iter(batches), object(), 0.0
+    while True:
+      started = time.monotonic()
+      batch = next(batches, end)
+      self._waited += time.monotonic() - started
+      if batch is end:
+        return
+      yield batch
 
   def advance(self, count: int) -> None:
     self.advance_to(self._done + count)
@@ -62,7 +78,10 @@ class Progress:
   def __exit__(self, kind, *_):
     if kind is None and self._done:
       now = time.monotonic()
-      spent, rate = duration(now - self._started), self._rate(now)
-      self._show(f'{self._done} {self._unit} in {spent}, {rate:.1f}/s', end='\n')
+      spent = now - self._started
+      text = f'{self._done} {self._unit} in {duration(spent)}, {self._rate(now):.1f}/s'
+      if self._waited is not None:
+        text += f', {100 * self._waited / max(spent, 1e-9):.0f} % waiting for input'
+      self._show(text, end='\n')
     elif self._terminal:
       print()

@@ -85,7 +85,7 @@ def write_clips(
   ):
     writes = (
       pool.submit(write, todo[index], scores)
-      for index, scores, _ in predict_clips(predictor, variables, batches)
+      for index, scores, _ in predict_clips(predictor, variables, progress.waiting_for(batches))
     )
     for future in ahead(writes, threads):
       future.result()

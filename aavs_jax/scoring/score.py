@@ -77,7 +77,9 @@ def score(
   with Progress(title, len(mine), 'clips') as progress, ThreadPoolExecutor(threads) as pool:
     looks = (
       (index, pool.submit(look, predictions, extra['target']))
-      for index, predictions, extra in predict_clips(predictor, variables, batches)
+      for index, predictions, extra in predict_clips(
+        predictor, variables, progress.waiting_for(batches)
+      )
     )
     for index, future in ahead(looks, threads):
       records[index], ids = future.result()
