@@ -18,7 +18,7 @@ _PVT = dict(
   mlp_ratio=2, drop_path=0.0,
 )  # fmt: skip
 _MODELS = {
-  'tpavi': dict(width=64, head=(32, 16), remat='none'),
+  'tpavi': dict(width=32, head=(16, 8), remat='none'),
   'avsegformer': dict(
     hidden=64, heads=4, queries=30, encoder_layers=1, encoder_ffn=128, decoder_layers=2,
     decoder_ffn=128, generator_layers=2, generator_ffn=128, mlp_hidden=128, spare_fpn=4,
@@ -29,16 +29,16 @@ _STAGES = {
   'tpavi': (tpavi_avss_stage1, tpavi_avss_stage2),
   'avsegformer': (avsegformer_avss_stage1, avsegformer_avss_stage2),
 }
-_STEPS = 200  # of each stage
+_STEPS = {'aavs': 200, 'avsegformer': 200, 'tpavi': 400}  # of each stage; TPAVI learns more slowly
 
 
 def get_config():
   config = quickstart.get_config()
   config.end_to_end = True
   config.others = {name: _stages(name) for name in _STAGES}
-  for stages in (config, *config.others.values()):
+  for name, stages in (('aavs', config), *config.others.items()):
     for stage in (stages.stage1, stages.stage2):
-      stage.train.steps = _STEPS
+      stage.train.steps = _STEPS[name]
       stage.train.eval_every_steps = 100
   return config
 
@@ -57,5 +57,9 @@ def _stages(name):
     trainable = stage.train.trainable
     stage.train = quick.train
     stage.train.trainable = trainable
+    if name == 'tpavi':
+      # As on S4: twenty times the cross-entropy here, as what is heard and seen differ in scale, it
+      # kept stage 1 at an IoU of 11 for 200 steps.
+      stage.loss.matching_weight = 0.0
     stages[key] = stage
   return stages
