@@ -65,12 +65,13 @@ export function logMel(samples) {
   return example;
 }
 
-// Mono sound at 32 kHz to 16 kHz. Browsers that are asked for 16 kHz take from what is above 6 kHz,
-// which the upper bands hear; this half-band filter (a sinc in a Blackman window) leaves all to 7.5 kHz.
+// Mono sound at 32 kHz to 16 kHz. A browser that is asked for 16 kHz takes from what is above 6 kHz,
+// which the upper bands hear. This half-band filter, a sinc in a Blackman window, leaves it to 7.5.
 const HALF = 95;
 const taps = Array.from({ length: (HALF + 1) / 2 }, (_, i) => {
   const k = 2 * i + 1, x = (Math.PI * k) / (HALF + 1);
-  return (Math.sin((Math.PI * k) / 2) / (Math.PI * k)) * (0.42 + 0.5 * Math.cos(x) + 0.08 * Math.cos(2 * x));
+  const blackman = 0.42 + 0.5 * Math.cos(x) + 0.08 * Math.cos(2 * x);
+  return (Math.sin((Math.PI * k) / 2) / (Math.PI * k)) * blackman;
 });
 export function halve(samples) {
   return Float32Array.from({ length: Math.ceil(samples.length / 2) }, (_, i) => {
