@@ -176,6 +176,7 @@ TABLE = {
     'use_prior': True,
     'data.max_targets': 4,
     'train.steps': 240,
+    'train.eval_every_steps': 240,
   },
 }
 for _name, _values in OTHERS.items():
