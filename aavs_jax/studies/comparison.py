@@ -56,11 +56,15 @@ def write(folder: Path, tables: Mapping[int | str, Table]) -> None:
   """
   numbers = {key: table for key, table in tables.items() if isinstance(key, int)}
   files.write_json(folder / 'comparison.json', {str(n): table for n, table in tables.items()})
+  lead = 'The same model; one stage sees as many frames as two together. '
+  if any('robust_masks' in table for table in tables.values()):
+    lead += (
+      'With a robust prior stage 2 goes on from the one-stage model, so it has seen more, and '
+      'stage 1 is trained again without each part of the clips. '
+    )
   body = (
-    '<h1>Where do stepping stones pay?</h1><p class="lead">The same model; one stage sees as many '
-    'frames as two together. With a robust prior stage 2 goes on from the one-stage model, so it '
-    'has seen more, and stage 1 is trained again without each part of the clips. Mean over seeds, '
-    'their range in brackets.</p>'
+    f'<h1>Where do stepping stones pay?</h1><p class="lead">{lead}Mean over seeds, their range in '
+    'brackets.</p>'
     + (html.section('mIoU by the number of classes', picture(numbers)) if len(numbers) > 1 else '')
     + ''.join(html.section(title(key), _table(table)) for key, table in tables.items())
   )
