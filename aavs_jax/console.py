@@ -37,7 +37,10 @@ class Progress:
     return self
 
   def waiting_for(self, batches: Iterable[_T]) -> Iterator[_T]:
-    """The same batches; the line at the end says what share of the time was waiting for them."""
+    """The same batches; the line at the end says what share of the time was waiting for them.
+
+    The devices may have been at earlier batches meanwhile.
+    """
     batches, end, self._waited = iter(batches), object(), 0.0
     while True:
       started = time.monotonic()

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.media.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.media.video import read_windows
-from aavs_jax.predict import load_models, predict, predict_all
+from aavs_jax.predict import load_models, predict, predict_all, read_clip_folder
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import create, flat_shapes
@@ -362,6 +363,33 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
   assert ended == status and names(tmp_path) == ['clip']
   assert len(capsys.readouterr().err.splitlines()) <= 1
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_windows_are_read_answered_and_written_side_by_side(tmp_path, monkeypatch):
+  make_clip(tmp_path / 'clip', range(12), 12)  # two windows
+  second_read, second_answered = threading.Event(), threading.Event()
+
+  def windows(folder):
+    for window in read_clip_folder(folder):
+      if window[2]:
+        second_read.set()
+      yield window
+
+  def answer(frames, log_mel):
+    assert second_read.wait(20), 'the second window is not read before the first is answered'
+    if len(frames) == 2:
+      second_answered.set()
+    return np.full((len(frames), 4, 4), 255, np.uint8), None
+
+  def draw(frame, mask):
+    assert second_answered.wait(20), 'the second one is not answered before the first is written'
+    return frame
+
+  monkeypatch.setattr('aavs_jax.predict.read_clip_folder', windows)
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: answer)
+  monkeypatch.setattr('aavs_jax.predict.overlay_binary', draw)
+  out = predict(tmp_path / 'clip', stage1='any', out=tmp_path / 'out')
+  assert len(names(out / 'masks')) == 12
 
 
 def test_frames_of_other_sizes_are_answered_at_their_own(no_model, tmp_path):
