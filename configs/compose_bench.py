@@ -21,5 +21,5 @@ def get_config():
   config.robust = config.stage2.copy_and_resolve_references()
   config.robust.prior.update(avss_stage2_robust.get_config().prior)
   for stage in (config.looks, config.stage1, config.stage2, config.robust):
-    stage.train.eval_every_steps = 200
+    stage.train.eval_every_steps = stage.train.steps  # half way the best is chosen by luck
   return config

@@ -39,7 +39,7 @@ def get_config():
   for name, stages in (('aavs', config), *config.others.items()):
     for stage in (stages.stage1, stages.stage2):
       stage.train.steps = _STEPS[name]
-      stage.train.eval_every_steps = 100
+      stage.train.eval_every_steps = stage.train.steps
   return config
 
 
