@@ -614,6 +614,9 @@ def _aot_arguments(sub) -> None:
   sub.add_argument(
     '--breakdown', action='store_true', help='also cycles, FLOPs and bytes by part of the model'
   )
+  sub.add_argument(
+    '--part', metavar='CLASS', help='compile only modules of this class, such as SwinBlock, alone'
+  )
   sub.add_argument('--json', help='also write the figures here')
 
 
@@ -625,9 +628,15 @@ def _aot(args) -> None:
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
   from aavs_jax.perf.aot import aot, format_breakdown, format_report
+  from aavs_jax.perf.parts import parts
 
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')
+  if args.part:
+    found = parts(config, args.topology, args.batch_per_chip or 1, args.part, progress=say)
+    if args.json:
+      write_json(args.json, {'config': args.config, 'part': args.part, 'calls': found})
+    return
   result = aot(config, args.topology, args.batch_per_chip, fit=args.fit, progress=say)
   if args.json:
     write_json(args.json, {'config': args.config, **result})

@@ -14,6 +14,7 @@ from aavs_jax.configs import avss_stage2
 from aavs_jax.devices import mesh
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.perf import aot, hlo
+from aavs_jax.perf.parts import parts
 from aavs_jax.training.state import count
 from tests import tiny
 
@@ -338,6 +339,25 @@ def test_devices_predict_alone(devices):
   _assert_all_on_the_device(text)
   done = hlo.work(text)
   assert not done.collectives and not done.open_loops and done.flops > 0
+
+
+@needs_compiler
+def test_one_kind_of_module_compiles_alone():
+  lines = []
+  found = parts(_config(), 'v5e:1x1', 2, 'Adapter', progress=lines.append)
+  widths = [int(re.search(r'(\d+)\]$', row['inputs'])[1]) for row in found]
+  assert len(lines) == len(found) == len({row['inputs'] for row in found}) > 2
+  for row, width in zip(found, widths):
+    shape = [int(n) for n in re.findall(r'\d+(?=[,\]])', row['inputs'])]
+    # Down to a quarter of the width and up again; the gradient of the input takes as much.
+    flops = 2 * math.prod(shape) * 2 * (width // 4)
+    assert row['forward']['flops'] == flops and row['both']['flops'] == 2 * flops
+    assert 0 < row['forward']['cycles'] < row['both']['cycles']
+  assert lines[0].startswith('Adapter(residual=True) of float32[2, ')
+  with pytest.raises(UserError, match=r'--part Nothing: aavs has none, only .*MaskDecoder'):
+    parts(_config(), 'v5e:1x1', 2, 'Nothing')
+  with pytest.raises(UserError, match='8 chips: --part is for one'):
+    parts(_config(), 'v5e:2x4', 2, 'Adapter')
 
 
 @needs_compiler

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
-from aavs_jax.models.repeat import SAMPLED
-from aavs_jax.models.sampling import corners, hat_weights
+from aavs_jax.models.repeat import ATTENDED
+from aavs_jax.models.sampling import corners
 
 
 def attend_dense(
@@ -24,40 +24,105 @@ def attend_dense(
   """Weighted sum of samples as one product a level of an attention map and the values.
 
   Hat weights make the map, queries x pixels a head: no gather and no scatter, as TPUs want it.
-  One frame's head after the other, each computed again in the backward pass, so that its map (14 MB
-  in bfloat16 at the published size) stays on the chip; queries, the longest axis, are the last.
+  A frame at a time, so that its maps stay on the chip; queries, the longest axis, are the last.
   """
-  heads = values[0].shape[3]
-
-  @jax.checkpoint
-  def one_map(head):
-    values, locations, weights = head
-    total = 0.0
-    for level, value in enumerate(values):
-      height, width, _ = value.shape
-      x = hat_weights(locations[level, :, 0], width).swapaxes(-1, -2)  # p w q
-      y = hat_weights(locations[level, :, 1], height).swapaxes(-1, -2)
-      y = y * weights[level, :, None]
-      # As an einsum this would be a product of 4 terms for each of thousands of queries.
-      attention = sum(y[p, :, None] * x[p] for p in range(x.shape[0]))  # h w q
-      # Over both axes at once: then the TPU compiler makes the map inside the product.
-      total = total + jnp.einsum('hwq,hwc->qc', attention.astype(value.dtype), value)
-    return total
-
-  def maps(values, locations, weights):
-    out = jax.lax.map(one_map, jax.tree.map(_frames_and_heads, (values, locations, weights)))
-    return out.reshape(-1, heads, *out.shape[1:])
-
-  out = on_each_device(maps)(
+  out = on_each_device(_through_maps)(
     [jnp.moveaxis(value, 3, 1) for value in values],  # n a h w c
-    jnp.moveaxis(locations, 1, -1),  # n a l p 2 q
+    jnp.moveaxis(locations[..., 0], 1, -1),  # n a l p q
+    jnp.moveaxis(locations[..., 1], 1, -1),
     jnp.moveaxis(weights, 1, -1),
   )
   return jnp.moveaxis(out, 1, 2)
 
 
-def _frames_and_heads(x: Float[Array, 'n a ...']) -> Float[Array, 'n*a ...']:
-  return x.reshape(-1, *x.shape[2:])
+@jax.custom_vjp
+def _through_maps(values, x, y, weights):
+  """From values n a h w c, x, y and weights n a l p q to n a q c."""
+
+  def one_frame(frame):
+    values, x, y, weights = frame
+    total = 0.0
+    for level, value in enumerate(values):
+      attention = _attention_map(value, x[:, level], y[:, level], weights[:, level])
+      # Over both axes at once: then the TPU compiler makes the map inside the product.
+      total = total + jnp.einsum('ahwq,ahwc->aqc', attention, value)
+    return total
+
+  return jax.lax.map(one_frame, (values, x, y, weights))
+
+
+def _attention_map(value, x, y, weights):
+  """What each query reads of each pixel of a level, a h w q, from x, y and weights a p q."""
+  _, height, width, _ = value.shape
+  total = 0.0
+  # A point at a time: as an array of all of them, the TPU compiler takes them apart again. As an
+  # einsum it would be a product of 4 terms for each of thousands of queries.
+  for p in range(x.shape[1]):
+    row = _hat(_distance(y[:, p], height)) * weights[:, p, None]
+    total = total + row[:, :, None] * _hat(_distance(x[:, p], width))[:, None]
+  return total.astype(value.dtype)
+
+
+def _distance(position, length):
+  """In pixels, from every pixel of an axis: ... q to ... length q."""
+  pixels = jnp.arange(length, dtype=position.dtype)[:, None]
+  return position[..., None, :] * length - 0.5 - pixels
+
+
+def _hat(distance):
+  return jax.nn.relu(1.0 - jnp.abs(distance))
+
+
+def _slope(distance, length):
+  """Of the hat by the position that the distance is of."""
+  return jnp.where(jnp.abs(distance) < 1, -jnp.sign(distance) * length, 0.0)
+
+
+def _level_gradients(value, x, y, weights, g):
+  """Gradients of value, x, y and weights of one level by g a q c, the gradient of what was read.
+
+  The gradient of the map lives inside one operation too: it is added up over rows, the outermost
+  axis, for each point, and never over columns, which share the registers of vector units.
+  """
+  _, height, width, _ = value.shape
+  attention = _attention_map(value, x, y, weights)
+  by_value = jnp.einsum('ahwq,aqc->ahwc', attention, g)
+  by_map = jnp.einsum('ahwc,aqc->ahwq', value, g, preferred_element_type=jnp.float32)
+  by_x, by_y, by_weight = [], [], []
+  for p in range(x.shape[1]):
+    across, down = _distance(x[:, p], width), _distance(y[:, p], height)
+    of_rows = (by_map * _hat(down)[:, :, None]).sum(1)  # a w q
+    of_slopes = (by_map * _slope(down, height)[:, :, None]).sum(1)
+    by_x.append((of_rows * _slope(across, width)).sum(1))
+    by_y.append((of_slopes * _hat(across)).sum(1))
+    by_weight.append((of_rows * _hat(across)).sum(1))
+  by_x, by_y, by_weight = (jnp.stack(points, 1) for points in (by_x, by_y, by_weight))
+  return by_value, weights * by_x, weights * by_y, by_weight
+
+
+def _gradients(arrays, g):
+  values, *points = arrays
+  n, heads, levels, _, _ = points[0].shape
+  levelwise = []
+  for level in range(levels):
+    inputs = (values[level], *(array[:, :, level] for array in points), g)
+    group = _heads_at_once(*inputs[:2])
+    groups = [array.reshape(-1, group, *array.shape[2:]) for array in inputs]
+    out = jax.lax.map(lambda inputs: _level_gradients(*inputs), groups)
+    levelwise.append([array.reshape(n, heads, *array.shape[2:]) for array in out])
+  by_values, *by_points = zip(*levelwise)
+  return list(by_values), *(jnp.stack(array, 2) for array in by_points)
+
+
+def _heads_at_once(value, x) -> int:
+  """Whose sums over rows fit beside each other into the 16 MiB that a TPU's operation may have."""
+  _, heads, points, queries = x.shape
+  one_head = 2 * points * value.shape[3] * queries * 4
+  fitting = [k for k in range(1, heads + 1) if heads % k == 0 and k * one_head <= 10 * 2**20]
+  return max(fitting, default=1)
+
+
+_through_maps.defvjp(lambda *arrays: (_through_maps(*arrays), arrays), _gradients)
 
 
 def attend_gather(
@@ -189,5 +254,5 @@ class DeformableAttention(nn.Module):
       start += h * w
     attend = attend_dense if self.sampling == 'dense' else attend_gather
     h = attend(values, locations, weights).reshape(n, queries, width)
-    h = checkpoint_name(h, SAMPLED)
+    h = checkpoint_name(h, ATTENDED)
     return AdaptedProjection(self.adapter_variant, dtype=self.dtype, name='output')(h)
