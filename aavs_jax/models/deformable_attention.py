@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
-from aavs_jax.models.repeat import ATTENDED
+from aavs_jax.models.repeat import SAMPLED
 from aavs_jax.models.sampling import corners
 
 
@@ -254,5 +254,5 @@ class DeformableAttention(nn.Module):
       start += h * w
     attend = attend_dense if self.sampling == 'dense' else attend_gather
     h = attend(values, locations, weights).reshape(n, queries, width)
-    h = checkpoint_name(h, ATTENDED)
+    h = checkpoint_name(h, SAMPLED)
     return AdaptedProjection(self.adapter_variant, dtype=self.dtype, name='output')(h)

@@ -7,13 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-ATTENDED = 'attended'  # name of what attention has read: little, and dear to read again
+SAMPLED = 'sampled'  # name of what deformable attention has read: little, and dear to read again
 # What the backward pass keeps of a layer; the rest it computes again.
 REMAT_POLICIES = {
   'none': jax.checkpoint_policies.everything_saveable,
   'dots': jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of dense layers
-    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    jax.checkpoint_policies.save_only_these_names(SAMPLED),
   ),
   'full': jax.checkpoint_policies.nothing_saveable,
 }

@@ -7,14 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import Adapter
 from aavs_jax.models.attention import weighted_mean
 from aavs_jax.models.norms import layer_norm
-from aavs_jax.models.repeat import ATTENDED, run_layers
+from aavs_jax.models.repeat import run_layers
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 ON_CHIP = 40e6  # bytes of scores that a TPU keeps between the operations that need them
@@ -127,9 +126,9 @@ def attend_windows(
 ) -> Float[Array, 'n v l a c']:
   """Attention inside of windows; bias and mask are added to the scores.
 
-  On TPUs as many frames at once as have scores that stay on the chip, and these are computed again
-  in the backward pass: of a block of the first stage at the published size, forward and backward,
-  that is a sixth of the compiler's cycles.
+  On TPUs as many frames at once as have scores that stay on the chip, and where these are not all,
+  scores are computed again in the backward pass: the first stage at the published size then takes
+  an eighth less of the compiler's cycles.
   """
   scale = query.shape[-1] ** -0.5
 
@@ -144,6 +143,8 @@ def attend_windows(
     n, windows, length, heads, _ = arrays[0].shape
     one_frame = windows * heads * length * -(-length // 128) * 128 * 4  # bytes, as they lie there
     group = max(k for k in range(1, n + 1) if n % k == 0 and (k == 1 or k * one_frame <= ON_CHIP))
+    if group == n:
+      return at_once(bias, *arrays)
     some = jax.checkpoint(functools.partial(at_once, bias))
     # Not a loop: to fill the arrays that it returns with zeros would cost half of what it saves.
     groups = zip(*(jnp.split(array, n // group) for array in arrays))
@@ -179,8 +180,7 @@ class WindowAttention(nn.Module):
     table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
     index = relative_position_index(self.window)[np.ix_(order, order)]
     bias = table.T[:, index]  # a head's values beside each other, as the scores are
-    h = attend_windows(query, key, value, bias, mask)
-    h = checkpoint_name(h.reshape(x.shape), ATTENDED)
+    h = attend_windows(query, key, value, bias, mask).reshape(x.shape)
     h = nn.Dense(width, kernel_init=_trunc_normal, dtype=self.dtype, name='projection')(h)
     return Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A1
 
@@ -230,8 +230,7 @@ class SwinBlock(nn.Module):
 
     h = layer_norm(self.dtype, 'norm2')(x)
     h = nn.Dense(dim * self.mlp_ratio, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
-    # Computed once: the TPU compiler would repeat it for each block of fc2's columns.
-    h = jax.lax.optimization_barrier(nn.gelu(h, approximate=False))
+    h = nn.gelu(h, approximate=False)
     h = nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h)
     return x + Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A3
 
