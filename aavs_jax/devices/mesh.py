@@ -57,24 +57,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def on_each_device(f: Callable[..., Any], shared: int = 0) -> Callable[..., Any]:
+def on_each_device(f: Callable[..., Any]) -> Callable[..., Any]:
   """f, run by every device on its own frames, where a mesh is set (jax.set_mesh).
 
-  All arrays that f takes and returns have frames as their first axis, but those of its first
-  `shared` arguments, which every device gets whole; and f must treat each frame alone. For loops
-  over frames, and loops that end when the last frame is done: the compiler, which sees all frames
-  of all devices, would have the devices wait for each other in every round.
+  All arrays that f takes and returns have frames as their first axis, and f must treat each frame
+  alone. For loops over frames, and loops that end when the last frame is done: the compiler, which
+  sees all frames of all devices, would have the devices wait for each other in every round.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return f
   frames = PartitionSpec(mesh.axis_names)
-
-  def on_mesh(*args):
-    specs = (PartitionSpec(),) * shared + (frames,) * (len(args) - shared)
-    return jax.shard_map(f, in_specs=specs, out_specs=frames, check_vma=False)(*args)
-
-  return on_mesh
+  return jax.shard_map(f, in_specs=frames, out_specs=frames, check_vma=False)
 
 
 def _spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

@@ -8,38 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def weighted_mean(
-  scores: Float[Array, '*b a q k'], value: Float[Array, '*b k a c']
-) -> Float[Array, '*b q a c']:
-  """Of values, with the softmax of scores (float32) as weights, in the values' dtype.
-
-  Divided after the product, where there are c numbers a query instead of k: on two CPU cores the
-  forward pass of Swin's widest windows takes two thirds of the time, and nothing but the largest
-  score needs a pass of its own on TPUs, to whose compiler the sum of weights costs more than both
-  products. There it is another channel of the values.
-  """
-  weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-
-  def product(weights, value):
-    return jnp.einsum(
-      '...aqk,...kac->...qac',
-      weights.astype(value.dtype),
-      value,
-      preferred_element_type=jnp.float32,
-    )
-
-  def another_channel(weights, value):
-    ones = jnp.ones_like(value[..., :1])
-    sums = product(weights, jnp.concatenate([value, ones], -1))
-    return sums[..., :-1] / sums[..., -1:]
-
-  def another_pass(weights, value):
-    return product(weights, value) / weights.sum(-1).swapaxes(-1, -2)[..., None]
-
-  mean = jax.lax.platform_dependent(weights, value, tpu=another_channel, default=another_pass)
-  return mean.astype(value.dtype)
-
-
 def attend(
   query: Float[Array, 'n q d'],
   key: Float[Array, 'n k d'],

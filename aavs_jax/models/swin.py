@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import Adapter
-from aavs_jax.models.attention import weighted_mean
 from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.repeat import run_layers
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
-ON_CHIP = 40e6  # bytes of scores that a TPU keeps between the operations that need them
 
 
 def relative_position_index(window: int) -> np.ndarray:
@@ -117,44 +114,6 @@ def shifted_back(x: Float[Array, 'n r c l d'], window: int) -> Float[Array, 'n r
   return jnp.concatenate([jnp.roll(x[..., r * window :, :], 1, 1), x[..., : r * window, :]], 3)
 
 
-def attend_windows(
-  query: Float[Array, 'n v l a c'],
-  key: Float[Array, 'n v l a c'],
-  value: Float[Array, 'n v l a c'],
-  bias: Float[Array, 'a l l'],
-  mask: Float[np.ndarray, 'v l l'] | None,
-) -> Float[Array, 'n v l a c']:
-  """Attention inside of windows; bias and mask are added to the scores.
-
-  On TPUs as many frames at once as have scores that stay on the chip, and where these are not all,
-  scores are computed again in the backward pass: the first stage at the published size then takes
-  an eighth less of the compiler's cycles.
-  """
-  scale = query.shape[-1] ** -0.5
-
-  def at_once(bias, query, key, value):
-    scores = jnp.einsum('nvqac,nvkac->nvaqk', query, key, preferred_element_type=jnp.float32)
-    scores = scores * scale + bias
-    if mask is not None:
-      scores = scores + mask[:, None]
-    return weighted_mean(scores, value)
-
-  def in_turn(bias, *arrays):
-    n, windows, length, heads, _ = arrays[0].shape
-    one_frame = windows * heads * length * -(-length // 128) * 128 * 4  # bytes, as they lie there
-    group = max(k for k in range(1, n + 1) if n % k == 0 and (k == 1 or k * one_frame <= ON_CHIP))
-    if group == n:
-      return at_once(bias, *arrays)
-    some = jax.checkpoint(functools.partial(at_once, bias))
-    # Not a loop: to fill the arrays that it returns with zeros would cost half of what it saves.
-    groups = zip(*(jnp.split(array, n // group) for array in arrays))
-    return jnp.concatenate([some(*group) for group in groups])
-
-  return jax.lax.platform_dependent(
-    bias, query, key, value, tpu=on_each_device(in_turn, shared=1), default=at_once
-  )
-
-
 class WindowAttention(nn.Module):
   """Multi-head self-attention inside windows with relative position bias.
 
@@ -167,7 +126,7 @@ class WindowAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'n v l d'], order: np.ndarray, mask: Float[np.ndarray, 'v l l'] | None
+    self, x: Float[Array, 'n v l d'], order: np.ndarray, mask: Float[Array, 'v l l'] | None
   ) -> Float[Array, 'n v l d']:
     width = x.shape[-1]
 
@@ -180,7 +139,12 @@ class WindowAttention(nn.Module):
     table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
     index = relative_position_index(self.window)[np.ix_(order, order)]
     bias = table.T[:, index]  # a head's values beside each other, as the scores are
-    h = attend_windows(query, key, value, bias, mask).reshape(x.shape)
+    scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
+    scores = scores * (width // self.heads) ** -0.5 + bias
+    if mask is not None:
+      scores = scores + mask[:, None]
+    weights = jax.nn.softmax(scores, -1).astype(self.dtype)
+    h = jnp.einsum('nvhqk,nvkhc->nvqhc', weights, value).reshape(x.shape)
     h = nn.Dense(width, kernel_init=_trunc_normal, dtype=self.dtype, name='projection')(h)
     return Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A1
 
@@ -217,7 +181,7 @@ class SwinBlock(nn.Module):
     if shift:
       h = shifted(h, window)
       mask = shift_mask(rows * window, columns * window, window, shift)
-      mask = mask[:, order][:, :, order]
+      mask = jnp.asarray(mask[:, order][:, :, order])
     attention = WindowAttention(self.heads, window, self.dtype, name='attention')
     h = attention(h.reshape(n, rows * columns, length, dim), order, mask).reshape(x.shape)
     if shift:
