@@ -630,10 +630,12 @@ def _aot(args) -> None:
   from aavs_jax.perf.aot import aot, format_breakdown, format_report
   from aavs_jax.perf.parts import parts
 
+  if args.part and (args.fit or args.breakdown):
+    raise UserError('--part compiles modules alone: leave out --fit and --breakdown')
   config = config_lib.load(args.config, args.overrides)
   say(f'compiling {args.config} in {config.dtype} for {args.topology}')
   if args.part:
-    found = parts(config, args.topology, args.batch_per_chip or 1, args.part, progress=say)
+    found = parts(config, args.topology, args.part, args.batch_per_chip, progress=say)
     if args.json:
       write_json(args.json, {'config': args.config, 'part': args.part, 'calls': found})
     return

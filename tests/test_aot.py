@@ -16,7 +16,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.perf import aot, hlo
 from aavs_jax.perf.parts import parts
 from aavs_jax.training.state import count
-from tests import tiny
+from tests import small_maps, tiny
 
 needs_compiler = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason='the TPU compiler is not installed'
@@ -344,7 +344,7 @@ def test_devices_predict_alone(devices):
 @needs_compiler
 def test_one_kind_of_module_compiles_alone():
   lines = []
-  found = parts(_config(), 'v5e:1x1', 2, 'Adapter', progress=lines.append)
+  found = parts(_config(), 'v5e:1x1', 'Adapter', 2, progress=lines.append)
   widths = [int(re.search(r'(\d+)\]$', row['inputs'])[1]) for row in found]
   assert len(lines) == len(found) == len({row['inputs'] for row in found}) > 2
   for row, width in zip(found, widths):
@@ -353,11 +353,20 @@ def test_one_kind_of_module_compiles_alone():
     flops = 2 * math.prod(shape) * 2 * (width // 4)
     assert row['forward']['flops'] == flops and row['both']['flops'] == 2 * flops
     assert 0 < row['forward']['cycles'] < row['both']['cycles']
-  assert lines[0].startswith('Adapter(residual=True) of float32[2, ')
+  assert lines[0].startswith('Adapter(residual=True, dtype=float32) of float32[2, ')
   with pytest.raises(UserError, match=r'--part Nothing: aavs has none, only .*MaskDecoder'):
-    parts(_config(), 'v5e:1x1', 2, 'Nothing')
+    parts(_config(), 'v5e:1x1', 'Nothing')
   with pytest.raises(UserError, match='8 chips: --part is for one'):
-    parts(_config(), 'v5e:2x4', 2, 'Adapter')
+    parts(_config(), 'v5e:2x4', 'Adapter')
+
+
+@needs_compiler
+def test_a_part_with_running_statistics_compiles_alone_on_whole_clips():
+  config = small_maps.get_config('tpavi_stage2')
+  found = parts(config, 'v5e:1x1', 'BatchNorm')
+  assert all(row['inputs'].startswith('float32[5, ') for row in found)
+  with pytest.raises(UserError, match='--batch-per-chip is 3: use a multiple of 5'):
+    parts(config, 'v5e:1x1', 'BatchNorm', 3)
 
 
 @needs_compiler

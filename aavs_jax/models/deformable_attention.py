@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.models.adapters import AdaptedProjection
 from aavs_jax.models.repeat import SAMPLED
-from aavs_jax.models.sampling import corners
+from aavs_jax.models.sampling import corners, hat, pixel_distance
 
 
 def attend_dense(
@@ -58,19 +58,14 @@ def _attention_map(value, x, y, weights):
   # A point at a time: as an array of all of them, the TPU compiler takes them apart again. As an
   # einsum it would be a product of 4 terms for each of thousands of queries.
   for p in range(x.shape[1]):
-    row = _hat(_distance(y[:, p], height)) * weights[:, p, None]
-    total = total + row[:, :, None] * _hat(_distance(x[:, p], width))[:, None]
+    row = hat(_distance(y[:, p], height)) * weights[:, p, None]
+    total = total + row[:, :, None] * hat(_distance(x[:, p], width))[:, None]
   return total.astype(value.dtype)
 
 
 def _distance(position, length):
-  """In pixels, from every pixel of an axis: ... q to ... length q."""
-  pixels = jnp.arange(length, dtype=position.dtype)[:, None]
-  return position[..., None, :] * length - 0.5 - pixels
-
-
-def _hat(distance):
-  return jax.nn.relu(1.0 - jnp.abs(distance))
+  """From every pixel of an axis: ... q to ... length q."""
+  return pixel_distance(position, length).swapaxes(-1, -2)
 
 
 def _slope(distance, length):
@@ -91,11 +86,11 @@ def _level_gradients(value, x, y, weights, g):
   by_x, by_y, by_weight = [], [], []
   for p in range(x.shape[1]):
     across, down = _distance(x[:, p], width), _distance(y[:, p], height)
-    of_rows = (by_map * _hat(down)[:, :, None]).sum(1)  # a w q
+    of_rows = (by_map * hat(down)[:, :, None]).sum(1)  # a w q
     of_slopes = (by_map * _slope(down, height)[:, :, None]).sum(1)
     by_x.append((of_rows * _slope(across, width)).sum(1))
-    by_y.append((of_slopes * _hat(across)).sum(1))
-    by_weight.append((of_rows * _hat(across)).sum(1))
+    by_y.append((of_slopes * hat(across)).sum(1))
+    by_weight.append((of_rows * hat(across)).sum(1))
   by_x, by_y, by_weight = (jnp.stack(points, 1) for points in (by_x, by_y, by_weight))
   return by_value, weights * by_x, weights * by_y, by_weight
 

@@ -68,8 +68,17 @@ def hat_weights(position: Float[Array, '...'], length: int) -> Float[Array, '...
   gather forwards, no scatter backwards, which is what TPUs want and what is fastest on any device
   while the maps are small.
   """
-  pixel = position[..., None] * length - 0.5
-  return jax.nn.relu(1.0 - jnp.abs(pixel - jnp.arange(length, dtype=position.dtype)))
+  return hat(pixel_distance(position, length))
+
+
+def hat(distance: Float[Array, '*b']) -> Float[Array, '*b']:
+  """Bilinear weight of a pixel at this distance along an axis."""
+  return jax.nn.relu(1.0 - jnp.abs(distance))
+
+
+def pixel_distance(position: Float[Array, '...'], length: int) -> Float[Array, '... length']:
+  """From the centre of every pixel of one axis to position (in 0..1), in pixels."""
+  return position[..., None] * length - 0.5 - jnp.arange(length, dtype=position.dtype)
 
 
 def corners(

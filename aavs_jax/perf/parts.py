@@ -28,11 +28,10 @@ class _Call(NamedTuple):
   tree: Any  # of its arguments
 
   def describe(self) -> str:
-    """The module's fields."""
-    skipped = ('parent', 'name', 'dtype', 'kernel_init')
-    fields = [f.name for f in dataclasses.fields(self.module) if f.name not in skipped]
-    values = ', '.join(f'{name}={getattr(self.module, name)}' for name in fields)
-    return f'{type(self.module).__name__}({values})'
+    """The module with its fields, initialisers left out."""
+    values = {f.name: getattr(self.module, f.name) for f in dataclasses.fields(self.module)}
+    own = [f'{k}={v}' for k, v in values.items() if k not in ('parent', 'name') and not callable(v)]
+    return f'{type(self.module).__name__}({", ".join(own)})'
 
 
 def _is_shape(leaf: Any) -> bool:
@@ -81,8 +80,8 @@ def traced_calls(config: ml_collections.ConfigDict, batch: dict, name: str) -> l
 def parts(
   config: ml_collections.ConfigDict,
   topology: str,
-  frames: int,
   name: str,
+  frames: int | None = None,
   *,
   progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -91,16 +90,20 @@ def parts(
   Args:
     config: the model.
     topology: of one chip, such as v5e:1x1; see aot.parse_topology.
-    frames: of a batch.
     name: class of the module, such as SwinBlock.
+    frames: of a batch; by default as few as there can be.
     progress: told a line about each.
 
   Returns:
     For each the module with its fields, its inputs (shapes) and, by pass, cycles, flops and bytes.
 
   Raises:
-    UserError: no such module, or a slice of several chips.
+    UserError: no such module, a slice of several chips, or frames that are no whole clips.
   """
+  unit = methods.of(config).unit
+  frames = unit if frames is None else frames
+  if frames < 1 or frames % unit:
+    raise UserError(f'--batch-per-chip is {frames}: use a multiple of {unit}')
   where = parse_topology(topology)
   if where.chips > 1:
     raise UserError(f'--topology {where} has {where.chips} chips: --part is for one, as v5e:1x1')
@@ -130,7 +133,9 @@ def _forward(call: _Call) -> Callable:
     leaves = [next(rest) if _is_shape(leaf) else leaf for leaf in call.leaves]
     args, kwargs = jax.tree.unflatten(call.tree, leaves)
     rngs = {name: jax.random.key(0) for name in call.rngs}
-    return call.module.apply(variables, *args, **kwargs, rngs=rngs)
+    running = [name for name in variables if name != 'params']
+    outputs, _ = call.module.apply(variables, *args, **kwargs, rngs=rngs, mutable=running)
+    return outputs
 
   return forward
 
