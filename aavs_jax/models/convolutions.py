@@ -1,7 +1,11 @@
-"""3x3 and 1x1 convolutions that begin as PyTorch's, uniform in +-1/sqrt(fan in)."""
+"""3x3, 1x1 and depthwise convolutions, in the forms that are fast on CPUs and TPUs.
+
+They begin as PyTorch's if nothing else is said, uniform in +-1/sqrt(fan in).
+"""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -86,6 +90,56 @@ def _dilated(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
       pad = ((0, 0), (max(-dy, 0), max(dy, 0)), (max(-dx, 0), max(dx, 0)), (0, 0))
       total = total + jnp.pad(part @ kernel[row, column], pad)
   return total
+
+
+@jax.custom_vjp
+def convolve_depthwise(
+  x: Float[Array, 'n h w c'], kernel: Float[Array, '3 3 1 c']
+) -> Float[Array, 'n h w c']:
+  """Every channel by its own kernel, padded to the same size, summed in float32.
+
+  Nine products with the shifted map. XLA's grouped convolution takes 30 times as long for the same
+  on a CPU, and in PVT-v2's blocks, compiled for TPU v5e, four times the cycles of the whole block.
+  With the gradients written out nothing but the inputs is kept.
+  """
+  total = sum(part.astype(jnp.float32) * kernel[place] for place, part in _shifted(x))
+  return total.astype(x.dtype)
+
+
+def _shifted(x: jax.Array) -> Iterator[tuple[tuple[int, int, int], jax.Array]]:
+  """The map as each place of a 3x3 kernel meets it, and where in the kernel that is."""
+  _, height, width, _ = x.shape
+  padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  for row, column in itertools.product(range(3), range(3)):
+    yield (row, column, 0), padded[:, row : row + height, column : column + width]
+
+
+def _depthwise_forward(x, kernel):
+  return convolve_depthwise(x, kernel), (x, kernel)
+
+
+def _depthwise_backward(kept, gradient):
+  x, kernel = kept
+  of_kernel = [jnp.sum(part * gradient, (0, 1, 2), jnp.float32) for _, part in _shifted(x)]
+  of_kernel = jnp.stack(of_kernel).reshape(kernel.shape).astype(kernel.dtype)
+  return convolve_depthwise(gradient, jnp.flip(kernel, (0, 1))), of_kernel
+
+
+convolve_depthwise.defvjp(_depthwise_forward, _depthwise_backward)
+
+
+class DepthwiseConvolution(nn.Module):
+  """3x3, with bias, padded to the same size."""
+
+  dtype: Any
+  kernel_init: Callable
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n h w c']) -> Float[Array, 'n h w c']:
+    channels = x.shape[-1]
+    kernel = self.param('kernel', self.kernel_init, (3, 3, 1, channels)).astype(self.dtype)
+    bias = self.param('bias', nn.initializers.zeros, (channels,)).astype(self.dtype)
+    return convolve_depthwise(x.astype(self.dtype), kernel) + bias
 
 
 class Head(nn.Module):

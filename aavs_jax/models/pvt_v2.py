@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from aavs_jax.models.attention import attend
+from aavs_jax.models.convolutions import DepthwiseConvolution
 from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.repeat import run_layers
 
@@ -68,14 +69,7 @@ class Block(nn.Module):
     h = layer_norm(self.dtype, 'norm2', 1e-6)(x)
     wide = dim * self.mlp_ratio
     h = nn.Dense(wide, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
-    h = nn.Conv(
-      wide,
-      (3, 3),
-      feature_group_count=wide,
-      kernel_init=_of_fan_out,
-      dtype=self.dtype,
-      name='depthwise',
-    )(h)
+    h = DepthwiseConvolution(self.dtype, _of_fan_out, name='depthwise')(h)
     h = nn.gelu(h, approximate=False)
     return added(nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h))
 

@@ -17,11 +17,11 @@ from aavs_jax.training.state import TrainState
 from aavs_jax.types import Batch, Variables
 
 COUNTED = (
-  'counted are the multiply-adds, as 2, of matrix products and convolutions. Forward: both '
-  'networks, on frames and sound. Step: forward, loss, and the gradient of what trains in the '
-  'phase, which passes through frozen layers without a product for their weights; nothing that is '
-  'computed again, and sampling by reading points. MFU is against the peak in bfloat16, whatever '
-  'the dtype'
+  'counted are the multiply-adds, as 2, of matrix products and convolutions, but for depthwise '
+  'ones. Forward: both networks, on frames and sound. Step: forward, loss, and the gradient of '
+  'what trains in the phase, which passes through frozen layers without a product for their '
+  'weights; nothing that is computed again, and sampling by reading points. MFU is against the '
+  'peak in bfloat16, whatever the dtype'
 )
 
 # TFLOP/s of dense products in bfloat16, by the beginning of a device's kind; of a device as JAX
