@@ -610,7 +610,9 @@ def _aot_arguments(sub) -> None:
   sub.add_argument('--config', required=True, help=_CONFIG_FILE)
   sub.add_argument('--topology', required=True, help='sides, as v5e:16x16, or size, as v5e-256')
   sub.add_argument('--batch-per-chip', type=int, help='frames (as few as there can be)')
-  sub.add_argument('--fit', action='store_true', help='find the most frames that fit, from there')
+  sub.add_argument(
+    '--fit', action='store_true', help='find how many frames fill the memory, from there'
+  )
   sub.add_argument(
     '--breakdown', action='store_true', help='also cycles, FLOPs and bytes by part of the model'
   )

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -246,16 +247,49 @@ class TestTopology:
       aot.slice_devices(aot.parse_topology('v5e-4'))
 
 
-@given(limit=st.integers(0, 200), first=st.integers(1, 40), step=st.sampled_from([1, 2]))
-def test_the_search_finds_the_largest_that_fits(limit, first, step):
+@given(
+  fixed=st.floats(0, 2),
+  growth=st.floats(0.01, 0.5),
+  bend=st.floats(0, 0.01),
+  told=st.booleans(),
+  first=st.integers(1, 40),
+  step=st.sampled_from([1, 2, 5]),
+)
+def test_the_search_fills_the_memory(fixed, growth, bend, told, first, step):
+  """Of 1 byte: nine tenths are taken or no more fits, whatever the compiler says of failures."""
   tried = []
 
-  def fits(count):
+  def bytes_of(count):
+    return fixed + growth * count + bend * count**2
+
+  def need(count):
     assert count > 0 and count % step == 0 and count not in tried
     tried.append(count)
-    return count <= limit
+    return bytes_of(count) if told or bytes_of(count) <= 1 else math.inf
 
-  assert aot.largest(first * step, step, fits) == limit // step * step
+  found = aot.largest(first * step, step, need, 1.0)
+  assert found == 0 or bytes_of(found) <= 1
+  assert (found and bytes_of(found) >= 0.9) or bytes_of(found + step) > 1
+  assert len(tried) <= 15
+
+
+@needs_compiler
+def test_what_does_not_fit_says_how_much_it_needs():
+  slice_of_one = mesh.make_mesh(1, aot.slice_devices(aot.parse_topology('v5e:1x1')))
+  numbers = jax.ShapeDtypeStruct((5, 2**30), np.float32, sharding=mesh.replicated(slice_of_one))
+  with pytest.raises(aot.DoesNotFit, match='15.75G') as failed:
+    aot._compile(jax.jit(lambda x: x.cumsum(1)).lower(numbers))
+  assert failed.value.needed >= 2 * 5 * 4 * 2**30  # they and their sums
+
+
+def test_the_search_takes_few_compilations():
+  tried = []
+
+  def need(count):  # 1.2 GiB and 0.83 a frame, as stage 2 takes on v5e
+    tried.append(count)
+    return 1.2 + 0.83 * count
+
+  assert aot.largest(4, 1, need, 15.75) == 17 and len(tried) <= 3
 
 
 def test_the_estimate_is_that_of_the_figures_it_states():

@@ -27,6 +27,7 @@ from aavs_jax.training import phases
 from aavs_jax.training.phases import placed
 from aavs_jax.training.state import TrainState, count
 
+FULL = 0.9  # share of the memory that a batch is to take, where the largest is looked for
 PHASE = 2  # of the recipe, the one that needs more
 HOP_SECONDS = 1e-6  # from one chip to the next
 
@@ -76,7 +77,13 @@ class Slice(NamedTuple):
 
 
 class DoesNotFit(UserError):
-  """The compiler found no way to run a step in the memory of a chip."""
+  """The compiler found no way to run a step in the memory of a chip.
+
+  Attributes:
+    needed: bytes that it takes, infinity where the compiler did not say.
+  """
+
+  needed: float = math.inf
 
 
 def parse_topology(name: str) -> Slice:
@@ -191,10 +198,15 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
       raise
     sizes = re.search(r'\(([\d.]+[KMGT])\) exceeds[^(]*\(([\d.]+[KMGT])\)', str(error))
     figures = f': it needs {sizes[1]} of {sizes[2]}' if sizes else ''
-    raise DoesNotFit(
+    failure = DoesNotFit(
       f'the step does not fit into the memory of a device{figures}; use a smaller '
-      '--batch-per-chip, --fit finds the largest'
-    ) from error
+      '--batch-per-chip, --fit finds one that fills it'
+    )
+    if sizes:
+      failure.needed = (
+        float(sizes[1][:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[sizes[1][-1]]
+      )
+    raise failure from error
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -255,16 +267,39 @@ def assumptions(where: Slice, open_loops: int) -> str:
   )
 
 
-def largest(first: int, step: int, fits: Callable[[int], bool]) -> int:
-  """The largest multiple of `step` that fits, by doubling from `first`, then bisection; 0: none."""
-  low, high, n = 0, None, first
-  while high is None or high - low > step:
-    if fits(n):
+def largest(first: int, step: int, need: Callable[[int], float], memory: float) -> int:
+  """A batch that fills the memory: 90 % of it is taken, or `step` more does not fit.
+
+  A compilation takes minutes, so what is tried next is where a line through the latest two says
+  that the memory ends; the fourth time it is half of what is open, should there be no such line.
+
+  Args:
+    first: a multiple of step, tried at first.
+    step: of batches.
+    need: bytes that a batch takes, more than memory where it does not fit.
+    memory: bytes that there are.
+
+  Returns:
+    The batch; 0 if none fits.
+  """
+  low, high, tried = 0, None, [(0, 0.0)]
+  n = first
+  while True:
+    tried.append((n, need(n)))
+    (n0, needed0), (n1, needed1) = tried[-2:]
+    if needed1 <= memory:
       low = n
     else:
       high = n
-    n = 2 * low if high is None else (low + high) // (2 * step) * step
-  return low
+    if FULL * memory <= needed1 <= memory or (high is not None and high - low <= step):
+      return low
+    slope = (needed1 - needed0) / (n1 - n0)
+    if len(tried) % 4 == 0 or not 0 < slope < math.inf:
+      n = 2 * low if high is None else (low + high) // 2
+    else:
+      n = int(n1 + (memory - needed1) / slope)
+    n = max(n // step * step, low + step)
+    n = n if high is None else min(n, high - step)
 
 
 def aot(
@@ -281,7 +316,7 @@ def aot(
     config: the model and recipe.
     topology: see parse_topology.
     frames_per_chip: of a batch; by default as few as there can be.
-    fit: find the most frames that fit, from frames_per_chip on.
+    fit: find as many frames as fill the memory, from frames_per_chip on; see largest.
     progress: told about every attempt.
 
   Returns:
@@ -312,17 +347,23 @@ def aot(
     step, state = compile_train(config, mesh, count * where.chips)
     found = step, state, time.monotonic() - started
 
-  def fits(count: int) -> bool:
+  there = chip.hbm_gib * 2**30 / chip.devices
+
+  def need(count: int) -> float:
     try:
       attempt(count)
     except DoesNotFit as error:
       progress(f'  {count} frames a chip: {error}')
-      return False
-    progress(f'  {count} frames a chip: fits, compiled in {found[2]:.0f} s')
-    return True
+      return max(error.needed, there + 1)
+    needed = memory(found[0])['total']
+    progress(
+      f'  {count} frames a chip: fits, takes {needed / 2**30:.1f} of {there / 2**30:.1f} GiB, '
+      f'compiled in {found[2]:.0f} s'
+    )
+    return min(needed, there)  # as the compiler says that it fits
 
   if fit:
-    per_chip = largest(per_chip, unit, fits)
+    per_chip = largest(per_chip, unit, need, there)
     if not per_chip:
       raise DoesNotFit(f'not even {unit} frames a chip fit into the memory of {where}')
   else:
@@ -340,7 +381,7 @@ def aot(
     'frames': per_chip * where.chips,
     'trained_parameters': count(state.trained),
     'frozen_parameters': count(state.frozen),
-    'hbm_bytes_per_device': int(chip.hbm_gib * 2**30 / chip.devices),
+    'hbm_bytes_per_device': int(there),
     'train': _measure(step, where, seconds),
   }
   result['train']['memory'] |= {
