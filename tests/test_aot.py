@@ -277,7 +277,7 @@ def test_the_search_fills_the_memory(fixed, growth, bend, told, first, step):
 def test_what_does_not_fit_says_how_much_it_needs():
   slice_of_one = mesh.make_mesh(1, aot.slice_devices(aot.parse_topology('v5e:1x1')))
   numbers = jax.ShapeDtypeStruct((5, 2**30), np.float32, sharding=mesh.replicated(slice_of_one))
-  with pytest.raises(aot.DoesNotFit, match='15.75G') as failed:
+  with pytest.raises(aot.DoesNotFit, match=r'15\.75G') as failed:
     aot._compile(jax.jit(lambda x: x.cumsum(1)).lower(numbers))
   assert failed.value.needed >= 2 * 5 * 4 * 2**30  # they and their sums
 
