@@ -22,7 +22,7 @@ _MODELS = {
   'avsegformer': dict(
     hidden=64, heads=4, queries=30, encoder_layers=1, encoder_ffn=128, decoder_layers=2,
     decoder_ffn=128, generator_layers=2, generator_ffn=128, mlp_hidden=128, spare_fpn=4,
-    head=(16, 8), dropout=0.0, sampling='dense', remat='none',
+    head=(32, 16), dropout=0.0, sampling='dense', remat='none',
   ),
 }  # fmt: skip
 _STAGES = {
