@@ -41,7 +41,7 @@ def uninterrupted(start, tmp_path_factory):
   return workdir
 
 
-def _wait(process, condition, seconds=120):
+def _wait(process, condition, seconds=600):  # on a busy machine the whole model takes minutes
   end = time.monotonic() + seconds
   while not condition():
     assert process.poll() is None, process.communicate()[0]
@@ -51,26 +51,17 @@ def _wait(process, condition, seconds=120):
 
 def test_killed_in_the_middle_of_a_save_it_ends_with_the_same_bits(start, uninterrupted, tmp_path):
   """The whole model, of which each start costs its tracing; tests/kill_study.py kills a hundred."""
-  for attempt in range(5):  # a save is short: on a busy machine none may be seen
-    workdir = tmp_path / str(attempt)
-    process = start(workdir)
-    while process.poll() is None:
-      if runs.saving(workdir) and runs.logged(workdir) >= 7:
-        process.kill()
-      time.sleep(0.002)
-    output = process.communicate()[0]
-    if process.returncode == -signal.SIGKILL:
-      break
-    assert process.returncode == 0, output
-  else:
-    pytest.fail('the moment to interrupt never came')
-  process = start(workdir)
+  process = start(tmp_path)
+  _wait(process, lambda: runs.saving(tmp_path) and runs.logged(tmp_path) >= 10)
+  process.kill()
+  process.communicate()
+  process = start(tmp_path)
   output = process.communicate()[0]
   assert process.returncode == 0, output
   assert 'going on from step' in output
 
-  runs.require_same(workdir, uninterrupted)
-  assert runs.state(workdir)[0] == STEPS
+  runs.require_same(tmp_path, uninterrupted)
+  assert runs.state(tmp_path)[0] == STEPS
 
 
 @pytest.fixture(scope='module')

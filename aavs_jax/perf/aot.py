@@ -203,9 +203,7 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
       '--batch-per-chip, --fit finds one that fills it'
     )
     if sizes:
-      failure.needed = (
-        float(sizes[1][:-1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[sizes[1][-1]]
-      )
+      failure.needed = float(sizes[1][:-1]) * 1024 ** (1 + 'KMGT'.index(sizes[1][-1]))
     raise failure from error
 
 
@@ -267,7 +265,7 @@ def assumptions(where: Slice, open_loops: int) -> str:
   )
 
 
-def largest(first: int, step: int, need: Callable[[int], float], memory: float) -> int:
+def largest(first: int, step: int, need: Callable[[int], float], limit: float) -> int:
   """A batch that fills the memory: 90 % of it is taken, or `step` more does not fit.
 
   A compilation takes minutes, so what is tried next is where a line through the latest two says
@@ -276,8 +274,8 @@ def largest(first: int, step: int, need: Callable[[int], float], memory: float) 
   Args:
     first: a multiple of step, tried at first.
     step: of batches.
-    need: bytes that a batch takes, more than memory where it does not fit.
-    memory: bytes that there are.
+    need: bytes that a batch takes, more than limit where it does not fit.
+    limit: bytes that there are.
 
   Returns:
     The batch; 0 if none fits.
@@ -287,17 +285,17 @@ def largest(first: int, step: int, need: Callable[[int], float], memory: float) 
   while True:
     tried.append((n, need(n)))
     (n0, needed0), (n1, needed1) = tried[-2:]
-    if needed1 <= memory:
+    if needed1 <= limit:
       low = n
     else:
       high = n
-    if FULL * memory <= needed1 <= memory or (high is not None and high - low <= step):
+    if FULL * limit <= needed1 <= limit or (high is not None and high - low <= step):
       return low
     slope = (needed1 - needed0) / (n1 - n0)
     if len(tried) % 4 == 0 or not 0 < slope < math.inf:
       n = 2 * low if high is None else (low + high) // 2
     else:
-      n = int(n1 + (memory - needed1) / slope)
+      n = int(n1 + (limit - needed1) / slope)
     n = max(n // step * step, low + step)
     n = n if high is None else min(n, high - step)
 
