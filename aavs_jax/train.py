@@ -5,6 +5,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from aavs_jax.scoring import score
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder
 from aavs_jax.training.lock import lock
+from aavs_jax.training.state import flat_shapes
 from aavs_jax.training.watch import Watch
 
 
@@ -131,13 +133,15 @@ class _Run:
     method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
     self.method, self.mesh = method, mesh
     self.key = jax.random.key(config.seed)
-    given = work_folder.load_start(
-      config, self.method, needed=latest is None or bool(plan.boundary)
-    )
+    self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
+    begins = latest is None or self.phase < plan.phase_at(plan.total - 1)  # a phase, here or later
+    given = work_folder.load_start(config, self.method, needed=begins)
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
-    first, lacking = start.first(config, self.method, self.mesh, self.key, given)
+    first, lacking = {}, []
+    if begins:
+      first, lacking = start.first(config, self.method, self.mesh, self.key, given)
     del given
-    shapes = jax.eval_shape(lambda: first)
+    shapes = jax.eval_shape(lambda: first) if begins else flat_shapes(self.method)
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
@@ -146,10 +150,8 @@ class _Run:
 
     self.phase_of = phase_of
     if latest is None:
-      self.phase = 1
       self.state = self.phase_of(1).begin(first)
     else:
-      self.phase = checkpoint.saved_phase(self.manager, latest)
       abstract = self.phase_of(self.phase).abstract
       self.state = checkpoint.restore(self.manager, latest, abstract)
     self._first = phases.needed_later(config, self.method, first)
@@ -211,9 +213,11 @@ class _Run:
     with self.clock.paused(), jax.set_mesh(self.mesh):
       started = time.monotonic()
       say(f'  compiling the training step for {len(batch["weight"])} frames ...')
-      step = self.phase_of(self.phase).step
-      compiled = step.lower(self.state, batch, self.key).compile()
-      work = flops.step_flops(self.config, self.state, batch)
+      lowered = self.phase_of(self.phase).step.lower(self.state, batch, self.key)
+      with ThreadPoolExecutor(1) as pool:
+        compiled = pool.submit(lowered.compile)
+        work = flops.step_flops(self.config, self.state, batch)  # seconds of Python
+      compiled = compiled.result()
       say(f'  compiled in {duration(time.monotonic() - started)}')
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work

@@ -1,19 +1,24 @@
 """What a stage starts from."""
 
 import json
+import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.random import normal
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.configs import quick_stage1
+from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training import checkpoint
-from aavs_jax.training.start import fill, load_start, start_lacks
+from aavs_jax.training.start import fill, first, load_start, start_lacks
 from aavs_jax.training.state import create
+from aavs_jax.types import Variables
 
 
 @pytest.fixture(scope='module')
@@ -52,6 +57,25 @@ def test_a_start_that_is_no_checkpoint_is_named(work_folder):
     config.train.init = str(work_folder / start)
     with pytest.raises(UserError, match=f'{start} holds no checkpoint'):
       load_start(config, methods.of(config))
+
+
+def test_what_a_start_lacks_is_drawn_and_the_model_traced_once():
+  config, traced = quick_stage1.get_config(), []
+
+  def init(key):
+    traced.append(key)
+    given, lacking = jax.random.split(key)
+    return Variables({'given': normal(given, (3,)), 'lacking': normal(lacking, (2,))}, {})
+
+  method = types.SimpleNamespace(init=init, of_stage=('lacking',))
+  key, mesh = jax.random.key(0), make_mesh()
+  flat, lacking = first(config, method, mesh, key, {'given': np.ones(3)})
+  assert lacking == ['lacking'] and len(traced) == 1
+  np.testing.assert_array_equal(flat['given'], 1)
+  np.testing.assert_allclose(flat['lacking'], normal(jax.random.split(key)[1], (2,)), rtol=1e-5)
+  flat, lacking = first(config, method, mesh, key, {'given': np.ones(3), 'lacking': np.ones(2)})
+  assert lacking == [] and len(traced) == 2
+  np.testing.assert_array_equal(flat['lacking'], 1)
 
 
 class TestStart:

@@ -8,10 +8,11 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.extend.core import jaxpr_as_fun
 from jax.sharding import Mesh
 
 from aavs_jax import config as config_lib
-from aavs_jax.devices.mesh import state_sharding
+from aavs_jax.devices.mesh import compiled_to_run_once, state_sharding
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training import checkpoint
@@ -86,20 +87,23 @@ def first(
     UserError: it does not fit, see fill.
   """
 
-  def init(key):
-    return flatten(method.init(key))
-
-  shapes = jax.eval_shape(init, key)
+  # Traced once: of a large model that takes seconds.
+  drawn, shapes = jax.make_jaxpr(lambda key: flatten(method.init(key)), return_shape=True)(key)
   places = state_sharding(mesh, shapes)
   found, lacking = fill(
     jax.tree.map(placed, shapes, places), given, method.of_stage, start_lacks(config)
   )
-  # To compile what draws a whole model can take longer than to compile the step.
   draw = shapes if given is None else lacking
+  if not draw:
+    return found, lacking
   only = lambda flat: {path: flat[path] for path in draw}  # noqa: E731
+
+  def fresh_of(key):
+    return only(jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(drawn)(key)))
+
   # Created in their places: no device holds more than its part of the model.
-  fresh = jax.jit(lambda key: only(init(key)), out_shardings=only(places))(key)
-  return {**found, **fresh}, lacking
+  fresh = jax.jit(fresh_of, out_shardings=only(places), compiler_options=compiled_to_run_once(mesh))
+  return {**found, **fresh(key)}, lacking
 
 
 def fill(
