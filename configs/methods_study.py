@@ -18,7 +18,7 @@ _PVT = dict(
   mlp_ratio=2, drop_path=0.0,
 )  # fmt: skip
 _MODELS = {
-  'tpavi': dict(width=32, head=(16, 8), remat='none'),
+  'tpavi': dict(width=32, head=(32, 16), remat='none'),
   'avsegformer': dict(
     hidden=64, heads=4, queries=30, encoder_layers=1, encoder_ffn=128, decoder_layers=2,
     decoder_ffn=128, generator_layers=2, generator_ffn=128, mlp_hidden=128, spare_fpn=4,

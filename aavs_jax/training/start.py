@@ -86,7 +86,6 @@ def first(
   Raises:
     UserError: it does not fit, see fill.
   """
-
   # Traced once: of a large model that takes seconds.
   drawn, shapes = jax.make_jaxpr(lambda key: flatten(method.init(key)), return_shape=True)(key)
   places = state_sharding(mesh, shapes)
