@@ -27,7 +27,6 @@ from aavs_jax.scoring import score
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder
 from aavs_jax.training.lock import lock
-from aavs_jax.training.state import flat_shapes
 from aavs_jax.training.watch import Watch
 
 
@@ -134,14 +133,15 @@ class _Run:
     self.method, self.mesh = method, mesh
     self.key = jax.random.key(config.seed)
     self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
-    begins = latest is None or self.phase < plan.phase_at(plan.total - 1)  # a phase, here or later
+    # Whether a phase is still to begin, for which alone a start is needed.
+    begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
     given = work_folder.load_start(config, self.method, needed=begins)
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     first, lacking = {}, []
     if begins:
       first, lacking = start.first(config, self.method, self.mesh, self.key, given)
     del given
-    shapes = jax.eval_shape(lambda: first) if begins else flat_shapes(self.method)
+    shapes = jax.eval_shape(lambda: first) if begins else None
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
@@ -215,9 +215,9 @@ class _Run:
       say(f'  compiling the training step for {len(batch["weight"])} frames ...')
       lowered = self.phase_of(self.phase).step.lower(self.state, batch, self.key)
       with ThreadPoolExecutor(1) as pool:
-        compiled = pool.submit(lowered.compile)
+        compiling = pool.submit(lowered.compile)
         work = flops.step_flops(self.config, self.state, batch)  # seconds of Python
-      compiled = compiled.result()
+      compiled = compiling.result()
       say(f'  compiled in {duration(time.monotonic() - started)}')
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work
