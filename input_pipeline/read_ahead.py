@@ -4,8 +4,10 @@ import concurrent.futures
 import gc
 import multiprocessing
 import os
+import queue
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
@@ -80,7 +82,7 @@ def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
       os.kill(worker.pid, _STOP)
     batches.close()
     del batches
-    gc.collect()  # what was read ahead hangs in cycles, and in shared memory that long
+    _collect()  # what was read ahead hangs in cycles, and in shared memory that long
     _wait_for_shared_memory()
 
 
@@ -89,14 +91,28 @@ def _own(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {name: np.array(value) for name, value in batch.items()}
 
 
+def _collect() -> None:
+  """`gc.collect` does nothing while another thread is at it: two runs, one of them begun here."""
+  enough = gc.get_stats()[2]['collections'] + 2
+  while gc.get_stats()[2]['collections'] < enough:
+    gc.collect()
+
+
 def _wait_for_shared_memory() -> None:
-  """Grain frees shared memory in a thread, in order: the end of a process would overtake it."""
-  freed = threading.Event()
-  last = SharedMemoryArray((1,), np.uint8)
-  last.unlink_on_del()
-  weakref.finalize(last.shm, freed.set)
-  del last
-  freed.wait(timeout=10)
+  """Grain frees shared memory in a thread, in order: the end of a process would overtake it.
+
+  What does not fit that thread's queue is freed at once, and says nothing about the rest.
+  """
+  SharedMemoryArray.enable_async_del()
+  freed_in = queue.SimpleQueue()
+  while True:
+    last = SharedMemoryArray((1,), np.uint8)
+    last.unlink_on_del()
+    weakref.finalize(last.shm, lambda: freed_in.put(threading.current_thread()))
+    del last
+    if freed_in.get(timeout=60) is not threading.current_thread():
+      return
+    time.sleep(0.001)
 
 
 def _block_signals() -> None:

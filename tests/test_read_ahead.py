@@ -1,19 +1,22 @@
 """Loader processes: the same stream, the same errors, and an end with the process they serve."""
 
 import dataclasses
+import gc
 import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from grain.multiprocessing import SharedMemoryArray
 
-from aavs_jax.input_pipeline import pipeline
+from aavs_jax.input_pipeline import pipeline, read_ahead
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.items import Task
@@ -50,6 +53,38 @@ def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp
       next(_open([clip], workers, batch_items=1))
     texts.append(str(error.value))
   assert texts[0] == texts[1] and clip.frame_path(2) in texts[0]
+
+
+def test_all_shared_memory_is_freed_when_the_wait_for_it_ends():
+  SharedMemoryArray.enable_async_del()
+  arrays = [SharedMemoryArray((4,), np.uint8) for _ in range(200)]  # more than grain's queue holds
+  files = [Path('/dev/shm', array.shm.name.lstrip('/')) for array in arrays]
+  for array in arrays:
+    array.unlink_on_del()
+  del array
+  arrays.clear()
+  read_ahead._wait_for_shared_memory()
+  assert not any(file.exists() for file in files)
+
+
+class _Slow:
+  def __init__(self, log):
+    self.cycle, self.log = self, log
+
+  def __del__(self):
+    time.sleep(0.3)
+    self.log.append('freed')
+
+
+def test_collecting_waits_for_what_another_thread_collects():
+  log = []
+  _Slow(log)
+  other = threading.Thread(target=gc.collect)
+  other.start()
+  time.sleep(0.15)
+  read_ahead._collect()
+  assert log == ['freed']
+  other.join()
 
 
 _READER = """
