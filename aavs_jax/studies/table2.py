@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from aavs_jax import config as config_lib
-from aavs_jax import configs
+from aavs_jax import configs, methods
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline import masks as mask_files
@@ -18,6 +18,7 @@ from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies.reproduce import beside, format_table
 from aavs_jax.train import train
+from aavs_jax.training.start import require_same_meaning
 
 # Config files of a method: one stage, stage 1, stage 2.
 CONFIGS = {
@@ -56,13 +57,14 @@ def table2(
     data: AVSBench-semantic.
     masks: of another stage 1, as AAVS's by `aavs masks`, for the row 'high'; it is empty without.
     overrides: of the configs of all three trainings, as '--config.train.init=runs/pvt'. Without a
-      start stage 2 begins with what stage 1 has learnt.
+      start stage 2 begins with what stage 1 has learnt, which AAVS's cannot: it needs one.
 
   Returns:
     By key of ROWS what reproduce.beside gives.
 
   Raises:
-    UserError: no such method; a mask is missing; faults of configs, data or the folder.
+    UserError: no such method; AAVS without a start; a mask is missing; faults of configs, data or
+      the folder.
   """
   name, _, variant = method.partition(':')
   if name not in CONFIGS:
@@ -74,6 +76,10 @@ def table2(
   origin, stage1, stage2 = (
     config_lib.load(f'{folder / file}.py{variant}', overrides) for file in CONFIGS[name]
   )
+  if not stage2.train.init:
+    require_same_meaning(
+      stage2, stage1, 'stage 1, its start without --config.train.init,', methods.of(stage2).same
+    )
   say('[1] the data set')  # what is wrong with it shows now, and not in days
   config_lib.require_fit(read_index(data, 'train', stage2.data.subsets), stage2)
   clips = read_index(data, 'test', stage2.data.subsets)

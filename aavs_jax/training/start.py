@@ -1,7 +1,7 @@
 """What a stage starts from: the numbers of another run, or of a converted checkpoint."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -40,14 +40,24 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
   other = config_lib.from_json(work_folder / 'config.json')
   # The backbone of ImageNet alone is a start for every method that has it.
   own = () if note and note['kind'] in BACKBONES else ('method',)
-  for key in (*own, *method.same):
+  require_same_meaning(config, other, config.train.init, (*own, *method.same))
+  return start
+
+
+def require_same_meaning(
+  config: ml_collections.ConfigDict,
+  other: ml_collections.ConfigDict,
+  name: str,
+  keys: Iterable[str],
+) -> None:
+  """Refuses to begin with what NAME has learnt by the other config, where a key differs."""
+  for key in keys:
     ours, theirs = (functools.reduce(_of, key.split('.'), c) for c in (config, other))
     if theirs not in (ours, 'none'):
       raise UserError(
-        f'config.{key} is {ours!r}, but {config.train.init} was trained with {theirs!r}: '
+        f'config.{key} is {ours!r}, but {name} was trained with {theirs!r}: '
         'start from a checkpoint of the same config.model'
       )
-  return start
 
 
 def _of(section: ml_collections.ConfigDict, key: str) -> Any:
