@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ml_collections
-from etils import epath
 
 from aavs_jax import hand_over
 from aavs_jax.console import say
@@ -19,6 +18,7 @@ from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.train import train
+from aavs_jax.training.start import work_folder_of
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import BAD_CLIPS, CLIPS, load_trained
 
@@ -102,8 +102,7 @@ def _name(clip: Clip) -> str:
 
 def _refuse_seen(init: str, clips: Sequence[Clip]) -> None:
   """UserError for a start that was itself trained on clips that are to be predicted unseen."""
-  listing = epath.Path(init) / CLIPS
-  if not init or not listing.exists():
+  if not init or not (listing := work_folder_of(init) / CLIPS).exists():
     return
   seen = set(files.read_json(listing, [str], 'restore it'))
   both = [clip for clip in clips if f'train/{_name(clip)}' in seen]

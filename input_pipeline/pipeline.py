@@ -99,6 +99,12 @@ def _training_items(clips: Sequence[Clip], item_frames: int, batch_items: int) -
         f'config.data.item_frames is {length}, which does not divide {unfit} frames: use a number '
         'that divides every clip, such as 1, or 0 (whole clips)'
       )
+    if packed and clip.num_frames > length * batch_items:
+      raise UserError(
+        f'config.data.batch_items is {batch_items}, slots of {length} frames, which do not hold '
+        f'{clip.subset}/{clip.uid} of {clip.num_frames}: use {clip.num_frames // length} or more, '
+        'or set data.item_frames to 1'
+      )
   return make_items(clips, length)
 
 

@@ -230,6 +230,9 @@ def test_large_batches_and_lengths_that_do_not_divide_a_clip_are_refused(tiny_st
       _stream(train_clips, task, 1, batch_items=99, item_frames=item_frames)
     with pytest.raises(UserError, match='cannot be shared by 2 processes'):
       _stream(train_clips, task, 1, batch_items=3, item_frames=item_frames, processes=2)
+  long = [dataclasses.replace(train_clips[0], num_frames=15)]
+  with pytest.raises(UserError, match=r'batch_items is 2, slots of 5 frames, .* of 15: use 3 or'):
+    _stream(long, task, 1, batch_items=2, item_frames=0)
   for item_frames in (3, 10):  # ten divides v2's clips, but no others
     for use in (_stream, lambda clips, _, __, **sizes: pipeline.epoch_size(clips, **sizes)):
       with pytest.raises(UserError, match=f'config.data.item_frames is {item_frames}'):

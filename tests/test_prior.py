@@ -369,9 +369,10 @@ class TestCrossFit:
 
   def test_a_start_that_has_seen_the_clips_is_refused(self, fitted, data_root, tmp_path):
     config = _stand_in(data_root)
-    config.train.init = str(fitted[0] / 'runs' / 'fold0')
-    with pytest.raises(UserError, match=r'which was trained on .* not to have seen'):
-      cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks', folds=2)
+    seen = fitted[0] / 'runs' / 'fold0'
+    for config.train.init in (str(seen), str(seen / 'checkpoints' / '1')):
+      with pytest.raises(UserError, match=r'which was trained on .* not to have seen'):
+        cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks', folds=2)
 
   def test_clips_that_training_leaves_out_get_no_masks(self, data_root, tmp_path):
     root = tmp_path / 'data'

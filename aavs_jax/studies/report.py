@@ -103,9 +103,8 @@ def _read_log(workdir: Path) -> list[dict]:
 
 def _read_mask(path: Path) -> np.ndarray | None:
   """A grey PNG, uint8 [H, W]; None if it is missing or damaged."""
-  if not path.is_file():
-    return None
-  return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_GRAYSCALE)
+  data = np.fromfile(path, np.uint8) if path.is_file() else np.empty(0)
+  return cv2.imdecode(data, cv2.IMREAD_GRAYSCALE) if data.size else None
 
 
 def _scores(evaluation: Mapping) -> html.Scores:

@@ -114,10 +114,13 @@ def _stored(state: TrainState) -> dict[str, Any]:
 
 
 def latest_step(folder: epath.Path) -> int | None:
-  """Step of the newest checkpoint; unlike a manager that saves, this touches nothing there."""
+  """Step of the newest checkpoint; unlike a manager that saves, this touches nothing there.
+
+  Each process looks by itself: one may see another folder, which is found out only afterwards.
+  """
   if not folder.is_dir():
     return None
-  options = ocp.CheckpointManagerOptions(read_only=True)
+  options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
     _readable(folder, 'look at what it holds'),
     ocp.CheckpointManager(folder.absolute(), options=options) as manager,

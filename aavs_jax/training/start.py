@@ -29,7 +29,7 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
     UserError: it cannot be read, it is the audio network alone, or it was trained with values that
       no shape shows and that give its parameters another meaning.
   """
-  work_folder = _work_folder_of_start(config)
+  work_folder = work_folder_of(config.train.init)
   note = checkpoint.converted(work_folder)
   if note and note['kind'] == 'vggish':
     raise UserError(
@@ -65,9 +65,9 @@ def _of(section: ml_collections.ConfigDict, key: str) -> Any:
   return section.get(key, 'none')
 
 
-def _work_folder_of_start(config: ml_collections.ConfigDict) -> epath.Path:
-  """The work folder that config.train.init is, or that the checkpoints it names belong to."""
-  start = epath.Path(config.train.init)
+def work_folder_of(init: str) -> epath.Path:
+  """The work folder that a config.train.init is, or that the checkpoints it names belong to."""
+  start = epath.Path(init)
   folders = (start, start.parent, start.parent.parent)
   return next((folder for folder in folders if (folder / 'config.json').exists()), start)
 
@@ -77,7 +77,7 @@ def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
 
   There are some only where a folder says so: what `aavs convert` made of a network without sound.
   """
-  note = checkpoint.converted(_work_folder_of_start(config)) if config.train.init else None
+  note = checkpoint.converted(work_folder_of(config.train.init)) if config.train.init else None
   return note['lacking'] if note else ()
 
 
