@@ -153,3 +153,10 @@ def test_what_a_start_lacks_is_named_by_its_largest_parts():
   lacking += ['aavs/block1/fc/kernel', 'vggish/conv0/kernel']
   others = ['aavs/block0/norm', 'aavs/block1/norm', 'aavs/decoder/layer0/kernel']
   assert in_groups(lacking, others) == 'aavs/queries, aavs/block*/fc, vggish'
+
+
+@pytest.mark.parametrize('here', [{'start': 1}, {}])
+def test_what_one_process_lacks_is_refused_on_all(here, monkeypatch):
+  monkeypatch.setattr(work_folder.distributed, 'gather', lambda found: [{'start': 'digest'}, {}])
+  with pytest.raises(UserError, match='process 1 finds another start than process 0'):
+    work_folder._require_same(here)

@@ -145,8 +145,8 @@ def _require_same(facts: dict[str, Any]) -> None:
   }
   first, *others = distributed.gather(digests)
   for process, found in enumerate(others, 1):
-    for name in facts:
-      if found[name] != first[name]:
+    for name in sorted(first.keys() | found.keys()):  # one that has no start has no such fact
+      if found.get(name) != first.get(name):
         raise UserError(
           f'process {process} finds another {name} than process 0: give all of them the same '
           'command, code and data, and a work folder that all see'
