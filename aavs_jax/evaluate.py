@@ -110,8 +110,8 @@ def evaluate(
     **summary,
   }
   if distributed.is_first():
-    files.write_json(out, result)
     files.write_text(tables_file, tables.format_evaluation(result, markdown=True))
+    files.write_json(out, result)  # the last, as where it lies all is done
   return result
 
 

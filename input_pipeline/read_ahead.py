@@ -110,7 +110,10 @@ def _wait_for_shared_memory() -> None:
     last.unlink_on_del()
     weakref.finalize(last.shm, lambda: freed_in.put(threading.current_thread()))
     del last
-    if freed_in.get(timeout=60) is not threading.current_thread():
+    try:
+      if freed_in.get(timeout=10) is not threading.current_thread():
+        return
+    except queue.Empty:  # that thread is gone, as the interpreter ends
       return
     time.sleep(0.001)
 

@@ -96,6 +96,19 @@ test_distributed.everything(*sys.argv[2:])
   assert _pictures(tmp_path).keys() == _pictures(alone).keys() != set()
 
 
+def test_the_latest_checkpoint_is_looked_for_without_the_others(alone):
+  program = """
+import sys
+from etils import epath
+from aavs_jax.devices import distributed
+from aavs_jax.training import checkpoint
+distributed.start(sys.argv[1])
+folder = epath.Path(sys.argv[2 + int(sys.argv[1][-1])])
+assert distributed.gather(checkpoint.latest_step(folder)) == [3, None]
+"""
+  _finish(_start(program, str(alone / 'work/checkpoints'), str(alone / 'elsewhere')), 0, 0)
+
+
 def test_a_process_that_is_late_is_waited_for(alone, data_root, tmp_path):
   """A collective waits for as long as is set here, and for half a minute where nothing is."""
   program = """

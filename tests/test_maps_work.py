@@ -165,7 +165,9 @@ def test_rows_are_those_of_their_evaluations(data_root, monkeypatch, tmp_path):
   monkeypatch.setattr(table2, 'stepping_stones', stepping_stones)
   monkeypatch.setattr(table2, 'scores', scores)
   monkeypatch.setattr(table2.mask_files, 'require_kind', lambda *_: None)
-  monkeypatch.setattr(table2.mask_files, 'read_mask', lambda *_: None)
+  monkeypatch.setattr(
+    table2.mask_files, 'read_mask', lambda folder, *_: np.frombuffer(folder.encode(), 'S1')
+  )
   options = dict(data=data_root, masks='others', overrides=['--config.train.init=runs/start'])
   table = table2.table2('tpavi:resnet50', tmp_path, **options)
   assert [row['ours']['miou'] for row in table.values()] == pytest.approx([10, 20, 30, 40])
@@ -181,6 +183,8 @@ def test_rows_are_those_of_their_evaluations(data_root, monkeypatch, tmp_path):
   assert all(config.train.init == 'runs/start' for config, _ in trainings)
   assert [masks for _, masks in calls] == ['', 'others']
   assert calls[1][0]['high'] == ('stage2', 'true', 'masks', False, None)
+  with pytest.raises(UserError, match='begun with other masks than those of changed'):
+    table2.table2('tpavi:resnet50', tmp_path, **options | dict(masks='changed'))
 
 
 @pytest.mark.slow

@@ -295,9 +295,10 @@ def test_missing_mask_leaves_a_gap(run, clips, tmp_path):
   subset, uid = clips[0]
   (workdir / 'masks' / subset / uid / '1.png').unlink()
   (workdir / 'masks' / subset / uid / '2.png').write_bytes(b'cut off')
+  (workdir / 'masks' / subset / uid / '3.png').write_bytes(b'')
   page = write_report(workdir, run[1]).read_text(encoding='utf-8')
-  assert check(page).images == 12 * 4 * 5 - 2 + 1
-  assert page.count('class="absent"') == 2
+  assert check(page).images == 12 * 4 * 5 - 3 + 1
+  assert page.count('class="absent"') == 3
 
 
 def test_empty_workdir_says_what_to_run(run, tmp_path):

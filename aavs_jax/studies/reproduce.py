@@ -285,7 +285,8 @@ def _convert_once(
 def _masks(workdir: Path, given: str | Path, data: str) -> Path:
   """The folder of stage 1's masks: the given one, once they are read, or one of its model's."""
   if given:
-    _claim_masks(workdir, str(given), read_index(data, 'test'))
+    size = config_lib.from_json(workdir / 'stage2' / 'config.json').data.eval_size
+    claim_masks(workdir, str(given), read_index(data, 'test'), size)
     return Path(given)
   folder = workdir / 'masks'
   if not hand_over.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',)):
@@ -293,18 +294,21 @@ def _masks(workdir: Path, given: str | Path, data: str) -> Path:
   return folder
 
 
-def _claim_masks(workdir: Path, folder: str, clips: Sequence[Clip]) -> None:
+def claim_masks(
+  workdir: Path, folder: str, clips: Sequence[Clip], size: int, soft: bool = False
+) -> None:
   """Reads all masks of the clips, and notes or compares what they are.
+
+  Masks need not tell of which model they are: scores of others would be taken for theirs.
 
   Raises:
     UserError: one is missing or damaged, or the work folder has been used with others.
   """
   files.refuse_bucket(folder)
-  size = config_lib.from_json(workdir / 'stage2' / 'config.json').data.eval_size
   total = hashlib.sha256()
   for clip in clips:
     for t in range(clip.num_frames):
-      total.update(mask_files.read_mask(folder, clip, t, size).tobytes())
+      total.update(mask_files.read_mask(folder, clip, t, size, soft).tobytes())
   note, digest = workdir / 'masks.json', total.hexdigest()
   if not note.exists():
     files.write_json(note, digest)

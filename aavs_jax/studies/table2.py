@@ -16,7 +16,7 @@ from aavs_jax.input_pipeline import masks as mask_files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
-from aavs_jax.studies.reproduce import beside, format_table
+from aavs_jax.studies.reproduce import beside, claim_masks, format_table
 from aavs_jax.train import train
 from aavs_jax.training.start import require_same_meaning
 
@@ -85,9 +85,7 @@ def table2(
   clips = read_index(data, 'test', stage2.data.subsets)
   if masks:
     mask_files.require_kind(masks, stage2.prior.soft)
-    for clip in clips:
-      for t in range(clip.num_frames):
-        mask_files.read_mask(masks, clip, t, stage2.data.eval_size, stage2.prior.soft)
+    claim_masks(workdir, masks, clips, stage2.data.eval_size, stage2.prior.soft)
   say('[2] one stage')
   origin.data.root = data
   train(origin, workdir / 'origin')
