@@ -9,4 +9,6 @@ def get_config(variant='release'):
   config = avss_stage2.get_config(variant)
   config.prior.predicted = 0.7
   config.prior.none = 0.3
+  # It begins with adapters that a one-stage training has taught: a first phase would take them out.
+  config.train.phase2_epoch = 0
   return config

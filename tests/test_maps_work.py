@@ -13,6 +13,7 @@ import pytest
 from aavs_jax import config as config_lib
 from aavs_jax import methods, train
 from aavs_jax.evaluate import evaluate
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.perf import aot
 from aavs_jax.predict import predict
@@ -207,7 +208,7 @@ def test_it_compiles_for_a_slice(name):
   assert not found['predict']['collectives']
 
 
-def test_the_command_names_what_it_cannot_do(data_root, tmp_path):
+def test_the_command_names_what_it_cannot_do(data_root, tmp_path, monkeypatch):
   for method in ('vgg', 'pvt:tpavi'):
     with pytest.raises(UserError, match=f"--method is '{method}': use aavs, tpavi, avsegformer"):
       table2.table2(method, tmp_path / 'run', data=data_root)
@@ -217,6 +218,13 @@ def test_the_command_names_what_it_cannot_do(data_root, tmp_path):
     table2.table2('tpavi', tmp_path / 'run', data=data_root, masks='nothing')
   with pytest.raises(UserError, match=r"is 'after', but stage 1, its start without .* 'replace'"):
     table2.table2('aavs', tmp_path / 'run', data=data_root)
+  # Nor one that stage 1 could begin with, and stage 2 could not.
+  config = config_lib.load('configs/avss_stage1.py')
+  files.write_json(tmp_path / 'start' / 'config.json', config.to_dict())
+  monkeypatch.setattr(checkpoint, 'load_flat', lambda path: ({}, 1))
+  override = f'--config.train.init={tmp_path / "start"}'
+  with pytest.raises(UserError, match=r"adapter_variant is 'after', but .*start was trained with"):
+    table2.table2('aavs', tmp_path / 'run', data=data_root, overrides=[override])
   assert not (tmp_path / 'run').exists()
 
 

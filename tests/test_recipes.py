@@ -49,7 +49,7 @@ ORIGIN_QUERY = {**FROZEN, 'model.adaptive_query': False}
 FUSION = {'model.mask_fusion': False}
 KEY = {'model.robust_key': False}
 ATTENTION = {'model.prior_attention': False}
-ROBUST = {'prior.predicted': 0.7, 'prior.none': 0.3}
+ROBUST = {'prior.predicted': 0.7, 'prior.none': 0.3, 'train.phase2_epoch': 0}
 ORACLE = {'oracle_prior': True}
 QUICK = {
   'data.image_size': 96,

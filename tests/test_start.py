@@ -1,5 +1,6 @@
 """What a stage starts from."""
 
+import functools
 import json
 import types
 
@@ -67,7 +68,7 @@ def test_what_a_start_lacks_is_drawn_and_the_model_traced_once():
     given, lacking = jax.random.split(key)
     return Variables({'given': normal(given, (3,)), 'lacking': normal(lacking, (2,))}, {})
 
-  method = types.SimpleNamespace(init=init, of_stage=('lacking',))
+  method = types.SimpleNamespace(init=init, of_stage=('lacking',), late=(), goes_on=False)
   key, mesh = jax.random.key(0), make_mesh()
   flat, lacking = first(config, method, mesh, key, {'given': np.ones(3)})
   assert lacking == ['lacking'] and len(traced) == 1
@@ -76,6 +77,30 @@ def test_what_a_start_lacks_is_drawn_and_the_model_traced_once():
   flat, lacking = first(config, method, mesh, key, {'given': np.ones(3), 'lacking': np.ones(2)})
   assert lacking == [] and len(traced) == 2
   np.testing.assert_array_equal(flat['lacking'], 1)
+
+
+def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
+  config = quick_stage1.get_config()
+
+  def init(key):
+    drawn = {'adapter': {'down': normal(key, (2,)), 'bias': jnp.zeros(1)}, 'rest': jnp.ones(3)}
+    return Variables(drawn, {})
+
+  method = types.SimpleNamespace(init=init, of_stage=(), late=('^adapter/',), goes_on=False)
+  zero = {'adapter/down': np.zeros(2), 'adapter/bias': np.zeros(1), 'rest': np.full(3, 2)}
+  begin = functools.partial(first, config, method, make_mesh(), jax.random.key(0))
+  flat, lacking = begin(zero)
+  assert lacking == ['adapter/bias', 'adapter/down']
+  assert flat['adapter/down'].all()
+  np.testing.assert_array_equal(flat['rest'], 2)
+  learnt = {**zero, 'adapter/bias': np.ones(1)}
+  flat, lacking = begin(learnt)
+  assert lacking == [] and not flat['adapter/down'].any()
+  method.goes_on = True  # nothing is zero in its first phase
+  assert begin(zero)[1] == []
+  method.goes_on, del_bias = False, {path: zero[path] for path in ('adapter/down', 'rest')}
+  with pytest.raises(UserError, match='adapter/bias is missing'):
+    begin(del_bias)
 
 
 class TestStart:

@@ -18,6 +18,7 @@ from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies.reproduce import beside, claim_masks, format_table
 from aavs_jax.train import train
+from aavs_jax.training import work_folder
 from aavs_jax.training.start import require_same_meaning
 
 # Config files of a method: one stage, stage 1, stage 2.
@@ -63,8 +64,8 @@ def table2(
     By key of ROWS what reproduce.beside gives.
 
   Raises:
-    UserError: no such method; AAVS without a start; a mask is missing; faults of configs, data or
-      the folder.
+    UserError: no such method; AAVS without a start, or one that does not fit all three; a mask is
+      missing; faults of configs, data or the folder.
   """
   name, _, variant = method.partition(':')
   if name not in CONFIGS:
@@ -80,6 +81,8 @@ def table2(
     require_same_meaning(
       stage2, stage1, 'stage 1, its start without --config.train.init,', methods.of(stage2).same
     )
+  for config in (origin, stage1, stage2):
+    work_folder.load_start(config, methods.of(config), needed=False)
   say('[1] the data set')  # what is wrong with it shows now, and not in days
   config_lib.require_fit(read_index(data, 'train', stage2.data.subsets), stage2)
   clips = read_index(data, 'test', stage2.data.subsets)

@@ -1,6 +1,7 @@
 """What a stage starts from: the numbers of another run, or of a converted checkpoint."""
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -38,9 +39,12 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
     )
   start, _ = checkpoint.load_flat(config.train.init)
   other = config_lib.from_json(work_folder / 'config.json')
-  # The backbone of ImageNet alone is a start for every method that has it.
-  own = () if note and note['kind'] in BACKBONES else ('method',)
-  require_same_meaning(config, other, config.train.init, (*own, *method.same))
+  kind, same = note['kind'] if note else '', ('method', *method.same)
+  if kind in BACKBONES:  # that of ImageNet alone is a start for every method that has it
+    same = method.same
+  elif kind == 'hearing':  # so is VGGish
+    same = [key for key in method.same if key.startswith('vggish.')]
+  require_same_meaning(config, other, config.train.init, same)
   return start
 
 
@@ -99,9 +103,13 @@ def first(
   # Traced once: of a large model that takes seconds.
   drawn, shapes = jax.make_jaxpr(lambda key: flatten(method.init(key)), return_shape=True)(key)
   places = state_sharding(mesh, shapes)
-  found, lacking = fill(
-    jax.tree.map(placed, shapes, places), given, method.of_stage, start_lacks(config)
-  )
+  lacks = list(start_lacks(config))
+  waited = [path for path in given or () if matches(path, method.late) and not method.goes_on]
+  if waited and not any(given[path].any() for path in waited):
+    # A start of phase 1. With zeros on both sides of its relu an adapter would never learn.
+    given = {path: value for path, value in given.items() if path not in waited}
+    lacks += [f'^{re.escape(path)}$' for path in waited]
+  found, lacking = fill(jax.tree.map(placed, shapes, places), given, method.of_stage, lacks)
   draw = shapes if given is None else lacking
   if not draw:
     return found, lacking
