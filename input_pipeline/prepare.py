@@ -75,7 +75,8 @@ def prepare(
 
   A shard appears under its name when it is complete, and prepared.json when all of them are there.
   The folder is byte for byte that of an uninterrupted run. Shards that are there are checked
-  against their SHA-256 and written anew if damaged.
+  against their SHA-256 and written anew if damaged, or if a bad clip was left out of them. Whether
+  other files of the data set have changed is not looked at: they want a new folder.
 
   Args:
     root: the data set, in either layout.
@@ -224,23 +225,26 @@ def _write_shard(
   """Writes one shard, unless it is there already, and returns what its JSON file says."""
   note = (out / name).with_suffix('.json')
   there = _read_finished(out / name, note, [_name(clip) for clip in clips])
-  if there and (skip or not there['bad_clips']):
+  if there and not there['bad_clips']:  # which may have been mended since
     return there
   good, bad = [], []
   with files.writing(out / name) as file:
-    writer = ArrayRecordWriter(str(file), 'group_size:1,zstd:3')
-    for clip in clips:
-      try:
-        arrays = clip_arrays(clip, settings.image_size, settings.eval_size)
-      except UserError as error:
-        if not skip:
-          raise
-        bad.append({'clip': _name(clip), 'text': str(error)})
-        continue
-      for record in prepared.encode_clip(arrays, settings.frames):
-        writer.write(record)
-      good.append(_name(clip))
-    writer.close()
+    try:
+      writer = ArrayRecordWriter(str(file), 'group_size:1,zstd:3')
+      for clip in clips:
+        try:
+          arrays = clip_arrays(clip, settings.image_size, settings.eval_size)
+        except UserError as error:
+          if not skip:
+            raise
+          bad.append({'clip': _name(clip), 'text': str(error)})
+          continue
+        for record in prepared.encode_clip(arrays, settings.frames):
+          writer.write(record)
+        good.append(_name(clip))
+      writer.close()
+    except RuntimeError as error:
+      raise prepared.system_error(error, str(out / name)) from error
     shard = {'file': name, 'bytes': file.stat().st_size, 'sha256': _digest(file)}
   shard |= {'clips': good, 'bad_clips': bad}
   files.write_json(note, shard)

@@ -322,15 +322,21 @@ def read_frame(clip: PreparedClip, t: int) -> FrameRecord:
 _ERRORS = {os.strerror(number): number for number in errno.errorcode}  # numbers by text
 
 
+def system_error(error: RuntimeError, path: str) -> Exception:
+  """What the system said to ArrayRecord, as an OSError; the error itself if it said nothing."""
+  failed = re.match(r'\w+\(\) failed: ([^;]+)', str(error))  # a function of the system's
+  if failed and failed[1] in _ERRORS:
+    return OSError(_ERRORS[failed[1]], failed[1], path)
+  return error
+
+
 def _read(clip: PreparedClip, record: int, parse: Callable):
   try:
-    (data,) = _open(clip.shard_path).read([clip.position + record])
+    (data,) = _open(clip.shard_path, _stamp(clip.shard_path)).read([clip.position + record])
   except RuntimeError as error:  # of every kind of damage, and of a disk that fails
-    failed = re.match(r'\w+\(\) failed: ([^;]+)', str(error))  # a function of the system's
-    if failed and failed[1] in _ERRORS:
-      of_system = OSError(_ERRORS[failed[1]], failed[1], clip.shard_path)
-      if of_disk(of_system):
-        raise of_system from error
+    of_system = system_error(error, clip.shard_path)
+    if of_disk(of_system):
+      raise of_system from error
     raise _damaged(clip, error) from error
   return _decode(clip, parse, data)
 
@@ -362,8 +368,17 @@ def _keep_freed() -> None:
     mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
+def _stamp(path: str) -> tuple[int, int] | None:
+  """What tells a shard from one that was there before under its name."""
+  try:
+    found = os.stat(path)
+  except OSError:  # which its reader will say
+    return None
+  return found.st_ino, found.st_mtime_ns
+
+
 @functools.lru_cache(maxsize=256)
-def _open(path: str) -> ArrayRecordReader:
+def _open(path: str, stamp: tuple[int, int] | None) -> ArrayRecordReader:
   _keep_freed()
   # Threads may share it. Clips are read in random order: what comes after one is not wanted.
   return ArrayRecordReader(path, 'readahead_buffer_size:0')

@@ -60,14 +60,19 @@ def unless_stopping(item):
 
 
 def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
-  others = set(multiprocessing.active_children())
+  others, started = set(multiprocessing.active_children()), set()
   try:
     # Ctrl-C and what ends a job reach all processes of a group, but it is up to this one when to
     # stop. So workers are started by a thread that blocks these signals, which they inherit.
     with concurrent.futures.ThreadPoolExecutor(1, initializer=_block_signals) as starter:
-      yield _own(starter.submit(next, batches).result())
+      first = starter.submit(next, batches)
+      concurrent.futures.wait([first])
+      started = set(multiprocessing.active_children()) - others
+      batch = _own(first.result())
+      del first  # which holds shared memory
     while True:
-      yield _own(next(batches))
+      yield batch
+      batch = _own(next(batches))
   except RuntimeError as error:
     if 'terminated unexpectedly' not in str(error):
       raise
@@ -78,7 +83,7 @@ def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
     ) from error
   finally:
     # All at once: `close` would let one after the other finish its batch.
-    for worker in set(multiprocessing.active_children()) - others:
+    for worker in started.intersection(multiprocessing.active_children()):
       os.kill(worker.pid, _STOP)
     batches.close()
     del batches

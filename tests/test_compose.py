@@ -415,6 +415,9 @@ def test_bad_sprites(tmp_path, sprites):
   fails('dragon is not named after a class')
   (sprites / 'dragon').rename(sprites / 'dog')
   fails('dog holds 0 .*at least one of each')
+  (sprites / 'dog' / 'a.png').touch()
+  (sprites / 'dog' / 'a.wav').touch()
+  fails(r'a\.png is not an 8-bit PNG')
   cv2.imwrite(str(sprites / 'dog' / 'a.png'), np.zeros((9, 9, 3), np.uint8))
   (sprites / 'dog' / 'a.wav').write_bytes(b'noise')
   fails(r'a\.png has no alpha')
@@ -424,5 +427,8 @@ def test_bad_sprites(tmp_path, sprites):
   fails(r'a\.wav cannot be read')
   soundfile.write(sprites / 'dog' / 'a.wav', np.zeros(16000), 16000)
   fails(r'a\.wav is silent')
+  for value in (np.nan, np.inf):
+    soundfile.write(sprites / 'dog' / 'a.wav', np.full(16000, value), 16000, subtype='FLOAT')
+    fails(r'a\.wav .* has samples that are no numbers')
   soundfile.write(sprites / 'dog' / 'a.wav', np.ones(sounds.LENGTH) * 0.1, 16000)
   compose(tmp_path / 'set', clips=SMALL, sprites=sprites)

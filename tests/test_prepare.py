@@ -376,7 +376,7 @@ def test_a_disk_that_fails_is_no_damaged_shard(pairs, monkeypatch):
     def read(_):
       raise RuntimeError(f'{words}; reading {clip.shard_path}; at byte 65536; Failed to read')
 
-    monkeypatch.setattr(prepared, '_open', lambda _: types.SimpleNamespace(read=read))
+    monkeypatch.setattr(prepared, '_open', lambda *_: types.SimpleNamespace(read=read))
 
   for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
     failing(f'read() failed: {os.strerror(number)}')
@@ -386,6 +386,33 @@ def test_a_disk_that_fails_is_no_damaged_shard(pairs, monkeypatch):
   for words in (f'open() failed: {os.strerror(errno.ENOENT)}', 'hash mismatch'):
     failing(words)
     refusal(lambda: prepared.read_log_mel(clip), clip.shard_path, words)
+
+
+def test_shards_of_another_set_under_the_same_name_are_read_anew(pairs, tmp_path):
+  shards, frames = tmp_path / 'shards', []
+  for layout in ('semantic', 'object'):
+    shutil.copytree(pairs[layout][1], shards)
+    clip = read_index(shards)[0]
+    raw = next(c for c in read_index(pairs[layout][0]) if c.uid == clip.uid)
+    item, task = Item(0, 0, 1), Task(False, 2, SIZE, EVAL_SIZE, 5, False, '')
+    assert same(*(load_training_item(c, item, task) for c in (raw, clip)))
+    frames.append(load_training_item(clip, item, task)['frames'])
+    shutil.rmtree(shards)
+  assert not np.array_equal(*frames)
+
+
+def test_a_disk_that_fills_up_is_no_fault_of_the_program(data_root, tmp_path, monkeypatch):
+  class Full:
+    def __init__(self, *_):
+      pass
+
+    def write(self, _):
+      raise RuntimeError('write() failed: No space left on device; writing at position 65536')
+
+  monkeypatch.setattr(prepare, 'ArrayRecordWriter', Full)
+  with pytest.raises(OSError, match=r'No space left on device: .*array_record') as error:
+    prepare.prepare(data_root, tmp_path / 'out', **SIZES, workers=1)
+  assert error.value.errno == errno.ENOSPC
 
 
 def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys):
@@ -460,7 +487,7 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
 
   for clip in bad:
     shutil.copyfile(dataclasses.replace(clip, root=data_root).audio_path, clip.audio_path)
-  prepare.prepare(root, out, **settings)
+  prepare.prepare(root, out, **skip)
   prepare.prepare(root, tmp_path / 'mended', **settings)
   assert files(out) == files(tmp_path / 'mended')
 

@@ -42,6 +42,17 @@ def test_the_stream_is_the_same_for_any_number_of_workers(data_root, workers):
     assert all(np.array_equal(batch[name], same[name]) for name in same)
 
 
+def test_a_stream_ends_no_process_but_its_own(data_root):
+  clips = read_index(data_root, 'train')
+  first, second = (_open(clips, 1) for _ in range(2))
+  next(first), next(second)
+  first.close()
+  found = list(itertools.islice(second, 4))
+  second.close()
+  for batch, same in zip(found, itertools.islice(_open(clips, 0), 1, 5), strict=True):
+    assert np.array_equal(batch['frames'], same['frames'])
+
+
 def test_a_fault_of_the_data_is_the_same_error_as_without_workers(data_root, tmp_path):
   clip = read_index(data_root, 'train', ['v1m'])[0]
   shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)

@@ -157,7 +157,8 @@ def load_picture(path: pathlib.Path) -> Picture:
   Raises:
     UserError: the file is no image, has no alpha channel, or shows nothing.
   """
-  image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED)
+  content = np.fromfile(path, np.uint8)
+  image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED) if content.size else None
   if image is None or image.dtype != np.uint8:
     raise errors.UserError(f'{path} is not an 8-bit PNG image: replace or remove it')
   if image.ndim != 3 or image.shape[2] != 4:

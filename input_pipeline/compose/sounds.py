@@ -139,8 +139,8 @@ def load_recording(path: pathlib.Path) -> Sound:
   wave = samples.mean(1)
   if len(wave) and rate != SAMPLE_RATE:
     wave = librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE)
-  if not len(wave) or np.sqrt(np.mean(wave**2)) < _MIN_RMS:
-    raise errors.UserError(f'{path} is silent: replace or remove it')
+  if not len(wave) or not _MIN_RMS <= np.sqrt(np.mean(wave**2)) < np.inf:
+    raise errors.UserError(f'{path} is silent, or has samples that are no numbers: replace it')
   if len(wave) < LENGTH:
     wave = np.tile(wave, math.ceil(LENGTH / len(wave)))
   windows = [wave[i : i + LENGTH] for i in range(0, len(wave) - LENGTH + 1, LENGTH // 2)]
