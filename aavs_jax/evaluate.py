@@ -65,6 +65,8 @@ def evaluate(
     raise UserError(f'{given[0]} and {given[1]} are two priors: give one of them')
   if maps is not None:
     masks.refuse_data_set(maps)
+  if distributed.is_first():
+    files.require_place(out)
   config, variables, step = load_trained(workdir)
   if given and not config.use_prior:
     raise UserError(f'{given[0]} is given, but the model of {workdir} takes no prior: leave it out')

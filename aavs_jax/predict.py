@@ -30,11 +30,12 @@ from aavs_jax.types import Variables
 
 WINDOW_FRAMES = 10  # the longest clip the models have seen
 _BATCH_FRAMES = 5  # of one call of a model; what is lacking is padded, so that it compiles once
+_SUMMARY = 'summary.json'
 _SUFFIXES = ('.jpg', '.jpeg', '.png')
 # What counts as a video in a folder of them; one that is named may be called anything.
 VIDEOS = (
-  '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.ogv', '.flv', '.wmv',
-  '.3gp',
+  '.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.ts', '.mts', '.m2ts', '.vob',
+  '.mxf', '.ogv', '.flv', '.f4v', '.wmv', '.asf', '.3gp', '.3g2',
 )  # fmt: skip
 
 _T = TypeVar('_T')
@@ -81,7 +82,8 @@ def predict(
     UserError: the source, a model or the output folder is at fault. Nothing is left behind, however
       this ends; what SIGKILL leaves goes with the next call for `out`.
   """
-  target = _checked(out, every)
+  _check(every)
+  target = files.new_folder(out)
   opened = _open(Path(source), every)
   _write_results(target, opened, _load(stage1, stage2), every)
   return Path(out)
@@ -97,14 +99,16 @@ def predict_all(
 ) -> Path:
   """As `predict`, of several sources with the same models, each into OUT/{its name without suffix}.
 
-  One that cannot be read does not keep the others from being answered.
+  One that cannot be read does not keep the others from being answered. Called again, it goes on
+  with what OUT does not hold yet.
 
   Raises:
     UserError: before anything is done, a model or folder is at fault, or two sources have one name;
       at the end, sources that could not be answered.
   """
-  target = _checked(out, every)
-  named = {}
+  _check(every)
+  files.refuse_bucket(out)
+  target, named = Path(out).resolve(), {}
   for source in sources:
     name = source.absolute().name if source.is_dir() else source.stem
     if name in named:
@@ -113,10 +117,17 @@ def predict_all(
         'give it another --out'
       )
     named[name] = source
+  if not target.is_dir() or any(
+    path.name not in named and not path.name.endswith(files.UNFINISHED) for path in target.iterdir()
+  ):
+    files.new_folder(out)  # else it is an earlier call's
   models = _load(stage1, stage2)
   failed = []
   for name, source in named.items():
     try:
+      if _is_answered(target / name, source, models, every):
+        say(f'  {target / name} is there: remove it to have it answered again')
+        continue
       _write_results(target / name, _open(source, every), models, every)
     except UserError as error:
       say(f'  FAILED: {error}')
@@ -130,12 +141,18 @@ def predict_all(
 
 
 def expand(source: str | Path) -> list[Path]:
-  """The videos in a folder that is no clip folder; anything else itself."""
+  """The videos in a folder that is no clip folder, without what else is there; or just itself."""
   source = Path(source)
   if not source.is_dir() or (source / 'frames').exists():
     return [source]
-  videos = (p for p in source.iterdir() if p.suffix.lower() in VIDEOS and p.name[0] != '.')
-  return sorted(videos) or [source]
+  found = sorted(path for path in source.iterdir() if path.name[0] != '.')
+  videos = [path for path in found if path.suffix.lower() in VIDEOS]
+  if videos and (others := [path.name for path in found if path not in videos]):
+    say(
+      f'{source}: not named as videos, so passed over: {", ".join(others[:5])}'
+      + (f' and {len(others) - 5} more' if len(others) > 5 else '')
+    )
+  return videos or [source]
 
 
 class _Source(NamedTuple):
@@ -156,12 +173,30 @@ def _load(stage1: str | Path | None, stage2: str | Path | None) -> _Models:
   return _Models(stage1, stage2, answer, () if stage2 is None else class_names(stage2))
 
 
-def _checked(out: str | Path, every: float) -> Path:
+def _check(every: float) -> None:
   if not (0.01 <= every <= 3600 and round(every * 1e3, 6).is_integer()):
     raise UserError(
       f'--every {every} is no time from a frame to the next: use 0.01 to 3600 s, in ms'
     )
-  return files.new_folder(out)
+
+
+def _is_answered(folder: Path, source: Path, models: _Models, every: float) -> bool:
+  """Whether a folder has the results of this source by these models."""
+  if not (folder / _SUMMARY).exists():
+    return False
+  summary = files.read_json(folder / _SUMMARY, dict, f'remove {folder}')
+  facts = _facts(source, models, every)
+  return {key: summary.get(key) for key in facts} == facts
+
+
+def _facts(source: Path, models: _Models, every: float) -> dict[str, str | float | None]:
+  """The part of a summary that says what was answered by what."""
+  return {
+    'source': str(source),
+    'every': every,
+    'stage1': None if models.stage1 is None else str(models.stage1),
+    'stage2': None if models.stage2 is None else str(models.stage2),
+  }
 
 
 def _open(source: Path, every: float) -> _Source:
@@ -202,13 +237,10 @@ def _write_results(target: Path, source: _Source, models: _Models, every: float)
 
         write_overlay_video(working / 'overlay.mp4', source.path, maps(), draw, every)
     files.write_json(
-      working / 'summary.json',
+      working / _SUMMARY,
       {
-        'source': str(source.path),
+        **_facts(source.path, models, every),
         'seconds': len(summary) * every,
-        'every': every,
-        'stage1': None if models.stage1 is None else str(models.stage1),
-        'stage2': None if models.stage2 is None else str(models.stage2),
         'frames': summary,
       },
     )

@@ -184,6 +184,15 @@ def writing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     shutil.rmtree(folder)
 
 
+def require_place(path: str | os.PathLike) -> None:
+  """Raises what `writing` would, before what is to be written has been computed."""
+  if pathlib.Path(path).is_dir():
+    raise UserError(f'{path} is a folder: name a file')
+  if '://' not in str(path):
+    with _working_folder(path) as folder:
+      folder.rmdir()
+
+
 @contextlib.contextmanager
 def writing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """As `writing`, of a local folder, which is empty at first; `path` may be an empty one."""

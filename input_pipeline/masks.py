@@ -62,8 +62,9 @@ def of_scores(scores: np.ndarray, soft: bool) -> np.ndarray:
 
   Hard ones are 255 where the score of sound is the larger one. The probability of soft ones is the
   share that sound has of both scores; 128 or more is exactly where a hard mask is 255. Raises
-  UserError if there can be no share.
+  UserError if there can be no share, FloatingPointError if the scores are no numbers.
   """
+  require_finite(scores)
   sounds = np.argmax(scores, 1) == 1
   if not soft:
     return (sounds * 255).astype(np.uint8)
@@ -72,6 +73,15 @@ def of_scores(scores: np.ndarray, soft: bool) -> np.ndarray:
   silence, sound = np.moveaxis(np.maximum(scores, 1e-12), 1, 0)
   level = np.rint(255 * sound / (silence + sound))
   return np.where(sounds, np.maximum(level, 128), np.minimum(level, 127)).astype(np.uint8)
+
+
+def require_finite(scores: np.ndarray) -> None:
+  """Raises FloatingPointError for scores that are no numbers: they would be taken for silence."""
+  if not np.isfinite(scores).all():
+    raise FloatingPointError(
+      'scores of the model are not finite, so its weights are not or it overflows: use another '
+      'checkpoint, or config.dtype float32'
+    )
 
 
 def read_mask(root: str, clip: Clip, t: int, size: int, soft: bool = False) -> np.ndarray:

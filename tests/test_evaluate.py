@@ -323,6 +323,23 @@ def test_evaluation_tells_what_it_was_made_of(stage1, stage2, written, data_root
   assert oracle['per_clip'] != result['per_clip']  # so the prior reaches the model
 
 
+def test_a_place_that_cannot_be_is_refused_before_anything_is_scored(tmp_path):
+  (tmp_path / 'file').write_text('')
+  for out, words in (('', 'is a folder: name a file'), ('file/r.json', 'cannot be written')):
+    with pytest.raises(UserError, match=words):
+      evaluate.evaluate(tmp_path / 'no model', data='no data', out=tmp_path / out)
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_scores_that_are_no_numbers_are_no_silence(model1, clips):
+  config, params, predictor = model1
+  broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+  with pytest.raises(FloatingPointError, match='scores of the model are not finite'):
+    score.score(config, predictor, broken, clips[:1])
+  with pytest.raises(FloatingPointError, match='scores of the model are not finite'):
+    masks.of_scores(_directly((config, broken, predictor), clips[0]), soft=False)
+
+
 def test_the_tables_stand_beside_the_json(stage1, data_root, tmp_path):
   out = tmp_path / 'eval' / 'stage1.json'
   result = evaluate.evaluate(stage1, data=data_root, out=out, audio='silence')

@@ -416,8 +416,21 @@ def test_several_sources_are_answered_each_in_a_folder_of_its_own(no_model, tmp_
   assert '1 of 4 sources failed' in told.err and 'c.mov' in told.err
   assert 'FAILED: ' in told.out and 'c.mov cannot be read as a video' in told.out
   assert re.search(r'b\.mkv: 2 frames in 0:\d\d, [\d.]+/s', told.out)
+  assert 'passed over: notes.txt' in told.out
   assert names(out) == ['a', 'b', 'clip']
   assert [len(names(out / name / 'masks')) for name in names(out)] == [1, 2, 3]
+
+  # The same command goes on with what is not there.
+  write_video(folder / 'c.mov', 1)
+  kept = (out / 'b' / 'summary.json').stat().st_mtime_ns
+  assert cli.main(command) == 0
+  assert capsys.readouterr().out.count('is there') == 3
+  assert names(out) == ['a', 'b', 'c', 'clip']
+  assert (out / 'b' / 'summary.json').stat().st_mtime_ns == kept
+  command[command.index('any')] = 'another'
+  assert cli.main(command) == 2 and 'b is not empty' in capsys.readouterr().out
+  (out / 'mine').mkdir()
+  assert cli.main(command) == 2 and 'out is not empty' in capsys.readouterr().err
 
 
 def test_two_sources_of_one_name_are_refused(no_model, tmp_path):

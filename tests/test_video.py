@@ -226,6 +226,44 @@ def test_last_mask_stays_and_odd_sizes_are_cut(tmp_path):
   np.testing.assert_allclose(frames[-1][1].mean(axis=(0, 1)), (255, 45, 110), atol=25)
 
 
+def test_ambisonic_sound_is_heard_as_its_mean(tmp_path):
+  source, rate = tmp_path / 'round.mkv', 48000
+  with av.open(str(source), 'w') as container:
+    picture = container.add_stream('mpeg4', rate=5)
+    picture.width, picture.height, picture.pix_fmt = 64, 48, 'yuv420p'
+    sound = container.add_stream(
+      'libopus', rate=rate, layout='ambisonic 1', options={'mapping_family': '2'}
+    )
+    for i in range(5):
+      frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), format='rgb24')
+      frame.pts, frame.time_base = i, Fraction(1, 5)
+      container.mux(picture.encode(frame))
+    container.mux(picture.encode(None))
+    tone = np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    samples = np.repeat(np.int16(8000 * tone)[:, None], 4, axis=1)
+    for start in range(0, rate, 960):
+      frame = av.AudioFrame(format='s16', layout='ambisonic 1', samples=960)
+      frame.planes[0].update(np.ascontiguousarray(samples[start : start + 960]).tobytes())
+      frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+      container.mux(sound.encode(frame))
+    container.mux(sound.encode(None))
+  ((_, waveform, _),) = read_windows(source)
+  assert dominant_frequency(waveform) == pytest.approx(440, abs=2)
+  out = write_overlay_video(tmp_path / 'o.mp4', source, [np.zeros((4, 4), np.uint8)])
+  ((_, again, _),) = read_windows(out)
+  assert dominant_frequency(again) == pytest.approx(440, abs=2)
+
+
+def test_what_ffmpeg_cannot_write_names_the_source(short_video, tmp_path, monkeypatch):
+  def write(*_):
+    raise av.error.ArgumentError(22, 'Invalid argument')
+
+  monkeypatch.setattr('aavs_jax.media.video._write_streams', write)
+  with pytest.raises(UserError, match=r'short\.mp4 cannot be written again .*Invalid argument'):
+    write_overlay_video(tmp_path / 'o.mp4', short_video, [])
+  assert not list(tmp_path.iterdir())
+
+
 def test_failure_leaves_no_file_and_keeps_the_old_one(short_video, tmp_path):
   out = tmp_path / 'o.mp4'
   out.write_bytes(b'older result')

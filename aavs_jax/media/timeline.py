@@ -57,7 +57,7 @@ class Timeline:
   Attributes:
     path: the file.
     rate: pictures a second on average; a guess where the file has none.
-    channels: of the sound, as the file declares them.
+    is_mono: whether stereo cannot be made of its sound.
     pixel_aspect: width of a pixel by its height, of pictures that are upright.
 
   Raises:
@@ -72,7 +72,8 @@ class Timeline:
       self._leap = _LEAP_SECONDS if discontinuous else _STILL_SECONDS
       self._picture, self._sound = picture.index, sound.index
       self.rate = picture.average_rate or Fraction(25)
-      self.channels = sound.codec_context.channels
+      # FFmpeg mixes no two of ambisonic sound; of a single channel there are none.
+      self.is_mono = sound.codec_context.channels == 1 or 'ambisonic' in sound.layout.name
       aspect = picture.sample_aspect_ratio or Fraction(1)
     self._damaged = collections.Counter()  # packets, by the index of the stream
     self._jumps, self._is_silent = 0, False

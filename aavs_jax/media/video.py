@@ -17,7 +17,7 @@ import numpy as np
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.audio import SAMPLE_RATE, samples_needed
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, of_disk
 from aavs_jax.media.overlay import overlay
 from aavs_jax.media.timeline import Timeline
 
@@ -96,11 +96,18 @@ def write_overlay_video(
   if out.resolve() == source.resolve():
     raise UserError(f'{out} is the source video itself: give the output another name')
   timeline = Timeline(source)
-  with (
-    files.writing(out) as working,
-    av.open(str(working), 'w', format='mp4', options={'movflags': 'faststart'}) as target,
-  ):
-    _write_streams(target, timeline, iter(masks), draw, every)
+  try:
+    with (
+      files.writing(out) as working,
+      av.open(str(working), 'w', format='mp4', options={'movflags': 'faststart'}) as target,
+    ):
+      _write_streams(target, timeline, iter(masks), draw, every)
+  except av.error.FFmpegError as error:
+    if of_disk(error):
+      raise
+    raise UserError(
+      f'{source} cannot be written again with masks drawn in ({error.strerror}): convert it'
+    ) from error
   return out
 
 
@@ -181,7 +188,7 @@ def _write_streams(
   first = next(images)
   height, width = first[1].shape[:2]
   picture_stream = _add_picture(target, timeline, first[1])
-  layout = 'mono' if timeline.channels == 1 else 'stereo'
+  layout = 'mono' if timeline.is_mono else 'stereo'
   sound_stream = target.add_stream('aac', rate=_AAC_RATE, layout=layout)
   sound = _sound_frames(timeline, layout)
   next_sound = next(sound, None)

@@ -69,6 +69,7 @@ def score(
 
   def look(predictions, target):
     if config.task == 'binary':
+      masks.require_finite(predictions)
       record = metrics.binary_record(predictions, target.astype(bool))
       return record, np.argmax(predictions, 1).astype(np.uint8)
     return metrics.semantic_record(predictions, target, config.num_classes), predictions
