@@ -816,8 +816,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, end)
     return args.run(args) or 0
   except SystemExit as stop:
-    if several and args.command != 'train':  # which ends together with all other processes
-      distributed.leave(stop.code, patience=3)
+    if args.command != 'train':  # which ends together with all other processes
+      # A training that SIGTERM ends in good order says 0, but what it is a part of is not done.
+      stop.code = stop.code or 128 + signal.SIGTERM
+      if several:
+        distributed.leave(stop.code, patience=3)
     raise
   except KeyboardInterrupt:
     if args.debug:

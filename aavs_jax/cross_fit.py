@@ -69,6 +69,11 @@ def cross_fit(
         f'{target} was begun with {key} {begun[key]}, not {value}: use the same, or another folder'
       )
   trained = [Path(workdir) / f'fold{k}' for k in range(folds)]
+  if begun and not all(folder.exists() for folder in trained):
+    raise UserError(
+      f'{target} holds masks of {begun["checkpoint"]}, not of trainings in {workdir}, which come '
+      'first: remove it, or name another folder'
+    )
   digests, steps, bad = [], [], set()
   for k, folder in enumerate(trained):
     say(f'stage 1 without part {k + 1} of {folds} of the training clips')

@@ -70,9 +70,9 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
   say(f'  all of {taught.sum()} classes tagged right in {right:.1%} of {len(truth)} seconds of val')
   note = {'kind': 'hearing', 'source': data, 'vggish': '', 'names': [], 'unused': []}
   note['lacking'] = [r'^(?!vggish/)']  # all else
-  work_folder.write_converted(out, config, flatten(Variables({'vggish': params}, {})), note)
   heard = {'classes': int(taught.sum()), 'seconds': len(truth), 'right': float(right)}
-  files.write_json(Path(out) / HEARD, heard)
+  flat = flatten(Variables({'vggish': params}, {}))
+  work_folder.write_converted(out, config, flat, note, beside={HEARD: heard})
   return float(right)
 
 

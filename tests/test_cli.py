@@ -206,6 +206,25 @@ def test_a_full_disk_is_said_with_what_was_written(capsys, monkeypatch):
   )
 
 
+@pytest.mark.parametrize(
+  ('command', 'function', 'status'),
+  [
+    (['train', '--config', 'configs/quick_stage1.py', '--data', 'data'], 'train.train', 0),
+    (['quickstart'], 'studies.study.run_study', 143),
+  ],
+)
+def test_a_training_that_sigterm_ends_leaves_what_it_is_a_part_of_undone(
+  command, function, status, monkeypatch, tmp_path
+):
+  def stopped(*_, **__):
+    raise SystemExit(0)
+
+  monkeypatch.setattr(f'aavs_jax.{function}', stopped)
+  with pytest.raises(SystemExit) as end:
+    cli.main([*command, '--workdir', str(tmp_path)])
+  assert end.value.code == status
+
+
 def test_debug_shows_the_traceback(tmp_path):
   with pytest.raises(UserError):
     cli.main(['check-data', str(tmp_path), '--debug'])

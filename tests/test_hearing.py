@@ -15,7 +15,7 @@ from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training.start import fill, load_start, start_lacks
 from aavs_jax.training.state import flatten
-from tests import tiny
+from tests import small_maps, tiny
 
 
 @pytest.fixture(scope='module')
@@ -39,6 +39,18 @@ def test_training_begins_with_what_hears_and_the_rest_anew(start):
   assert 0 <= start[1] <= 1
   heard = json.loads((start[0] / hearing.HEARD).read_text())
   assert heard['right'] == start[1] and heard['seconds'] > heard['classes'] > 1
+
+
+def test_its_network_serves_every_stage_and_method(start):
+  configs = tiny.get_config('stage1'), small_maps.get_config('tpavi_stage1')
+  configs[0].model.adapter_variant = 'replace'  # than that of the config that it was made for
+  for config in configs:
+    config.train.init = str(start[0])
+    config.vggish.final_relu = False
+    assert any(path.startswith('vggish/') for path in load_start(config, methods.of(config)))
+    config.vggish.final_relu = True
+    with pytest.raises(UserError, match=r'config\.vggish\.final_relu is'):
+      load_start(config, methods.of(config))
 
 
 def test_it_is_no_model_of_its_own(start, data_root, tmp_path):

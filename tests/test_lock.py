@@ -69,19 +69,20 @@ with lock(epath.Path({str(tmp_path)!r})):
     assert json.loads((tmp_path / 'run.lock').read_text())['pid'] == os.getpid()
 
 
-def test_a_lease_that_nobody_renews_is_given_up(bucket, quick, capsys):
-  left = {
-    'host': 'gone',
-    'pid': 7,
-    'run': 'x',
-    'time': time.time() + 1e6,
-  }
-  (bucket / 'run.lease').write_text(json.dumps(left))
+_LEFT = {'host': 'gone', 'pid': 7, 'run': 'x', 'time': time.time() + 1e6}
+
+
+@pytest.mark.parametrize(
+  ('left', 'words'),
+  [(json.dumps(_LEFT), 'process 7 on gone'), ('', 'process unknown on an unknown host')],
+)
+def test_a_lease_that_nobody_renews_is_given_up(left, words, bucket, quick, capsys):
+  (bucket / 'run.lease').write_text(left)
   started = time.monotonic()
   with lock(bucket):
     assert time.monotonic() - started >= 2.5
     assert json.loads((bucket / 'run.lease').read_text())['pid'] == os.getpid()
-  assert 'process 7 on gone' in capsys.readouterr().out
+  assert words in capsys.readouterr().out
   assert not (bucket / 'run.lease').exists()
 
 

@@ -374,6 +374,14 @@ class TestCrossFit:
       with pytest.raises(UserError, match=r'which was trained on .* not to have seen'):
         cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks', folds=2)
 
+  def test_masks_of_other_trainings_are_refused_before_one_begins(
+    self, fitted, data_root, tmp_path
+  ):
+    config, runs = _stand_in(data_root), tmp_path / 'runs'
+    with pytest.raises(UserError, match=r'cross_fitted holds masks of .*, not of trainings in'):
+      cross_fit(config, runs, data=data_root, out=fitted[0] / 'masks', folds=3)
+    assert not runs.exists()
+
   def test_clips_that_training_leaves_out_get_no_masks(self, data_root, tmp_path):
     root = tmp_path / 'data'
     shutil.copytree(data_root, root)

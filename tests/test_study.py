@@ -44,6 +44,22 @@ def test_fresh_does_not_delete_the_data_it_was_given(tmp_path, monkeypatch):
   assert _contents(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+  ('key', 'value', 'words'),
+  [
+    ('data.batch_items', 8, r'config\.stage1\.data\.batch_items is 4 and .* 8: use the same'),
+    ('train.steps', 0, r'config\.stage1\.train\.steps is \d+ and .* 0: use steps for both'),
+  ],
+)
+def test_one_stage_needs_stages_whose_frames_add_up(key, value, words, tmp_path):
+  config = quickstart.get_config()
+  config.end_to_end = True
+  config.stage2.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=words):
+    study.run_study(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'stage1').mkdir(parents=True)

@@ -122,7 +122,7 @@ def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1,
     work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, {'a': np.zeros(2)}, 4)
 
 
-def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, monkeypatch):
+def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, monkeypatch, capsys):
   clips = read_index(tiny_stage1.data.root, 'train')
   tiny_stage1.data.on_bad_clip = 'skip'
   tiny_stage1.data.max_bad_clips = 1
@@ -146,6 +146,7 @@ def test_bad_clips_are_those_of_the_data_it_began_with(tiny_stage1, tmp_path, mo
   tiny_stage1.data.on_bad_clip = 'skip'
   found = work_folder.read_clips(tiny_stage1, folder)
   assert found.train == clips and found.bad == []
+  assert 'all clips stay in' in capsys.readouterr().out
 
 
 def test_what_a_start_lacks_is_named_by_its_largest_parts():

@@ -57,6 +57,8 @@ def run_study(
       f'--data {data} has classes and looks of its own, and this study makes clips of '
       f'{config.num_classes} classes: leave --data out, or take configs/quickstart.py'
     )
+  if config.end_to_end:
+    _require_alike(config)
   _refuse_foreign(workdir)
   if fresh:
     if data and Path(data).is_relative_to(workdir):
@@ -72,7 +74,7 @@ def run_study(
       folder = workdir / (key if config.others else f'classes{key}')
       run_study(one, folder, clips)
       found = files.read_json(folder / 'comparison.json', dict, 'remove it')
-      tables[key] = found[str(one.num_classes)]
+      (tables[key],) = found.values()
     comparison.write(workdir, tables)
     pages = [workdir / 'comparison.html']
   else:
@@ -105,7 +107,8 @@ def _studies(
 def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> list[Path]:
   """All seeds on one data set; returns their pages."""
   say('[1] clips')
-  if not data:
+  made = not data
+  if made:
     data = str(workdir / 'data')
     _make_clips(config, data)
   index = read_index(data)  # checked now, not after stage 1
@@ -117,7 +120,11 @@ def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> lis
   say('[7] report')
   reports = [write_report(folder, data) for folder in folders.values()]
   if len(results[0]) > len(EVALUATIONS):  # there is more than one way
-    comparison.write(workdir, {config.num_classes: comparison.compare(results)})
+    found = results[0]['stage2_masks']['per_class']
+    occurring = sum(row['frames'] > 0 for row in found if row['id'])
+    comparison.write(
+      workdir, {config.num_classes if made else occurring: comparison.compare(results)}
+    )
     return [workdir / 'comparison.html', *reports]
   return reports
 
@@ -214,6 +221,21 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   single.train.steps = stage1.train.steps + stage2.train.steps
   return single
+
+
+def _require_alike(config: ml_collections.ConfigDict) -> None:
+  """UserError for stages whose steps or epochs do not add up to as many frames in one stage."""
+  for stages in (config, *config.others.values()):
+    for key in ('data.item_frames', 'data.batch_items', 'train.steps'):
+      section, name = key.split('.')
+      of1, of2 = (stage[section][name] for stage in (stages.stage1, stages.stage2))
+      if of1 != of2 and (name != 'steps' or not of1 * of2):
+        raise UserError(
+          f'config.end_to_end trains one stage for as many frames as two, but config.stage1.{key} '
+          f'is {of1} and config.stage2.{key} {of2}: use '
+          + ('the same' if name != 'steps' else 'steps for both, or epochs for both')
+          + ', or end_to_end=False'
+        )
 
 
 def _refuse_foreign(workdir: Path) -> None:

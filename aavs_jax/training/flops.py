@@ -96,10 +96,8 @@ def _plain(config: ml_collections.ConfigDict) -> Method:
 def count(function: Callable, *arguments: Any) -> int:
   """FLOPs of the products in a function of arrays, of those that its results need.
 
-  Branches count as the one with the most products; loops as often as they run.
-
-  Raises:
-    ValueError: there are products in a loop whose length depends on data.
+  Branches count as the one with the most products; loops as often as they run, or once if that
+  depends on data.
   """
   jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -123,8 +121,6 @@ def _count_one(equation: JaxprEqn) -> int:
     return max(inner)
   if name == 'shard_map':  # what each device does with its part
     return equation.params['mesh'].size * sum(inner)
-  if name == 'while' and any(inner):
-    raise ValueError('a while loop has matrix products, and who knows how often it runs')
   return sum(inner)
 
 

@@ -88,7 +88,7 @@ def _lease(workdir: epath.Path) -> Iterator[None]:
 
   def still_mine():
     holder = _read(path)
-    return holder is None or holder['run'] == mine['run']
+    return holder is None or holder.get('run') == mine['run']
 
   write()
   time.sleep(_SETTLED)
@@ -122,6 +122,8 @@ def _read(path: epath.Path) -> dict | None:
     return json.loads(path.read_text())
   except FileNotFoundError:
     return None
+  except ValueError:  # written at this moment, or half: somebody's, until _PATIENCE is over
+    return {'host': 'an unknown host', 'pid': 'unknown'}
 
 
 def _whose() -> dict[str, str | int]:

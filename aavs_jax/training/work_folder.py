@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,11 @@ def _bad_clips(
   listing = workdir / BAD_CLIPS
   begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
+    if config_lib.from_json(workdir / 'config.json').data.on_bad_clip == 'error':
+      say(
+        f'  WARNING: all clips stay in, since {workdir} was begun with '
+        'config.data.on_bad_clip=error: mend a clip that cannot be read, or name another --workdir'
+      )
     return files.read_json(listing, prepared.BAD_CLIPS, _RESTORE)
   say(f'  reading all {len(clips)} training clips once, to leave out bad ones')
   task = config_lib.task_of(config)
@@ -249,7 +254,11 @@ def announce(
 
 
 def write_converted(
-  out: str | Path, config: ml_collections.ConfigDict, flat: Flat, note: dict[str, Any]
+  out: str | Path,
+  config: ml_collections.ConfigDict,
+  flat: Flat,
+  note: dict[str, Any],
+  beside: Mapping[str, Any] | None = None,
 ) -> None:
   """A work folder of numbers that no training here has made, under its name only when complete.
 
@@ -258,12 +267,14 @@ def write_converted(
     config: of the model.
     flat: its numbers, or some of them, which are a start alone.
     note: see checkpoint.converted.
+    beside: contents of JSON files that belong to it, by name.
   """
   with files.writing_folder(out) as working:
     with checkpoint.make_manager(working / 'checkpoints', keep=1) as manager:
       checkpoint.save(manager, create(flat, (), optax.identity()), 1, None)
     files.write_json(working / 'config.json', config.to_dict())
-    files.write_json(working / checkpoint.CONVERTED, note)
+    for name, content in {checkpoint.CONVERTED: note, **(beside or {})}.items():
+      files.write_json(working / name, content)
 
 
 def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variables, int]:
