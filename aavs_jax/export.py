@@ -83,6 +83,11 @@ def export(
     raise UserError(f'{workdir} holds a model of stage 1 itself: leave --stage1 out')
   stages = load_stages(*((workdir, None) if binary else (stage1, workdir)))
   config = (stages[1] or stages[0]).config
+  if config.prior.soft and stages[0] and not methods.of(stages[0].config).shares:
+    raise UserError(
+      f'{stage1 or workdir} has scores below 0, of which no soft mask is a share, and {workdir} '
+      'wants soft ones (config.prior.soft): name a stage 1 of another method'
+    )
   names = () if binary else class_names(workdir)
   write = {'onnx': _write_onnx, 'stablehlo': _write_stablehlo}[form]
   with files.writing_folder(target) as working:

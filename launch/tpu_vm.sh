@@ -143,10 +143,10 @@ copy() {
   cd "$(dirname "$0")/.."
   step mkdir -p build
   step tar --exclude=__pycache__ -czf build/aavs_jax.tgz \
-    pyproject.toml README.md LICENSE aavs_jax configs input_pipeline
+    pyproject.toml README.md LICENSE aavs_jax configs input_pipeline tests/goldens
   step gcloud compute tpus tpu-vm scp build/aavs_jax.tgz "$name:aavs_jax.tgz" "${where[@]}" \
     --worker=all
-  local line='mkdir -p aavs_jax && cd aavs_jax && rm -rf aavs_jax configs input_pipeline'
+  local line='mkdir -p aavs_jax && cd aavs_jax && rm -rf aavs_jax configs input_pipeline tests'
   line+=' && tar -xzf ../aavs_jax.tgz'
   remote all "$line"
 }

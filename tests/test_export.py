@@ -13,7 +13,7 @@ from PIL import Image
 
 from aavs_jax import cli, export, methods, serving
 from aavs_jax.configs import quick_stage1, quick_stage2
-from aavs_jax.input_pipeline import audio
+from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import resize_frame
@@ -21,7 +21,8 @@ from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
 from aavs_jax.methods.aavs import class_scores
 from aavs_jax.predict import load_models
-from aavs_jax.training.work_folder import load_stages
+from aavs_jax.training.work_folder import Trained, load_stages
+from tests import small_maps, tiny
 from tests.runs import ROOT
 from tests.test_predict import make_workdir
 
@@ -180,6 +181,17 @@ def test_what_cannot_be_exported_is_refused(stages, tmp_path, monkeypatch):
   with pytest.raises(UserError, match='onnx needs jax2onnx: install it as "Deploying"'):
     export.export(stage1, tmp_path / 'out', 'onnx')
   assert [path.name for path in tmp_path.iterdir()] == ['full']
+
+
+def test_soft_masks_of_a_method_without_shares_are_refused(monkeypatch, tmp_path):
+  second = tiny.get_config('stage2')
+  second.prior.soft = True
+  files.write_json(tmp_path / 'second' / 'config.json', second.to_dict())
+  pair = Trained(small_maps.get_config('tpavi_stage1'), None), Trained(second, None)
+  monkeypatch.setattr(export, 'load_stages', lambda *_: pair)
+  monkeypatch.setattr(export, 'class_names', lambda _: [])
+  with pytest.raises(UserError, match=r'first has scores below 0, of which no soft mask'):
+    export.export(tmp_path / 'second', tmp_path / 'out', 'stablehlo', stage1='first')
 
 
 def test_command_refuses_a_second_stage_in_a_state_dict(stages, capsys):

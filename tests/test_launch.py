@@ -156,7 +156,8 @@ def test_tpu_vm_prints_its_commands(dry_run):
   assert '--worker=all' in scp and 'build/aavs_jax.tgz' in scp
   [tar] = [command for command in commands if command[0] == 'tar']
   copied = {*_after(tar, 'build/aavs_jax.tgz')}
-  assert {'pyproject.toml', 'aavs_jax', 'configs', 'input_pipeline'} <= copied
+  # With what `aavs selftest` compares this device with.
+  assert {'pyproject.toml', 'aavs_jax', 'configs', 'input_pipeline', 'tests/goldens'} <= copied
   assert all((ROOT / name).exists() for name in copied)
 
 

@@ -133,6 +133,7 @@ def method(
     lambda outputs, batch, totals, key: loss(outputs, batch, batch['weight'] / totals),
     predict,
     sees=('frames', 'log_mel') + ('prior',) * config.use_prior,
+    shares=False,
     same=('vggish.final_relu', 'model.backbone.kind', *same),
     **fields,
   )

@@ -54,7 +54,7 @@ class Method(NamedTuple):
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic).
 
-  Soft masks are the share of the second score in both: they want scores of 0 or more.
+  Soft masks are the share of the second score in both, where `shares` says that there is one.
   """
   sees: tuple[str, ...]
   """Keys of a batch that apply reads; what else there is stays on the host in evaluation."""
@@ -80,6 +80,8 @@ class Method(NamedTuple):
 
   Where a start has 'none' it has no such part, and fits.
   """
+  shares: bool = True
+  """Whether scores are 0 or more, so that soft masks can be made of them."""
   forms: Mapping[str, Any] = {}
   """Keys of the config that say how, but not what, is computed; with the value of least FLOPs."""
 
