@@ -7,8 +7,9 @@ from etils import epath
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
+from aavs_jax.console import say
 from aavs_jax.devices import distributed
-from aavs_jax.input_pipeline import files, masks
+from aavs_jax.input_pipeline import files, masks, prepared
 from aavs_jax.input_pipeline.clips import DataSet
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -75,6 +76,8 @@ def evaluate(
     config.data.masks = str(mask_folder)
   clips = read_index(data, split, subsets or config.data.subsets)
   config_lib.require_fit(clips, config)
+  if left_out := prepared.left_out(data, split):
+    say(f'  WARNING: {left_out} clips of {split} are not in {data}, and so not in the scores')
   if config.task == 'semantic':
     _require_same_classes(class_names(workdir), clips[0].data_set, workdir)
   on_clip = None

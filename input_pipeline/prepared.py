@@ -152,6 +152,15 @@ def is_prepared(root: str) -> bool:
   return files.is_there(os.path.join(root, MANIFEST))
 
 
+def left_out(root: str, split: str) -> int:
+  """How many clips of a split are not in the shards, as they were bad when these were made."""
+  if not is_prepared(root):
+    return 0
+  shape = {'bad_clips': BAD_CLIPS, ...: object}
+  bad = files.read_json(pathlib.Path(root, MANIFEST), shape, _AGAIN)['bad_clips']
+  return sum(row['clip'].startswith(f'{split}/') for row in bad)
+
+
 def read_manifest(root: str, kinds: Sequence[type[Clip]]) -> tuple[dict, type[Clip]]:
   """What prepared.json holds, every field of it checked, and which of `kinds` its clips are.
 

@@ -476,6 +476,7 @@ def test_bad_clips_are_left_out_where_allowed(data_root, tmp_path):
   names = {f'{clip.split}/{clip.subset}/{clip.uid}' for clip in bad}
   assert {row['clip'] for row in manifest['bad_clips']} == names
   assert sum(row['clips'] for row in manifest['counts']) == 18
+  assert [prepared.left_out(out, split) for split in SPLITS] == [1, 0, 1]
   found = read_index(out)
   assert [clip.uid for clip in found] == [clip.uid for clip in clips if clip not in bad]
   task = Task(True, 71, SIZE, EVAL_SIZE, 5, False, '')
