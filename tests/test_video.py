@@ -5,6 +5,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.media.overlay import overlay_binary
@@ -224,6 +225,9 @@ def test_last_mask_stays_and_odd_sizes_are_cut(tmp_path):
   frames, _, _ = decode(out)
   assert len(frames) == 12 and frames[0][1].shape == (48, 64, 3)
   np.testing.assert_allclose(frames[-1][1].mean(axis=(0, 1)), (255, 45, 110), atol=25)
+  with av.open(str(out)) as container:
+    colours = next(container.decode(video=0)).colorspace, Colorspace.ITU601
+    assert colours[0] == colours[1], 'players would guess by the size'
 
 
 def test_ambisonic_sound_is_heard_as_its_mean(tmp_path):

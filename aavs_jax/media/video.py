@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
 
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
@@ -157,6 +158,9 @@ def _add_picture(target: av.container.OutputContainer, timeline: Timeline, first
   stream.pix_fmt = 'yuv420p'
   stream.codec_context.time_base = _TIME_BASE
   stream.codec_context.sample_aspect_ratio = timeline.pixel_aspect
+  # What FFmpeg makes of RGB; without a word on it players guess, by the size.
+  stream.codec_context.colorspace = Colorspace.ITU601
+  stream.codec_context.color_range = ColorRange.MPEG
   if names[0] == 'libx264':
     # In MP4 with B-frames the length of the last frame is lost.
     stream.options = {'crf': '20', 'preset': 'fast', 'bf': '0'}
