@@ -361,7 +361,10 @@ def _demo(args) -> None:
 
 
 def _convert_arguments(sub) -> None:
-  sub.add_argument('source', help='AVSS checkpoint of the release, Mask2Former, or VGGish')
+  sub.add_argument(
+    'source',
+    help='a released checkpoint (AAVS, TPAVI, AVSegFormer), Mask2Former, PVT-v2, ResNet or VGGish',
+  )
   sub.add_argument('out', help='new work folder')
   sub.add_argument('--vggish', default='', help="torchvggish's file, or a folder made of it")
 
@@ -399,7 +402,7 @@ def _export(args) -> None:
     return
   if args.stage1:
     raise UserError('--stage1 is not for --format torch, which writes one stage: leave it out')
-  say(f'written to {convert.export(args.workdir, args.out)}, without VGGish, as the release has it')
+  say(f'written to {convert.export(args.workdir, args.out)}, with what the release has in it')
 
 
 def _report_arguments(sub) -> None:

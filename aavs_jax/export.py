@@ -65,7 +65,7 @@ def export(
     out: a new or empty folder.
     form: 'stablehlo': {stage}.stablehlo by jax.export, for any number of frames, with its numbers
       in {stage}.safetensors, and prepare.stablehlo; 'onnx': {stage}.onnx, for one frame (or the
-      `unit` of a method that sees several together).
+      `unit` of a method that sees several together), in float32.
     stage1: work folder of the stage 1 that the stage 2 in `workdir` starts from.
 
   Returns:
@@ -88,6 +88,12 @@ def export(
       f'{stage1 or workdir} has scores below 0, of which no soft mask is a share, and {workdir} '
       'wants soft ones (config.prior.soft): name a stage 1 of another method'
     )
+  sizes = [stage.config.data.image_size for stage in stages if stage]
+  if form == 'stablehlo' and len({*sizes}) > 1:
+    raise UserError(
+      f'data.image_size is {sizes[0]} in {stage1} and {sizes[1]} in {workdir}, but what prepares '
+      'frames for both has one size: name stages of the same, or export each alone'
+    )
   names = () if binary else class_names(workdir)
   write = {'onnx': _write_onnx, 'stablehlo': _write_stablehlo}[form]
   with files.writing_folder(target) as working:
@@ -96,6 +102,9 @@ def export(
       for name, stage in zip(('stage1', 'stage2'), stages)
       if stage is not None
     }
+    for name, stage in zip(('stage1', 'stage2'), stages):
+      if stage is not None:
+        told[name]['unit'] = methods.of(stage.config).unit
     model = {'format': form, **_description(config, told, names)}
     if form == 'stablehlo':
       model['prepare'] = {**_write_prepare(working, config.data.image_size), 'rule': _PREPARE}
@@ -183,6 +192,8 @@ def _write_onnx(folder: Path, name: str, stage: Trained, soft: bool) -> dict:
   from jax2onnx import to_onnx
 
   config, variables = stage
+  config = config.copy_and_resolve_references()
+  config.dtype = 'float32'  # as the numbers are: onnxruntime has few operators for bfloat16
   function = function_of(config, soft)
   inputs = inputs_of(config, methods.of(config).unit)
   outputs = jax.eval_shape(function, variables, inputs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import export
 from safetensors.numpy import load_file
 
@@ -45,15 +46,18 @@ def load(folder: str | Path) -> Served:
     return jax.jit(export.deserialize(bytearray(path(entry).read_bytes())).call)
 
   stages = [  # stage 1 before stage 2
-    (stage['inputs'], function(stage), jax.device_put(load_file(path(stage['weights']))))
+    (stage, function(stage), jax.device_put(load_file(path(stage['weights']))))
     for _, stage in sorted(model['stages'].items())
   ]
 
   def predict(inputs):
-    outputs = {}
-    for rows, run, weights in stages:
+    outputs, count = {}, len(inputs['frames'])
+    for stage, run, weights in stages:
       given = {**inputs, 'prior': outputs.get('mask')}
-      outputs |= run(weights, {row['name']: given[row['name']] for row in rows})
+      given = {row['name']: given[row['name']] for row in stage['inputs']}
+      if lacking := -count % stage['unit']:  # of frames that it sees together: the last one again
+        given = {k: jnp.concatenate([v, v[-1:].repeat(lacking, 0)]) for k, v in given.items()}
+      outputs |= {name: value[:count] for name, value in run(weights, given).items()}
     return outputs
 
   return Served(model, function(model['prepare']), predict)

@@ -38,13 +38,19 @@ def main(folder, frames, sound, out):
     return export.deserialize(bytearray((folder / entry['file']).read_bytes())).call
 
   with wave.open(sound) as file:
+    if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, 16000):
+      sys.exit(
+        f'{sound} is not mono, 16 bit and 16 kHz: ffmpeg -i {sound} -ac 1 -ar 16000 OTHER.wav'
+      )
     samples = np.frombuffer(file.readframes(file.getnframes()), '<i2').astype(np.float32) / 32768
   arrays = function(model['prepare'])({'frames': np.load(frames), 'samples': samples})
-  outputs = {}
+  outputs, count = {}, len(arrays['frames'])
   for _, stage in sorted(model['stages'].items()):  # stage 1 before stage 2
     weights = read_safetensors(folder / stage['weights']['file'])
-    inputs = {row['name']: arrays[row['name']] for row in stage['inputs']}
-    outputs |= function(stage)(weights, inputs)
+    inputs = {row['name']: np.asarray(arrays[row['name']]) for row in stage['inputs']}
+    if lacking := -count % stage['unit']:  # of frames that it sees together: the last one again
+      inputs = {k: np.concatenate([v, v[-1:].repeat(lacking, 0)]) for k, v in inputs.items()}
+    outputs |= {name: value[:count] for name, value in function(stage)(weights, inputs).items()}
     arrays['prior'] = outputs.get('mask')
   maps = {name: np.asarray(outputs[name]) for name in ('mask', 'classes') if name in outputs}
   np.savez_compressed(out, **maps)

@@ -25,6 +25,14 @@ def _check(result, seconds):
   assert result['frames_per_second'] == 2 / result['median_seconds']
 
 
+def test_noise_has_no_more_targets_than_a_frame_may():
+  config = tiny.get_config('stage1')
+  for most in (1, 3):
+    config.data.max_targets = most
+    classes = bench.random_batch(config, 2)['target_classes']
+    assert classes.tolist() == [[0, 1, -1][:most]] * 2
+
+
 def test_predict(tmp_path, capsys):
   path = tmp_path / 'bench.json'
   assert cli.main(['bench', 'predict', *TINY, '--repeats', '4', '--json', str(path)]) == 0

@@ -1,6 +1,7 @@
 """Artefacts for serving, against `aavs predict` and the rules of the host."""
 
 import json
+import shutil
 import subprocess
 import sys
 import wave
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax import export as jax_export
 from PIL import Image
 
 from aavs_jax import cli, export, methods, serving
@@ -21,12 +23,13 @@ from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
 from aavs_jax.methods.aavs import class_scores
 from aavs_jax.predict import load_models
-from aavs_jax.training.work_folder import Trained, load_stages
+from aavs_jax.training.work_folder import Trained, load_stages, load_trained
 from tests import small_maps, tiny
 from tests.runs import ROOT
 from tests.test_predict import make_workdir
 
 pytest.importorskip('flatbuffers')  # of the extra `dev`
+safetensors = pytest.importorskip('safetensors.numpy')
 
 FRAMES = 5  # `aavs predict` sends so many through a model at once
 
@@ -112,6 +115,12 @@ def test_example_needs_jax_and_numpy_alone(artefact, tmp_path):
   run = [sys.executable, '-c', code]
   done = subprocess.run(run, cwd=tmp_path, text=True, capture_output=True)
   assert done.returncode == 0, done.stderr
+  with wave.open(str(tmp_path / 'other.wav'), 'wb') as file:
+    file.setparams((2, 2, 44100, 0, 'NONE', ''))
+    file.writeframes(samples.tobytes())
+  other = [part.replace("'sound.wav'", "'other.wav'") for part in run]
+  refused = subprocess.run(other, cwd=tmp_path, text=True, capture_output=True)
+  assert refused.returncode == 1 and 'other.wav is not mono, 16 bit and 16 kHz' in refused.stderr
   assert len(done.stdout.splitlines()) == 2 and 'of the frame sounds' in done.stdout
   served = serving.load(artefact)
   raw = {'frames': frames, 'samples': samples.astype(np.float32) / 32768}
@@ -192,6 +201,55 @@ def test_soft_masks_of_a_method_without_shares_are_refused(monkeypatch, tmp_path
   monkeypatch.setattr(export, 'class_names', lambda _: [])
   with pytest.raises(UserError, match=r'first has scores below 0, of which no soft mask'):
     export.export(tmp_path / 'second', tmp_path / 'out', 'stablehlo', stage1='first')
+
+
+def test_stages_of_two_sizes_are_not_prepared_for_together(monkeypatch, tmp_path):
+  first, second = tiny.get_config('stage1'), tiny.get_config('stage2')
+  first.data.image_size = 64
+  files.write_json(tmp_path / 'second' / 'config.json', second.to_dict())
+  pair = Trained(first, None), Trained(second, None)
+  monkeypatch.setattr(export, 'load_stages', lambda *_: pair)
+  with pytest.raises(UserError, match=r'image_size is 64 in first and 32 in .*second'):
+    export.export(tmp_path / 'second', tmp_path / 'out', 'stablehlo', stage1='first')
+
+
+def test_frames_that_a_stage_sees_together_are_filled_up(artefact, tmp_path):
+  def stage(weights, batch):
+    together = batch['frames'].reshape(-1, 5, 8, 8, 3)
+    of_group = together + together[:, -1:]  # the last frame of five changes all of them
+    return {'mask': of_group.reshape(-1, 8, 8, 3)[..., 0] + weights['one']}
+
+  (count,) = jax_export.symbolic_shape('5*n')
+  numbers = {'one': np.ones((), np.uint8)}
+  (tmp_path / 'stage1.safetensors').write_bytes(safetensors.save(numbers))
+  entry = export._write_exported(
+    tmp_path / 'stage1.stablehlo',
+    stage,
+    {'one': jax.ShapeDtypeStruct((), np.uint8)},
+    {'frames': jax.ShapeDtypeStruct((count, 8, 8, 3), np.uint8)},
+  )
+  entry |= {'weights': export._file(tmp_path / 'stage1.safetensors'), 'unit': 5}
+  prepare = json.loads((artefact / 'model.json').read_text())['prepare']
+  shutil.copyfile(artefact / prepare['file'], tmp_path / prepare['file'])
+  files.write_json(tmp_path / 'model.json', {'stages': {'stage1': entry}, 'prepare': prepare})
+  frames = np.arange(7, dtype=np.uint8)[:, None, None, None] * np.ones((8, 8, 3), np.uint8)
+  mask = serving.load(tmp_path).predict({'frames': frames})['mask']
+  np.testing.assert_array_equal(mask[:, 0, 0], [5, 6, 7, 8, 9, 12, 13])
+
+
+def test_onnx_computes_in_float32(stages, monkeypatch, tmp_path):
+  config, variables, _ = load_trained(stages[0])
+  config.dtype = 'bfloat16'
+  monkeypatch.setattr(export, '_NEEDS', {'onnx': ()})
+  monkeypatch.setattr(export, 'load_stages', lambda *_: (Trained(config, variables), None))
+  traced = lambda run, inputs, **_: str(jax.make_jaxpr(run)(*inputs)).encode()  # noqa: E731
+  library = SimpleNamespace(
+    to_onnx=lambda *args, **names: SimpleNamespace(SerializeToString=lambda: traced(*args))
+  )
+  monkeypatch.setitem(sys.modules, 'jax2onnx', library)
+  out = export.export(stages[0], tmp_path / 'out', 'onnx')
+  text = (out / 'stage1.onnx').read_text()
+  assert 'f32' in text and 'bf16' not in text
 
 
 def test_command_refuses_a_second_stage_in_a_state_dict(stages, capsys):

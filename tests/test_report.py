@@ -186,6 +186,12 @@ def test_page_is_well_formed_and_self_contained(page):
   assert len(page) < 6e6
 
 
+def test_rows_are_as_long_as_what_is_shown(page):
+  for card in re.findall(r'<article>.*?</article>', page, re.S):
+    cells = card.count('<img') + card.count('class="absent"')
+    assert f'--shown:{cells // 4}"' in card and card.count('second ') >= cells // 4
+
+
 def test_it_says_how_well_the_start_hears(run, page, tmp_path):
   assert 'held-out seconds' not in page
   (tmp_path / 'start').mkdir()

@@ -35,7 +35,8 @@ def random_batch(config: ml_collections.ConfigDict, frames: int) -> dict[str, np
   labels = np.zeros((frames, size, size), np.uint8)
   labels[:, size // 4 : size // 2, size // 4 :] = 1
   classes = np.full((frames, config.data.max_targets), -1, np.int32)
-  classes[:, :2] = (0, 1)
+  present = min(2, config.data.max_targets)
+  classes[:, :present] = np.arange(present)
   batch = {
     'frames': rng.integers(0, 256, (frames, size, size, 3), np.uint8),
     'log_mel': rng.standard_normal((frames, 96, 64), np.float32),

@@ -185,8 +185,8 @@ article header code { font-size: 14px; font-weight: 600; overflow-wrap: anywhere
 .tag { background: #edf0ff; color: var(--accent); border-radius: 4px; padding: 0 7px;
   font-size: 13px; }
 .score { margin-left: auto; font-size: 14px; font-variant-numeric: tabular-nums; }
-.grid { display: grid; grid-template-columns: 64px repeat(5, minmax(0, 160px)); gap: 6px 12px;
-  align-items: center; }
+.grid { display: grid; grid-template-columns: 64px repeat(var(--shown), minmax(0, 160px));
+  gap: 6px 12px; align-items: center; }
 .grid img { display: block; width: 100%; height: auto; border-radius: 4px; }
 .row { font-size: 13px; font-weight: 600; }
 .absent { color: var(--faint); font-size: 13px; text-align: center; }
@@ -197,5 +197,5 @@ details { margin: 10px 0; }
 summary { cursor: pointer; font-weight: 500; }
 pre { background: #f6f7f9; padding: 14px; border-radius: 6px; overflow-x: auto; }
 @media (max-width: 720px) { .bars { columns: 1; } section { padding: 18px 14px; }
-  .grid { grid-template-columns: 48px repeat(5, minmax(0, 1fr)); gap: 4px; } }
+  .grid { grid-template-columns: 48px repeat(var(--shown), minmax(0, 1fr)); gap: 4px; } }
 """

@@ -478,7 +478,8 @@ def _card(workdir: Path, clip: Clip, scores: Mapping[str, Mapping | None]) -> st
     f'<article><header><code>{html.text(clip.uid)}</code>'
     f'<span class="tag">{html.text(clip.subset)}</span>'
     f'<span class="score">{shown}</span></header>'
-    f'<div class="grid">{"".join(cells)}</div><p class="legend">{legend}</p></article>'
+    f'<div class="grid" style="--shown:{len(times)}">{"".join(cells)}</div>'
+    f'<p class="legend">{legend}</p></article>'
   )
 
 
