@@ -388,15 +388,13 @@ def test_a_disk_that_fails_is_no_damaged_shard(pairs, monkeypatch):
     refusal(lambda: prepared.read_log_mel(clip), clip.shard_path, words)
 
 
-def test_shards_of_another_set_under_the_same_name_are_read_anew(pairs, tmp_path):
-  shards, frames = tmp_path / 'shards', []
-  for layout in ('semantic', 'object'):
-    shutil.copytree(pairs[layout][1], shards)
-    clip = read_index(shards)[0]
-    raw = next(c for c in read_index(pairs[layout][0]) if c.uid == clip.uid)
-    item, task = Item(0, 0, 1), Task(False, 2, SIZE, EVAL_SIZE, 5, False, '')
-    assert same(*(load_training_item(c, item, task) for c in (raw, clip)))
-    frames.append(load_training_item(clip, item, task)['frames'])
+def test_shards_that_take_the_place_of_others_are_read_anew(pairs, tmp_path):
+  root, shards = pairs['object'][0], tmp_path / 'shards'
+  item, task = Item(0, 0, 1), Task(False, 2, SIZE, EVAL_SIZE, 5, False, '')
+  frames = []
+  for jpeg in (5, 90):
+    prepare.prepare(root, shards, **SIZES, clips_per_shard=3, workers=1, jpeg=jpeg)
+    frames.append(load_training_item(read_index(shards)[0], item, task)['frames'])
     shutil.rmtree(shards)
   assert not np.array_equal(*frames)
 
