@@ -69,7 +69,7 @@ with lock(epath.Path({str(tmp_path)!r})):
     assert json.loads((tmp_path / 'run.lock').read_text())['pid'] == os.getpid()
 
 
-_LEFT = {'host': 'gone', 'pid': 7, 'run': 'x', 'time': time.time() + 1e6}
+_LEFT = {'host': 'gone', 'pid': 7, 'run': 'x', 'time': 4e9}
 
 
 @pytest.mark.parametrize(
