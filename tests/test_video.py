@@ -260,7 +260,7 @@ def test_ambisonic_sound_is_heard_as_its_mean(tmp_path):
 
 def test_what_ffmpeg_cannot_write_names_the_source(short_video, tmp_path, monkeypatch):
   def write(*_):
-    raise av.error.ArgumentError(22, 'Invalid argument')
+    raise av.error.FFmpegError(22, 'Invalid argument')
 
   monkeypatch.setattr('aavs_jax.media.video._write_streams', write)
   with pytest.raises(UserError, match=r'short\.mp4 cannot be written again .*Invalid argument'):
