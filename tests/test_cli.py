@@ -206,6 +206,19 @@ def test_a_full_disk_is_said_with_what_was_written(capsys, monkeypatch):
   )
 
 
+@pytest.mark.parametrize(('given', 'found'), [({}, '1'), ({'OPENBLAS_NUM_THREADS': '3'}, '3')])
+def test_numpy_has_one_thread_unless_told_otherwise(given, found):
+  code = (
+    'import os, sys\n'
+    'from aavs_jax import cli\n'
+    'assert "numpy" not in sys.modules, "it has read its settings already"\n'
+    'print(os.environ["OPENBLAS_NUM_THREADS"])'
+  )
+  env = {k: v for k, v in os.environ.items() if k != 'OPENBLAS_NUM_THREADS'} | given
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  assert done.stdout.strip() == found, done.stderr
+
+
 @pytest.mark.parametrize(
   ('command', 'function', 'status'),
   [
