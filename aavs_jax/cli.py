@@ -20,7 +20,7 @@ from aavs_jax import configs
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
-# threads of their own, which wait in loops, took two fifths of the speed of reading raw files.
+# threads of their own, which wait in loops, took a third of the speed of reading raw files.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
 _CONFIGS = Path(configs.__path__[0])
