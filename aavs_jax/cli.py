@@ -406,7 +406,8 @@ def _export(args) -> None:
     return
   if args.stage1:
     raise UserError('--stage1 is not for --format torch, which writes one stage: leave it out')
-  say(f'written to {convert.export(args.workdir, args.out)}, with what the release has in it')
+  out = convert.export(args.workdir, args.out)
+  say(f'written to {out}, as the release has it: without VGGish, but for AVSegFormer')
 
 
 def _report_arguments(sub) -> None:

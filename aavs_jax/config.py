@@ -75,6 +75,17 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
       f'config.others is {tuple(config.others)}, which are compared with one number of classes, '
       'end_to_end, and without looks and robust: set these as configs/methods_study.py does'
     )
+  for stages in (config, *config.others.values()) if config.end_to_end else ():
+    of1, of2 = (
+      (stage.data.item_frames, stage.data.batch_items, 'steps' if stage.train.steps else 'epochs')
+      for stage in (stages.stage1, stages.stage2)
+    )
+    if of1 != of2:
+      raise UserError(
+        'config.end_to_end trains one stage for as many frames as two, but data.item_frames, '
+        f'data.batch_items and how the length is given are {of1} in stage1 and {of2} in stage2: '
+        'make them equal'
+      )
   if not config.seeds:
     raise UserError('config.seeds is empty: give at least one, such as (0,)')
   return config

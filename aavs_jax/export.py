@@ -92,19 +92,17 @@ def export(
   if form == 'stablehlo' and len({*sizes}) > 1:
     raise UserError(
       f'data.image_size is {sizes[0]} in {stage1} and {sizes[1]} in {workdir}, but what prepares '
-      'frames for both has one size: name stages of the same, or export each alone'
+      'frames for both has one size: name stages of the same'
     )
   names = () if binary else class_names(workdir)
   write = {'onnx': _write_onnx, 'stablehlo': _write_stablehlo}[form]
   with files.writing_folder(target) as working:
     told = {
       name: write(working, name, stage, soft=config.prior.soft)
+      | {'unit': methods.of(stage.config).unit}
       for name, stage in zip(('stage1', 'stage2'), stages)
       if stage is not None
     }
-    for name, stage in zip(('stage1', 'stage2'), stages):
-      if stage is not None:
-        told[name]['unit'] = methods.of(stage.config).unit
     model = {'format': form, **_description(config, told, names)}
     if form == 'stablehlo':
       model['prepare'] = {**_write_prepare(working, config.data.image_size), 'rule': _PREPARE}

@@ -208,7 +208,7 @@ def test_it_compiles_for_a_slice(name):
   assert not found['predict']['collectives']
 
 
-def test_the_command_names_what_it_cannot_do(data_root, tmp_path, monkeypatch):
+def test_the_command_names_what_it_cannot_do(data_root, tmp_path):
   for method in ('vgg', 'pvt:tpavi'):
     with pytest.raises(UserError, match=f"--method is '{method}': use aavs, tpavi, avsegformer"):
       table2.table2(method, tmp_path / 'run', data=data_root)
@@ -221,7 +221,6 @@ def test_the_command_names_what_it_cannot_do(data_root, tmp_path, monkeypatch):
   # Nor one that stage 1 could begin with, and stage 2 could not.
   config = config_lib.load('configs/avss_stage1.py')
   files.write_json(tmp_path / 'start' / 'config.json', config.to_dict())
-  monkeypatch.setattr(checkpoint, 'load_flat', lambda path: ({}, 1))
   override = f'--config.train.init={tmp_path / "start"}'
   with pytest.raises(UserError, match=r"adapter_variant is 'after', but .*start was trained with"):
     table2.table2('aavs', tmp_path / 'run', data=data_root, overrides=[override])

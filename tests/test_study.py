@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -44,20 +45,13 @@ def test_fresh_does_not_delete_the_data_it_was_given(tmp_path, monkeypatch):
   assert _contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-  ('key', 'value', 'words'),
-  [
-    ('data.batch_items', 8, r'config\.stage1\.data\.batch_items is 4 and .* 8: use the same'),
-    ('train.steps', 0, r'config\.stage1\.train\.steps is \d+ and .* 0: use steps for both'),
-  ],
-)
-def test_one_stage_needs_stages_whose_frames_add_up(key, value, words, tmp_path):
-  config = quickstart.get_config()
-  config.end_to_end = True
-  config.stage2.update_from_flattened_dict({key: value})
-  with pytest.raises(UserError, match=words):
-    study.run_study(config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
+@pytest.mark.parametrize('change', ['data.batch_items=8', 'train.steps=0'])
+def test_one_stage_needs_stages_whose_frames_add_up(change):
+  path = f'{configs.__path__[0]}/quickstart.py'
+  overrides = [f'--config.stage2.{change}', '--config.end_to_end=False']
+  config_lib.load_study(path, overrides)
+  with pytest.raises(UserError, match=r"\(5, 4, 'steps'\) in stage1 and \(5, .*'\) in stage2"):
+    config_lib.load_study(path, [*overrides, '--config.end_to_end=True'])
 
 
 def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
@@ -212,6 +206,20 @@ def test_methods_are_studied_on_the_same_clips(tmp_path, monkeypatch):
   assert ran == [(name, name, data, True) for name in ('aavs', 'avsegformer', 'tpavi')]
   assert list(json.loads((tmp_path / 'run' / 'comparison.json').read_text())) == [r[0] for r in ran]
   assert '<h2>avsegformer</h2>' in page.read_text()
+
+
+@pytest.mark.parametrize(('given', 'counted'), [(False, '8'), (True, '2')])
+def test_classes_are_those_of_the_data(given, counted, tmp_path, data_root, monkeypatch):
+  config = quickstart.get_config()
+  rows = [{'id': i, 'frames': frames} for i, frames in enumerate((9, 4, 0, 7))]
+  results = {name: {'per_class': rows} for name in (*EVALUATIONS, 'end_to_end')}
+  table = {'end_to_end': {key: [0.5] for key in comparison._SCORES}, 'stage1': {}}
+  monkeypatch.setattr(study, '_make_clips', lambda config, root: shutil.copytree(data_root, root))
+  monkeypatch.setattr(study, '_run_seed', lambda *_: results)
+  monkeypatch.setattr(study, 'write_report', lambda *_: tmp_path / 'report.html')
+  monkeypatch.setattr(comparison, 'compare', lambda _: table)
+  study.run_study(config, tmp_path / 'run', data=data_root if given else '')
+  assert list(json.loads((tmp_path / 'run' / 'comparison.json').read_text())) == [counted]
 
 
 def test_methods_are_compared_in_their_own_way():

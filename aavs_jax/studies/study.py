@@ -57,8 +57,6 @@ def run_study(
       f'--data {data} has classes and looks of its own, and this study makes clips of '
       f'{config.num_classes} classes: leave --data out, or take configs/quickstart.py'
     )
-  if config.end_to_end:
-    _require_alike(config)
   _refuse_foreign(workdir)
   if fresh:
     if data and Path(data).is_relative_to(workdir):
@@ -221,21 +219,6 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   single.train.steps = stage1.train.steps + stage2.train.steps
   return single
-
-
-def _require_alike(config: ml_collections.ConfigDict) -> None:
-  """UserError for stages whose steps or epochs do not add up to as many frames in one stage."""
-  for stages in (config, *config.others.values()):
-    for key in ('data.item_frames', 'data.batch_items', 'train.steps'):
-      section, name = key.split('.')
-      of1, of2 = (stage[section][name] for stage in (stages.stage1, stages.stage2))
-      if of1 != of2 and (name != 'steps' or not of1 * of2):
-        raise UserError(
-          f'config.end_to_end trains one stage for as many frames as two, but config.stage1.{key} '
-          f'is {of1} and config.stage2.{key} {of2}: use '
-          + ('the same' if name != 'steps' else 'steps for both, or epochs for both')
-          + ', or end_to_end=False'
-        )
 
 
 def _refuse_foreign(workdir: Path) -> None:

@@ -8,6 +8,8 @@ models/avsegformer.py): it is added to every channel of the last features.
 from collections.abc import Sequence
 from pathlib import Path
 
+from etils import epath
+
 from aavs_jax import config as config_lib
 from aavs_jax import configs, methods
 from aavs_jax.console import say
@@ -18,8 +20,7 @@ from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.stepping_stones import Evaluation, scores, stepping_stones
 from aavs_jax.studies.reproduce import beside, claim_masks, format_table
 from aavs_jax.train import train
-from aavs_jax.training import work_folder
-from aavs_jax.training.start import require_same_meaning
+from aavs_jax.training.start import require_fit, require_same_meaning
 
 # Config files of a method: one stage, stage 1, stage 2.
 CONFIGS = {
@@ -81,8 +82,9 @@ def table2(
     require_same_meaning(
       stage2, stage1, 'stage 1, its start without --config.train.init,', methods.of(stage2).same
     )
-  for config in (origin, stage1, stage2):
-    work_folder.load_start(config, methods.of(config), needed=False)
+  elif epath.Path(stage2.train.init).exists():  # which runs that have begun can do without
+    for config in (origin, stage1, stage2):
+      require_fit(config, methods.of(config))
   say('[1] the data set')  # what is wrong with it shows now, and not in days
   config_lib.require_fit(read_index(data, 'train', stage2.data.subsets), stage2)
   clips = read_index(data, 'test', stage2.data.subsets)

@@ -38,6 +38,17 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
       'from what that writes'
     )
   start, _ = checkpoint.load_flat(config.train.init)
+  require_fit(config, method)
+  return start
+
+
+def require_fit(config: ml_collections.ConfigDict, method: Method) -> None:
+  """UserError if config.train.init was trained with values that give its numbers another meaning.
+
+  Of its numbers nothing is read.
+  """
+  work_folder = work_folder_of(config.train.init)
+  note = checkpoint.converted(work_folder)
   other = config_lib.from_json(work_folder / 'config.json')
   kind, same = note['kind'] if note else '', ('method', *method.same)
   if kind in BACKBONES:  # that of ImageNet alone is a start for every method that has it
@@ -45,7 +56,6 @@ def load_start(config: ml_collections.ConfigDict, method: Method) -> Flat:
   elif kind == 'hearing':  # so is VGGish
     same = [key for key in method.same if key.startswith('vggish.')]
   require_same_meaning(config, other, config.train.init, same)
-  return start
 
 
 def require_same_meaning(
