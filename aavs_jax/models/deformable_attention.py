@@ -181,8 +181,8 @@ def _added_as_read(values, locations, weights):
   total = 0.0
   for level, value in enumerate(values):
     index, weight = _reads(locations[:, :, level], weights[:, :, level], *value.shape[1:3])
-    for r in range(index.shape[-1]):
-      total = total + rows_at(value, index[:, :, r]) * weight[:, :, r, None]
+    for i, w in zip(jnp.unstack(index, axis=-1), jnp.unstack(weight[..., None], axis=-2)):
+      total = total + rows_at(value, i) * w
   return total.astype(values[0].dtype)
 
 
