@@ -58,6 +58,8 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   for stages in config.others.values():
     check(stages.stage1)
     check(stages.stage2)
+  for stages in (config, *config.others.values()):
+    _require_pair(stages.stage1, stages.stage2)
   soft = config.stage2.prior.soft
   if config.robust is not None and config.robust.prior.soft != soft:
     raise UserError(
@@ -86,9 +88,33 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
         f'data.batch_items and how the length is given are {of1} in stage1 and {of2} in stage2: '
         'make them equal'
       )
-  if not config.seeds:
-    raise UserError('config.seeds is empty: give at least one, such as (0,)')
+  if not config.seeds or not all(type(seed) is int and seed >= 0 for seed in config.seeds):
+    raise UserError(
+      f'config.seeds is {config.seeds}: give one whole number of at least 0 or more, such as (0,)'
+    )
   return config
+
+
+def _require_pair(stage1: ml_collections.ConfigDict, stage2: ml_collections.ConfigDict) -> None:
+  """UserError for two stages of a study that cannot follow each other."""
+  names = stage_of(stage1), stage_of(stage2)
+  if names != ('stage 1', 'stage 2'):
+    raise UserError(
+      f'stage1 and stage2 of a study are {names[0]} and {names[1]} by their configs: give stage1 '
+      "the task 'binary', and stage2 the task 'semantic' with use_prior"
+    )
+  if stage1.data.eval_size != stage2.data.eval_size:
+    raise UserError(
+      f'data.eval_size is {stage1.data.eval_size} in stage1 and {stage2.data.eval_size} in stage2, '
+      'which is given the masks of stage1: make them equal'
+    )
+  if lacking := sorted(set(stage2.data.subsets) - set(stage1.data.subsets)):
+    raise UserError(
+      f'data.subsets of stage2 has {", ".join(lacking)}, of which stage1 makes no masks: add them '
+      'to those of stage1'
+    )
+  if stage2.prior.soft:
+    methods.require_shares(stage1)
 
 
 def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

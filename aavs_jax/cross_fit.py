@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ml_collections
 
-from aavs_jax import hand_over
+from aavs_jax import hand_over, methods
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, fold_of
@@ -54,9 +54,13 @@ def cross_fit(
       folds; `out` is a data set or holds masks of other trainings or kind; faults of config, data
       or folders.
   """
+  for path in (workdir, data):
+    files.refuse_bucket(path)
   masks.refuse_data_set(out)
   if config.task != 'binary':
     raise UserError("the config is of the semantic task: masks come from stage 1, a 'binary' one")
+  if soft:
+    methods.require_shares(config)
   if folds < 2:
     raise UserError(f'{folds} folds leave no clips to train on: use 2 or more')
   clips = read_index(data, 'train', config.data.subsets)

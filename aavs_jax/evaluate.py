@@ -1,6 +1,6 @@
 """Scores of a trained stage on a split, as a file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from etils import epath
@@ -10,7 +10,7 @@ from aavs_jax import methods
 from aavs_jax.console import say
 from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files, masks, prepared
-from aavs_jax.input_pipeline.clips import DataSet
+from aavs_jax.input_pipeline.clips import Clip, DataSet
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.scoring import tables
@@ -18,6 +18,15 @@ from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.scoring.score import score
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import class_names, load_trained
+
+SHAPE = {  # of an evaluation as it is written, see files.read_json
+  'split': str,
+  'clips': int,
+  'frames': int,
+  'overall': {'miou': float, 'fscore': float, ...: object},
+  'per_clip': [{'subset': str, 'uid': str, ...: object}],
+  ...: object,
+}
 
 
 def evaluate(
@@ -129,11 +138,15 @@ def _require_same_classes(names: Sequence[str], data_set: DataSet, workdir: str 
       )
 
 
-def reusable(path: Path, origin: Mapping) -> dict | None:
-  """The evaluation in a file; None if it is missing, damaged or not of this model and masks."""
-  scores = {'miou': float, 'fscore': float, ...: object}
+def reusable(path: Path, origin: Mapping, clips: Collection[Clip]) -> dict | None:
+  """The evaluation in a file; None if it is missing, damaged or of another origin or other clips.
+
+  That labels or frames of these clips have changed since is not seen.
+  """
   try:
-    result = files.read_json(path, {'overall': scores, ...: object}, 'evaluate again')
+    result = files.read_json(path, {**SHAPE, 'dataset': dict}, 'evaluate again')
   except UserError:
     return None
-  return result if all(result.get(key) == origin[key] for key in origin) else None
+  scored = {(row['subset'], row['uid']) for row in result['per_clip']}
+  same = scored == {(clip.subset, clip.uid) for clip in clips}
+  return result if same and all(result.get(key) == origin[key] for key in origin) else None

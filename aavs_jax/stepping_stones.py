@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import ml_collections
+from etils import epath
 
+from aavs_jax import config as config_lib
 from aavs_jax import evaluate, hand_over
 from aavs_jax.console import say
 from aavs_jax.cross_fit import cross_fit
+from aavs_jax.input_pipeline import listening
+from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.masks import source_digest
 from aavs_jax.train import train
 from aavs_jax.training import checkpoint
@@ -69,6 +73,9 @@ def stepping_stones(
   stage1.seed = stage2.seed = seed
   stage1.data.root = stage2.data.root = data
 
+  # What cannot be evaluated shows now, and not after both stages.
+  listening.other_sounds(read_index(data, 'test', stage1.data.subsets))
+
   say(f'[3] stage 1: where the sound comes from (seed {seed})')
   train(stage1, folder / 'stage1')
 
@@ -92,7 +99,7 @@ def stepping_stones(
 def scores(
   evaluations: Mapping[str, Evaluation], folder: Path, *, data: str, masks: str | Path
 ) -> dict[str, dict]:
-  """Evaluates what FOLDER/eval/NAME.json does not hold yet of the same model and masks.
+  """Evaluates what FOLDER/eval/NAME.json does not hold yet of the same model, masks and clips.
 
   Args:
     evaluations: by name.
@@ -107,14 +114,19 @@ def scores(
   @functools.cache
   def model(stage):
     flat, step = checkpoint.load_flat(folder / stage)
-    return {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat))}
+    config = config_lib.from_json(epath.Path(folder / stage / 'config.json'))
+    of = {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat)), 'split': 'test'}
+    return of, config.data.subsets
 
   results = {}
   for name, (stage, audio, prior, maps, subsets) in evaluations.items():
     out = folder / 'eval' / f'{name}.json'
     of_masks = source_digest(masks) if prior == 'masks' else None
-    origin = {**model(stage), 'masks_digest': of_masks}
-    results[name] = evaluate.reusable(out, origin) or evaluate.evaluate(
+    of, usual = model(stage)
+    given = {'masks': 'stage1', '': None}.get(prior, prior)
+    origin = {**of, 'masks_digest': of_masks, 'audio': audio, 'prior': given}
+    clips = read_index(data, 'test', subsets or usual)
+    results[name] = evaluate.reusable(out, origin, clips) or evaluate.evaluate(
       folder / stage,
       data=data,
       out=out,

@@ -238,14 +238,16 @@ class _Run:
 
   def log(self, metrics: Mapping[str, jax.Array]) -> None:
     """A row of the last step and of the pace since the last row."""
-    phase_step = self.plan.step_of_phase(self.step - 1)
+    # What goes on counts on; what begins with phase 2 counts from there.
+    last = self.step - 1
+    count = last if self.method.goes_on else self.plan.step_of_phase(last)
     values = {name: float(value) for name, value in metrics.items()}
     self._watch.look()
     pace = self.clock.read(self.step, self.plan.total, self.plan.validations(self.step))
     row = {
       **self._place(),
       **values,
-      'learning_rate': float(self.phase_of(self.phase).schedule(phase_step)),
+      'learning_rate': float(self.phase_of(self.phase).schedule(count)),
       **pace,
       **metric_log.slowest_input(pace['input_wait']),
     }

@@ -8,6 +8,7 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.methods import maps
 from aavs_jax.methods.avsegformer import dice
 from aavs_jax.pytorch import maps_recordings
 from aavs_jax.training import phases
@@ -121,11 +122,37 @@ def test_the_backbone_waits_and_the_others_go_on():
   assert not any('spare' in path for path in state.trained)
 
 
+def test_resnet_computes_its_blocks_again_if_told_to():
+  config = small_maps.get_config('avsegformer', 'resnet')
+  frames = small_maps.batch(config, 2)['frames'] / 255
+
+  def gradients(remat):
+    config.model.remat = remat
+    backbone = maps.backbone_of(config)
+    variables = backbone.init(jax.random.key(0), frames, False)
+
+    def loss(params):
+      held = {**variables, 'params': params}
+      out, new = backbone.apply(held, frames, True, mutable=['statistics'])
+      return sum((x**2).sum() for x in out), new
+
+    step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    assert ('remat' in str(step.trace(variables['params']).jaxpr)) == (remat == 'full')
+    return step(variables['params'])
+
+  jax.tree.map(
+    lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4),
+    gradients('full'),
+    gradients('dots'),
+  )
+
+
 @pytest.mark.parametrize(
   ('key', 'value', 'words'),
   [('model.heads', 5, 'must divide the width 32'), ('optimizer.schedule', 'cosine', 'use constant'),
    ('train.frozen_dtype', 'bfloat16', 'use float32'), ('data.image_size', 40, 'multiple of 32'),
-   ('model.backbone.kind', 'vgg', "use one of ('pvt_v2', 'resnet')")],
+   ('model.backbone.kind', 'vgg', "use one of ('pvt_v2', 'resnet')"),
+   ('model.backbone.reductions', (16, 4, 2, 1), 'use divisors of the maps, which are [8, 4,')],
 )  # fmt: skip
 def test_values_that_cannot_work_are_refused(key, value, words):
   config = small_maps.get_config('avsegformer')

@@ -109,6 +109,15 @@ def _with(config, **data):
   return config
 
 
+def test_numbers_that_are_not_finite_are_no_model(stage1, monkeypatch):
+  flat, step = checkpoint.load_flat(stage1)
+  name = sorted(flat)[0]
+  flat[name] = np.full_like(flat[name], np.nan)
+  monkeypatch.setattr(checkpoint, 'load_flat', lambda _: (flat, step))
+  with pytest.raises(UserError, match=rf'not finite \(1 parameters, first {name}\)'):
+    load_trained(stage1)
+
+
 def _directly(model, clip):
   """What a model says of a clip, five frames at a time, read without the pipeline."""
   config, params, predictor = model

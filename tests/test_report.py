@@ -17,7 +17,7 @@ from PIL import Image
 
 from aavs_jax import config as config_lib
 from aavs_jax import configs
-from aavs_jax.configs import compose_bench
+from aavs_jax.configs import compose_bench, quickstart
 from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -352,6 +352,16 @@ def test_a_study_of_more_parts_is_gone_on_with_by_its_own_command(run, tmp_path)
   assert '<code>aavs' not in page and 'The command of the study makes it' in page
 
 
+@pytest.mark.parametrize('key, given', [('soft', ' --soft</code>'), ('predicted', None)])
+def test_commands_make_the_masks_that_stage_2_wants(key, given, run, tmp_path):
+  study = quickstart.get_config()
+  study.stage2.prior[key] = 1.0 if key == 'predicted' else True
+  settings = {'data': '', 'config': json.loads(study.to_json_best_effort())}
+  (tmp_path / 'study.json').write_text(json.dumps(settings))
+  page = write_report(tmp_path, run[1]).read_text(encoding='utf-8')
+  assert (given in page) if given else ('<code>aavs' not in page)
+
+
 def test_few_clips_are_shown_once_each(tmp_path):
   few = [('v1s', f'_c{i}') for i in range(8)]
   make_data(tmp_path / 'data', few)
@@ -370,6 +380,9 @@ def test_errors_name_the_file(run, clips, tmp_path):
   log = tmp_path / 'a' / 'stage1' / 'metrics.jsonl'
   log.write_text('{"kind": "train", "step": 1}\nbroken\n')
   with pytest.raises(UserError, match=r'metrics\.jsonl, line 2'):
+    write_report(tmp_path / 'a', data)
+  (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{"split": "test"}')
+  with pytest.raises(UserError, match=r'stage1_true\.json lacks clips'):
     write_report(tmp_path / 'a', data)
   (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{')
   with pytest.raises(UserError, match=r'stage1_true\.json'):

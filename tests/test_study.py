@@ -8,11 +8,12 @@ import shutil
 import pytest
 
 from aavs_jax import config as config_lib
-from aavs_jax import configs, evaluate
+from aavs_jax import configs, cross_fit, evaluate, stepping_stones
 from aavs_jax.configs import compose_bench, methods_study, quickstart
 from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.studies import comparison, study
+from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.studies import comparison, reproduce, study, table2
 from tests import small_maps, tiny
 
 EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')
@@ -77,17 +78,127 @@ def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
    '{"checkpoint_step": 4, "checkpoint_digest": "b", "masks_digest": null}',
    '{"checkpoint_step": 4, "checkpoint_digest": "a", "masks_digest": "c"}'],
 )  # fmt: skip
-def test_only_evaluations_of_the_same_model_and_masks_are_reused(tmp_path, text):
+def test_only_evaluations_of_the_same_model_masks_and_clips_are_reused(data_root, tmp_path, text):
   origin = {'checkpoint_step': 4, 'checkpoint_digest': 'a', 'masks_digest': None}
+  clips = read_index(data_root, 'test', ('v1s',))
   path = tmp_path / 'e.json'
   if text is not None:
     path.write_text(text)
-  assert evaluate.reusable(path, origin) is None
+  assert evaluate.reusable(path, origin, clips) is None
   path.write_text(json.dumps({**origin, 'overall': {'miou': 0.5}}))
-  assert evaluate.reusable(path, origin) is None
-  result = {**origin, 'overall': {'miou': 0.5, 'fscore': 1, 'clips': 2}}
+  assert evaluate.reusable(path, origin, clips) is None
+  result = {
+    **origin, 'split': 'test', 'clips': 2, 'frames': 10, 'dataset': {},
+    'overall': {'miou': 0.5, 'fscore': 1, 'clips': 2},
+    'per_clip': [{'subset': clip.subset, 'uid': clip.uid} for clip in clips],
+  }  # fmt: skip
   path.write_text(json.dumps(result))
-  assert evaluate.reusable(path, origin) == result
+  assert evaluate.reusable(path, origin, clips) == result
+  assert evaluate.reusable(path, origin, clips[1:]) is None
+  assert evaluate.reusable(path, {**origin, 'split': 'val'}, clips) is None
+
+
+def test_an_evaluation_of_what_the_model_heard_otherwise_is_made_anew(
+  data_root, monkeypatch, tmp_path
+):
+  (tmp_path / 'stage1').mkdir()
+  (tmp_path / 'stage1' / 'config.json').write_text(tiny.get_config('stage1').to_json())
+  monkeypatch.setattr(stepping_stones.checkpoint, 'load_flat', lambda _: ({}, 4))
+  monkeypatch.setattr(stepping_stones, 'digest', lambda _: 'a')
+  made = []
+
+  def make(folder, *, data, out, audio, subsets, **_):
+    result = {
+      'checkpoint_step': 4, 'checkpoint_digest': 'a', 'masks_digest': None, 'split': 'test',
+      'audio': audio, 'prior': None, 'clips': 2, 'frames': 10, 'dataset': {},
+      'overall': {'miou': 0.5, 'fscore': 1},
+      'per_clip': [
+        {'subset': clip.subset, 'uid': clip.uid}
+        for clip in read_index(data, 'test', subsets or tiny.get_config('stage1').data.subsets)
+      ],
+    }  # fmt: skip
+    files.write_json(out, result)
+    made.append(audio)
+    return result
+
+  monkeypatch.setattr(stepping_stones.evaluate, 'evaluate', make)
+  for audio, subsets in [('true', None)] * 2 + [('silence', None)] * 2 + [('silence', ('v1s',))]:
+    asked = {'one': stepping_stones.Evaluation('stage1', audio=audio, subsets=subsets)}
+    found = stepping_stones.scores(asked, tmp_path, data=data_root, masks='')
+    assert found['one']['audio'] == audio
+  assert made == ['true', 'silence', 'silence']
+
+
+@pytest.mark.parametrize('change, message', [
+  ('seeds=(-1,)', r'config.seeds is \(-1,\)'),
+  ('stage1.task=semantic', 'are end to end and stage 2'),
+  ('stage2.use_prior=False', 'are stage 1 and end to end'),
+  ('stage1.data.eval_size=64', 'data.eval_size is 64 in stage1 and 96 in stage2'),
+  ("stage1.data.subsets=('v1m',)", 'data.subsets of stage2 has v1s, v2'),
+])  # fmt: skip
+def test_stages_that_cannot_follow_each_other_are_refused(change, message):
+  overrides = [f'--config.{change}']
+  if 'task' in change:
+    overrides.append('--config.stage1.num_classes=9')
+  with pytest.raises(UserError, match=message):
+    config_lib.load_study(f'{configs.__path__[0]}/quickstart.py', overrides)
+
+
+def test_what_stage_2_begins_with_fits_it(tmp_path):
+  config = quickstart.get_config()
+  config.stage2.model.adapter_variant = 'replace'
+  with pytest.raises(UserError, match="'replace', but stage 1, with which stage 2 begins, was"):
+    study.run_study(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_fresh_does_not_delete_a_start(tmp_path):
+  (tmp_path / 'start').mkdir()
+  (tmp_path / 'study.json').write_text('{}')
+  config = quickstart.get_config()
+  config.stage2.train.init = str(tmp_path / 'start')
+  with pytest.raises(UserError, match=r'config\.stage2\.train\.init .*start is inside'):
+    study.run_study(config, tmp_path, fresh=True)
+  assert (tmp_path / 'start').is_dir()
+
+
+def test_one_stage_takes_no_prior_of_any_kind():
+  config = quickstart.get_config()
+  config.stage2.oracle_prior = True
+  single = study._end_to_end(config.stage1, config.stage2)
+  single.train.init = ''
+  config_lib.check(single)
+
+
+@pytest.mark.parametrize('of', ['workdir', 'data'])
+def test_studies_are_not_in_buckets(of, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  given = {'workdir': str(tmp_path / 'run'), 'data': str(tmp_path)} | {of: 'gs://bucket/x'}
+  workdir, data = given['workdir'], given['data']
+  for call in (
+    lambda: study.run_study(quickstart.get_config(), workdir, data=data),
+    lambda: table2.table2('tpavi', workdir, data=data),
+    lambda: reproduce.reproduce(workdir, data=data),
+    lambda: cross_fit.cross_fit(tiny.get_config('stage1'), workdir, data=data, out='masks'),
+  ):
+    with pytest.raises(UserError, match='gs://bucket/x is in a bucket'):
+      call()
+  assert not list(tmp_path.iterdir())
+
+
+def test_soft_masks_of_methods_without_are_refused_before_training(data_root, tmp_path):
+  config = small_maps.get_config('tpavi')
+  with pytest.raises(UserError, match="is 'tpavi', whose scores may be below 0"):
+    cross_fit.cross_fit(config, tmp_path / 'w', data=data_root, out=tmp_path / 'm', soft=True)
+
+
+def test_a_test_clip_alone_in_its_subset_shows_before_training(data_root, tmp_path, monkeypatch):
+  clips = read_index(data_root, 'test', ('v1s',))[:1]
+  monkeypatch.setattr(stepping_stones, 'read_index', lambda *_: clips)
+  stages = quickstart.get_config()
+  with pytest.raises(UserError, match='subset v1s has one clip'):
+    stepping_stones.stepping_stones(stages.stage1, stages.stage2, tmp_path, data='d', seed=0)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

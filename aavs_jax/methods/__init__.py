@@ -36,6 +36,15 @@ def of(config: ml_collections.ConfigDict) -> Method:
   return module_of(config).method(config)
 
 
+def require_shares(config: ml_collections.ConfigDict) -> None:
+  """UserError for a method that no soft masks can be made of."""
+  if not of(config).shares:
+    raise UserError(
+      f'config.method is {config.method!r}, whose scores may be below 0, so that no soft mask is a '
+      'share of them: leave soft masks out (--soft, config.prior.soft)'
+    )
+
+
 def forms(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """How the method computes, see Method.forms, by the last part of each key."""
   return {

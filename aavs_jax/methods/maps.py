@@ -41,9 +41,7 @@ def backbone_of(config: ml_collections.ConfigDict) -> nn.Module:
   kind = sizes.pop('kind')
   if kind not in _BACKBONES:
     raise UserError(f'config.model.backbone.kind is {kind!r}: use one of {tuple(_BACKBONES)}')
-  if kind == 'pvt_v2':
-    sizes['remat'] = config.model.remat
-  return _BACKBONES[kind](**sizes, dtype=jnp.dtype(config.dtype))
+  return _BACKBONES[kind](**sizes, remat=config.model.remat, dtype=jnp.dtype(config.dtype))
 
 
 def method(
@@ -168,6 +166,9 @@ def check(config: ml_collections.ConfigDict, need) -> None:
     lists = ('dims', 'depths', 'reductions')
     divide = all(dim % backbone.dims[0] == 0 for dim in backbone.dims)
     need('model.backbone.dims', divide, 'use multiples of the first, the width of a head')
+    sizes = [config.data.image_size // stride for stride in (4, 8, 16, 32)]
+    whole = all(size % by == 0 for size, by in zip(sizes, backbone.reductions))
+    need('model.backbone.reductions', whole, f'use divisors of the maps, which are {sizes} high')
     need('model.backbone.drop_path', backbone.drop_path < 1, 'use a probability below 1')
   for name in lists:
     need(f'model.backbone.{name}', len(backbone[name]) == 4, 'give one for each of four stages')

@@ -177,7 +177,7 @@ def _by_head(read, values, locations, weights):
 
 
 def _added_as_read(values, locations, weights):
-  """What a head's queries read, n q c, from values n h w c, locations n q l p 2, weights n q l p."""
+  """What a head's queries read, n q c, of values n h w c, locations n q l p 2, weights n q l p."""
   total = 0.0
   for level, value in enumerate(values):
     index, weight = _reads(locations[:, :, level], weights[:, :, level], *value.shape[1:3])

@@ -50,21 +50,25 @@ class ResNet(nn.Module):
 
   Published size (ResNet-50): stem 64, planes (64, 128, 256, 512), blocks (3, 4, 6, 3). BatchNorm is
   by the batch in training, whether parameters train or not. As in the releases of both methods the
-  last two stages are there twice, and the second of them, `spare`, does nothing.
+  last two stages are there twice, and the second of them, `spare`, does nothing. remat: 'full' has
+  the backward pass compute the blocks again; all other policies keep what they compute.
   """
 
   stem: int
   planes: tuple[int, ...]
   blocks: tuple[int, ...]
+  remat: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, frames: Float[Array, 'n h w 3'], train: bool) -> list[Float[Array, 'n y x d']]:
+    block = nn.remat(Bottleneck, static_argnums=2) if self.remat == 'full' else Bottleneck
+
     def stage(index, x, prefix):
       for i in range(self.blocks[index]):
         stride = 2 if index and not i else 1
         name = f'{prefix}{index}_block{i}'
-        x = Bottleneck(self.planes[index], stride, not i, self.dtype, name=name)(x, train)
+        x = block(self.planes[index], stride, not i, self.dtype, name=name)(x, train)
       return x
 
     x = _conv(self.stem, 7, 2, self.dtype, 'stem')(frames.astype(self.dtype))

@@ -20,7 +20,8 @@ def record_type(task: str, num_classes: int) -> np.dtype:
 
   Fields:
     pixels [3, c], both tasks: pixels of each class that are predicted and true, predicted, true,
-      in all frames of the clip. Ignored pixels are in none of them.
+      in all frames of the clip. Ignored pixels are in none of them in the semantic task, and silent
+      in the binary one, whose labels are black there in the release.
     scores [2], binary task: mIoU and F-measure of the clip as published.
     ranks [2, 256], binary task: pixels that are silent (0) or sound (1) in truth, by the number
       of thresholds that their probability reaches. `f_curve` makes F-measures of them.

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from aavs_jax.configs import quick_stage1, quick_stage2
+from aavs_jax.evaluate import SHAPE
 from aavs_jax.hearing import HEARD
 from aavs_jax.input_pipeline import files, prepared
 from aavs_jax.input_pipeline.clips import IGNORE, Clip
@@ -59,7 +60,7 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
   workdir = Path(workdir)
   if not workdir.is_dir():
     raise UserError(f'{workdir} is no folder: give the workdir of a run')
-  evaluations = {name: _read_json(workdir / 'eval' / f'{name}.json') for name in EVALUATIONS}
+  evaluations = {name: _read_json(workdir / 'eval' / f'{name}.json', SHAPE) for name in EVALUATIONS}
   run = _Run(workdir, data_root, evaluations, _commands(workdir, data_root))
   title = f'Audio-visual segmentation: {workdir.resolve().name}'
   body = [
@@ -123,7 +124,10 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
   folder = folder.resolve()
   study = _study(folder)
   if study and (
-    study['looks'] or study['robust'] or study['stage1'].get('method', 'aavs') != 'aavs'
+    study['looks']
+    or study['robust']
+    or study['stage2'].get('prior', {}).get('predicted')
+    or study['stage1'].get('method', 'aavs') != 'aavs'
   ):
     return {}
   place, data = shlex.quote(str(folder)), shlex.quote(str(Path(data).resolve()))
@@ -141,6 +145,8 @@ def _commands(folder: Path, data: str | Path) -> dict[str, str]:
     f'{_overrides(study, folder, "stage1")}'
   )
   commands['masks'] = f'aavs masks --workdir {place}/stage1 --data {data} --out {place}/masks'
+  if study and study['stage2'].get('prior', {}).get('soft'):
+    commands['masks'] += ' --soft'
   for name, evaluation in EVALUATIONS.items():
     out = f'{place}/eval/{name}'
     commands[f'eval/{name}'] = (

@@ -109,6 +109,8 @@ def reproduce(
       of stage1 and masks is given, but none or both; no checkpoint is given; workdir holds
       something else or what was made of other files; faults of files or data.
   """
+  for path in (workdir, data):
+    files.refuse_bucket(path)
   workdir, data = Path(workdir).resolve(), str(Path(data).resolve())
   if batch_items < 1:
     raise UserError(f'--batch is {batch_items}: use 1 or more')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ml_collections
 
+from aavs_jax import methods
 from aavs_jax.configs import base
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.cross_fit import cross_fit
@@ -20,6 +21,7 @@ from aavs_jax.stepping_stones import EVALUATIONS, FOLDS, Evaluation, scores, ste
 from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
+from aavs_jax.training.start import require_same_meaning
 
 _ROBUST = {
   f'robust_{prior}': Evaluation('robust', prior=prior) for prior in ('masks', 'oracle', 'none')
@@ -47,6 +49,8 @@ def run_study(
       workdir that is to be removed, or given where the study makes clips of its own; faults of
       config or data.
   """
+  for path in (workdir, data):
+    files.refuse_bucket(path)
   # However they are written, the same folders are the same study.
   workdir = Path(workdir).resolve()
   data = str(Path(data).resolve()) if data else ''
@@ -58,11 +62,13 @@ def run_study(
       f'{config.num_classes} classes: leave --data out, or take configs/quickstart.py'
     )
   _refuse_foreign(workdir)
+  _require_starts(config)
   if fresh:
-    if data and Path(data).is_relative_to(workdir):
-      raise UserError(
-        f'--data {data} is inside {workdir}, which --fresh deletes: move the data set elsewhere'
-      )
+    for name, path in {'--data': data, **_starts(config)}.items():
+      if path and Path(path).resolve().is_relative_to(workdir):
+        raise UserError(
+          f'{name} {path} is inside {workdir}, which --fresh deletes: move it elsewhere'
+        )
     files.remove_folder(workdir)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
   if several or config.others:
@@ -79,6 +85,28 @@ def run_study(
     pages = _run_one(config, workdir, data)
   say(f'done in {duration(time.monotonic() - started)}; open {" or ".join(map(str, pages))}')
   return pages[0]
+
+
+def _starts(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """What is named as the start of a stage, by the key that names it."""
+  found = {}
+  for key in ('stage1', 'stage2', 'looks', 'robust'):
+    if config[key] is not None:
+      found[f'config.{key}.train.init'] = config[key].train.init
+  for name, stages in config.others.items():
+    for key in ('stage1', 'stage2'):
+      found[f'config.others.{name}.{key}.train.init'] = stages[key].train.init
+  return found
+
+
+def _require_starts(config: ml_collections.ConfigDict) -> None:
+  """UserError where stage 2 is to begin with what stage 1 has learnt and cannot."""
+  for stages in (config, *config.others.values()):
+    if config.looks is None and not stages.stage2.train.init:
+      same = methods.of(stages.stage2).same
+      require_same_meaning(
+        stages.stage2, stages.stage1, 'stage 1, with which stage 2 begins,', same
+      )
 
 
 def _studies(
@@ -211,7 +239,7 @@ def _robust(stage1, stage2, folder: Path, data: str, seed: int) -> dict[str, dic
 def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   """Stage 2's task without a prior, from the start, for the epochs of both stages."""
   single = stage2.copy_and_resolve_references()
-  single.use_prior = False
+  single.use_prior = single.oracle_prior = False
   single.prior = base.get_config().prior
   single.data.masks = ''
   single.train.init = stage1.train.init

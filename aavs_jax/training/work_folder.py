@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from etils import epath
 
@@ -282,7 +283,7 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
 
   Raises:
     UserError: the folder holds no model, but a start for training or a checkpoint that does not
-      fit its config.json.
+      fit its config.json, or numbers that are not finite.
   """
   note = checkpoint.converted(workdir)
   if note and note['lacking']:
@@ -300,6 +301,11 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
     raise UserError(
       f'the checkpoint of {workdir} does not fit its config.json ({len(wrong)} parameters, first '
       f'{wrong[0]}): restore the config it was trained with'
+    )
+  if bad := [path for path, values in flat.items() if not np.isfinite(values).all()]:
+    raise UserError(
+      f'the checkpoint of {workdir} has numbers that are not finite ({len(bad)} parameters, first '
+      f'{bad[0]}): train again from an earlier one'
     )
   return config, local_variables(unflatten(flat)), step
 
