@@ -172,7 +172,8 @@ def test_rows_are_those_of_their_evaluations(data_root, monkeypatch, tmp_path):
   monkeypatch.setattr(
     table2.mask_files, 'read_mask', lambda folder, *_: np.frombuffer(folder.encode(), 'S1')
   )
-  options = dict(data=data_root, masks='others', overrides=['--config.train.init=runs/start'])
+  overrides = ['--config.train.init=runs/start', "--config.data.subsets=('v1s',)"]
+  options = dict(data=data_root, masks='others', overrides=overrides)
   table = table2.table2('tpavi:resnet50', tmp_path, **options)
   assert [row['ours']['miou'] for row in table.values()] == pytest.approx([10, 20, 30, 40])
   assert [row['corrected']['fscore'] for row in table.values()] == pytest.approx([10, 20, 30, 40])

@@ -91,10 +91,10 @@ def table2(
   say('[1] the data set')  # what is wrong with it shows now, and not in days
   config_lib.require_fit(read_index(data, 'train', stage2.data.subsets), stage2)
   clips = read_index(data, 'test', stage2.data.subsets)
-  listening.other_sounds(clips)
   if masks:
     mask_files.require_kind(masks, stage2.prior.soft)
     claim_masks(workdir, masks, clips, stage2.data.eval_size, stage2.prior.soft)
+  listening.other_sounds(clips)  # which stage 1 is evaluated with
   say('[2] one stage')
   origin.data.root = data
   train(origin, workdir / 'origin')
