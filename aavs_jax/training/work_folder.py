@@ -305,7 +305,7 @@ def load_trained(workdir: str | Path) -> tuple[ml_collections.ConfigDict, Variab
   if bad := [path for path, values in flat.items() if not np.isfinite(values).all()]:
     raise UserError(
       f'the checkpoint of {workdir} has numbers that are not finite ({len(bad)} parameters, first '
-      f'{bad[0]}): train again from an earlier one'
+      f'{bad[0]}): remove that checkpoint, or train again'
     )
   return config, local_variables(unflatten(flat)), step
 
