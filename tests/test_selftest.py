@@ -203,7 +203,8 @@ def record(path):
   arrays |= {f'out/{name}': value for name, value in intermediates.items()}
   for kind in ('mask_logits', 'class_logits'):
     arrays |= {f'out/{kind}/{i}': value for i, value in enumerate(getattr(outputs, kind))}
-  arrays['post/semantic_map_224'] = selftest.final_scores(outputs).argmax(1).astype(np.uint8)
+  scores = selftest.final_scores(outputs.mask_logits[-1], outputs.class_logits[-1])
+  arrays['post/semantic_map_224'] = scores.argmax(1).astype(np.uint8)
   for parameter, value in result.gradient.items():
     arrays[f'grad/{released_name(parameter)}'] = to_released_layout(parameter, value)
   for phase in (1, 2):

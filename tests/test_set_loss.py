@@ -28,12 +28,11 @@ def run(outputs, targets, draws, totals=None, *, sampling='gather'):
 
 def outputs_of(masks, classes):
   """Outputs with these masks: features that are all of them, of which each set embeds its own."""
-  features = jnp.moveaxis(jnp.asarray(masks), 1, 0).reshape(FRAMES, SETS * QUERIES, 6, 6)
+  masks = jnp.asarray(masks)
+  features = jnp.moveaxis(masks, 1, 0).reshape(FRAMES, SETS * QUERIES, 6, 6)
   embeddings = jnp.eye(SETS * QUERIES).reshape(SETS, 1, QUERIES, -1)
   embeddings = jnp.broadcast_to(embeddings, (SETS, FRAMES, *embeddings.shape[2:]))
-  return Outputs(
-    jnp.asarray(masks), jnp.asarray(classes), embeddings, jnp.moveaxis(features, 1, -1)
-  )
+  return Outputs(jnp.asarray(classes), embeddings, jnp.moveaxis(features, 1, -1))
 
 
 def draw_all(key, targets):
@@ -181,11 +180,10 @@ def test_the_null_class_weighs_as_the_config_says():
     found = np.asarray(set_loss.totals(targets, QUERIES, config).class_weight)
     assert found[0] == pytest.approx(1 + config.null_weight * (QUERIES - 1))
     draws = draw_points(jax.random.key(0), 0, jnp.arange(1), 1, config)
-    masks = jnp.zeros((1, QUERIES, 4, 4))
     product = jnp.zeros((1, QUERIES, 8)), jnp.zeros((1, 4, 4, 8))
     # Every class is as likely as any other, so that each query's loss is the same: so is the mean.
     terms = set_loss.set_loss(
-      logits, masks, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
+      logits, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
       'gather',
     )  # fmt: skip
     assert float(terms['class']) == pytest.approx(
@@ -193,7 +191,7 @@ def test_the_null_class_weighs_as_the_config_says():
     )
     sure = logits.at[:, :, CLASSES].set(50.0)  # only the target's query is wrong
     terms = set_loss.set_loss(
-      sure, masks, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
+      sure, *product, targets, draws, set_loss.totals(targets, QUERIES, config), config,
       'gather',
     )  # fmt: skip
     assert float(terms['class']) == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)

@@ -9,7 +9,7 @@ from aavs_jax.methods import set_loss
 from aavs_jax.methods.matching import Targets
 from aavs_jax.methods.method import Method
 from aavs_jax.models.aavs import AAVS
-from aavs_jax.models.mask_decoder import Outputs
+from aavs_jax.models.mask_decoder import mask_logits
 from aavs_jax.models.repeat import REMAT_POLICIES
 from aavs_jax.models.sampling import resize
 from aavs_jax.models.vggish import VGGish
@@ -84,7 +84,8 @@ def method(config: ml_collections.ConfigDict) -> Method:
     return total, {name: terms[name][-1] for name in ('class', 'mask', 'dice')}
 
   def predict(outputs):
-    scores = class_scores(outputs, image_size, eval_size)
+    masks = mask_logits(outputs.mask_embeddings[-1], outputs.mask_features)
+    scores = class_scores(masks, outputs.class_logits[-1], image_size, eval_size)
     return scores if config.task == 'binary' else jnp.argmax(scores, 1).astype(jnp.uint8)
 
   return Method(
@@ -106,14 +107,19 @@ def normalise(frames: jax.Array) -> jax.Array:
   return (frames.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
 
 
-def class_scores(outputs: Outputs, image_size: int, out_size: int) -> Float[Array, 'n c e e']:
-  """score[c] = sum over queries of class probability times mask probability.
+def class_scores(
+  masks: Float[Array, 'n q h w'],
+  class_logits: Float[Array, 'n q c'],
+  image_size: int,
+  out_size: int,
+) -> Float[Array, 'n k e e']:
+  """score[c] = sum over queries of class probability times mask probability; none of null.
 
-  Masks are resized to the image before the sigmoid, scores to out_size after the sum; both
-  bilinear without antialiasing. The argmax over c is the predicted map.
+  Masks (logits, stride 4) are resized to the image before the sigmoid, scores to out_size after the
+  sum; both bilinear without antialiasing. The argmax over c is the predicted map.
   """
-  masks = resize(jnp.moveaxis(outputs.mask_logits[-1], 1, -1), (image_size, image_size), (1, 2))
-  classes = jax.nn.softmax(outputs.class_logits[-1], -1)[..., :-1]
+  masks = resize(jnp.moveaxis(masks, 1, -1), (image_size, image_size), (1, 2))
+  classes = jax.nn.softmax(class_logits, -1)[..., :-1]
   scores = jnp.einsum('nhwq,nqc->nhwc', jax.nn.sigmoid(masks), classes)
   return jnp.moveaxis(resize(scores, (out_size, out_size), (1, 2)), -1, 1)
 

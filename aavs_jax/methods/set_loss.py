@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from aavs_jax.methods.matching import Targets, match, matching_cost, sample_targets
-from aavs_jax.models.mask_decoder import Outputs
+from aavs_jax.models.mask_decoder import Outputs, mask_logits
 from aavs_jax.models.sampling import corners, rows_at, sample, sample_rows
 
 # Each function's `config` is config.loss, see configs/base.py: attributes, whatever holds them.
@@ -94,12 +94,15 @@ def totals(targets: Targets, queries: int, config: Any) -> Totals:
   return Totals(divisors[:, 0], divisors[:, 1])
 
 
-def _loss_points(mask_logits, candidates, extra, config, sampling):
+def _loss_points(masks, candidates, extra, config, sampling):
   """Points of a pair's loss: the most uncertain candidates and the extra ones. No gradient."""
-  logits = sample(mask_logits[..., None, :, :], candidates, sampling)[..., 0, :]
+  logits = sample(masks[..., None, :, :], candidates, sampling)[..., 0, :]
   kept = candidates.shape[-2] // config.oversample - extra.shape[-2]
   _, index = jax.lax.top_k(-jnp.abs(logits), kept)
-  uncertain = jnp.take_along_axis(candidates, index[..., None], axis=-2)
+  # An axis at a time: as rows of two, TPUs copy the candidates into another layout first.
+  uncertain = jnp.stack(
+    [jnp.take_along_axis(candidates[..., axis], index, axis=-1) for axis in range(2)], -1
+  )
   return jnp.concatenate([uncertain, extra], -2)
 
 
@@ -129,7 +132,6 @@ def _mask_logits_at(
 
 def set_loss(
   class_logits: Float[Array, 'n q c'],
-  mask_logits: Float[Array, 'n q h w'],
   embeddings: Float[Array, 'n q d'],
   features: Float[Array, 'n h w d'],
   targets: Targets,
@@ -162,8 +164,9 @@ def set_loss(
   picked = jnp.take_along_axis(log_probability, goal[..., None], -1)[..., 0]
   class_loss = -jnp.sum(weight * picked / totals.class_weight[:, None])
 
-  # Not mask_logits[frame, query], for which the masks of all devices' frames would be gathered.
-  matched = jnp.take_along_axis(mask_logits, query[..., None, None], axis=1)  # n k h w
+  # Not embeddings[frame, query], for which those of all devices' frames would be gathered.
+  of_matched = jnp.take_along_axis(embeddings, query[..., None], axis=1)  # n k d
+  matched = mask_logits(of_matched, features)
   with jax.named_scope('points'):
     points = _loss_points(
       jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
@@ -211,13 +214,12 @@ def loss(
   # One set after the other: the points of all sets at once would be the peak of memory.
   terms = jax.lax.map(
     lambda x: set_loss(
-      *x[:3], outputs.mask_features, targets, draw(x[3]), totals, config, sampling
+      *x[:2], outputs.mask_features, targets, draw(x[2]), totals, config, sampling
     ),
     (
       outputs.class_logits,
-      outputs.mask_logits,
       outputs.mask_embeddings,
-      jnp.arange(outputs.mask_logits.shape[0]),
+      jnp.arange(outputs.class_logits.shape[0]),
     ),
   )
   return sum(jnp.sum(terms[name]) for name in ('class', 'mask', 'dice')), terms

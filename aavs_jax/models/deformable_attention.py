@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -28,7 +28,7 @@ def attend_dense(
   A frame at a time, so that its maps stay on the chip; queries, the longest axis, are the last.
   """
   out = on_each_device(_through_maps)(
-    [jnp.moveaxis(value, 3, 1) for value in values],  # n a h w c
+    list(values),
     jnp.moveaxis(locations[..., 0], 1, -1),  # n a l p q
     jnp.moveaxis(locations[..., 1], 1, -1),
     jnp.moveaxis(weights, 1, -1),
@@ -38,7 +38,7 @@ def attend_dense(
 
 @jax.custom_vjp
 def _through_maps(values, x, y, weights):
-  """From values n a h w c, x, y and weights n a l p q to n a q c."""
+  """From values n h w a c, x, y and weights n a l p q to n a q c."""
 
   def one_frame(frame):
     values, x, y, weights = frame
@@ -49,7 +49,7 @@ def _through_maps(values, x, y, weights):
       total = total + jnp.einsum('ahwq,ahwc->aqc', attention, value)
     return total
 
-  return jax.lax.map(one_frame, (values, x, y, weights))
+  return jax.lax.map(one_frame, (_heads_first(values), x, y, weights))
 
 
 def _attention_map(value, x, y, weights):
@@ -69,53 +69,99 @@ def _distance(position, length):
   return pixel_distance(position, length).swapaxes(-1, -2)
 
 
+class _Blocks(NamedTuple):
+  """A map cut into blocks of rows x columns; each has the row and the column after it as well."""
+
+  rows: int
+  columns: int
+  down: int  # how many blocks
+  across: int
+
+
+def _blocks(height: int, width: int, channels: int) -> _Blocks:
+  """So large that a block's columns fill the 8 rows of a TPU's registers, and that the channels of
+  all blocks are 512 at most, over which its four matrix units sum at once.
+  """
+  columns = min(7, width)
+  across = -(-width // columns)
+  rows = -(-height // max(1, 512 // (across * channels)))
+  return _Blocks(rows, columns, -(-height // rows), across)
+
+
+def _cut(value: Float[Array, 'n h w a c']) -> Float[Array, 'n a i j b c']:
+  """Blocks of a map: rows i and columns j of each."""
+  n, height, width, heads, channels = value.shape
+  rows, columns, down, across = _blocks(height, width, channels)
+  # Heads and channels are one axis here: 32 channels would be padded to the 128 of a register.
+  value = value.reshape(n, height, width, heads * channels)
+  below, right = down * rows + 1 - height, across * columns + 1 - width
+  value = jnp.pad(value, [(0, 0), (0, below), (0, right), (0, 0)])
+  value = jnp.stack([value[:, i * rows : (i + 1) * rows + 1] for i in range(down)], 1)
+  ends = [(j * columns, (j + 1) * columns + 1) for j in range(across)]
+  value = jnp.stack([value[:, :, :, begin:end] for begin, end in ends], 3)
+  value = value.reshape(*value.shape[:-1], heads, channels).transpose(0, 5, 2, 4, 1, 3, 6)
+  return value.reshape(*value.shape[:4], down * across, channels)
+
+
+def _level_gradients(value, blocks, x, y, weights, g):
+  """Gradients of value a h w c, x, y and weights a p q of one level by g a c q, that of the output.
+
+  What a point reads is in one block, blocks a i j b c. So for x, y and weights there is no need of
+  the gradient of a map, queries x pixels: that of a block is one product over channels and blocks,
+  of which all but the point's are 0. It is added up over rows inside the product's operation.
+  """
+  _, height, width, channels = value.shape
+  by_value = jnp.einsum('ahwq,acq->ahwc', _attention_map(value, x, y, weights), g)
+  rows, columns, down, across = _blocks(height, width, channels)
+  row, from_row = _in_block(y, height, rows, down)
+  column, from_column = _in_block(x, width, columns, across)
+  block = row * across + column
+  by_x, by_y, by_weight = [], [], []
+  for p in range(x.shape[1]):
+    here = block[:, p, None] == jnp.arange(down * across)[:, None]  # a b q
+    of_block = jnp.where(here[:, :, None], g[:, None], 0)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    by_map = product('aijbc,abcq->aijq', blocks, of_block)
+    distance = from_row[:, p, None] - jnp.arange(rows + 1)[:, None]
+    of_rows = (by_map * hat(distance)[:, :, None]).sum(1)  # a j q
+    of_slopes = (by_map * _slope(distance, height)[:, :, None]).sum(1)
+    distance = from_column[:, p, None] - jnp.arange(columns + 1)[:, None]
+    by_x.append((of_rows * _slope(distance, width)).sum(1))
+    by_y.append((of_slopes * hat(distance)).sum(1))
+    by_weight.append((of_rows * hat(distance)).sum(1))
+  by_x, by_y, by_weight = (jnp.stack(points, 1) for points in (by_x, by_y, by_weight))
+  return by_value, weights * by_x, weights * by_y, by_weight
+
+
+def _in_block(position, length, size, count):
+  """Along an axis: the block that a point is in, and how many pixels from its first pixel."""
+  pixel = position * length - 0.5
+  block = jnp.clip(jnp.floor(pixel / size), 0, count - 1)
+  return block.astype(jnp.int32), pixel - block * size
+
+
 def _slope(distance, length):
   """Of the hat by the position that the distance is of."""
   return jnp.where(jnp.abs(distance) < 1, -jnp.sign(distance) * length, 0.0)
 
 
-def _level_gradients(value, x, y, weights, g):
-  """Gradients of value, x, y and weights of one level by g a q c, the gradient of what was read.
-
-  The gradient of the map lives inside one operation too: it is added up over rows, the outermost
-  axis, for each point, and never over columns, which share the registers of vector units.
-  """
-  _, height, width, _ = value.shape
-  attention = _attention_map(value, x, y, weights)
-  by_value = jnp.einsum('ahwq,aqc->ahwc', attention, g)
-  by_map = jnp.einsum('ahwc,aqc->ahwq', value, g, preferred_element_type=jnp.float32)
-  by_x, by_y, by_weight = [], [], []
-  for p in range(x.shape[1]):
-    across, down = _distance(x[:, p], width), _distance(y[:, p], height)
-    of_rows = (by_map * hat(down)[:, :, None]).sum(1)  # a w q
-    of_slopes = (by_map * _slope(down, height)[:, :, None]).sum(1)
-    by_x.append((of_rows * _slope(across, width)).sum(1))
-    by_y.append((of_slopes * hat(across)).sum(1))
-    by_weight.append((of_rows * hat(across)).sum(1))
-  by_x, by_y, by_weight = (jnp.stack(points, 1) for points in (by_x, by_y, by_weight))
-  return by_value, weights * by_x, weights * by_y, by_weight
-
-
 def _gradients(arrays, g):
   values, *points = arrays
-  n, heads, levels, _, _ = points[0].shape
-  levelwise = []
-  for level in range(levels):
-    inputs = (values[level], *(array[:, :, level] for array in points), g)
-    group = _heads_at_once(*inputs[:2])
-    groups = [array.reshape(-1, group, *array.shape[2:]) for array in inputs]
-    out = jax.lax.map(lambda inputs: _level_gradients(*inputs), groups)
-    levelwise.append([array.reshape(n, heads, *array.shape[2:]) for array in out])
-  by_values, *by_points = zip(*levelwise)
-  return list(by_values), *(jnp.stack(array, 2) for array in by_points)
+
+  def one_frame(frame):
+    values, blocks, x, y, weights, g = frame
+    levels = zip(values, blocks, *(jnp.unstack(points, axis=1) for points in (x, y, weights)))
+    by_values, *by_points = zip(*(_level_gradients(*level, g) for level in levels))
+    return list(by_values), *(jnp.stack(levels, 1) for levels in by_points)
+
+  by_values, *by_points = jax.lax.map(
+    one_frame, (_heads_first(values), [_cut(value) for value in values], *points, g.swapaxes(2, 3))
+  )
+  return [jnp.moveaxis(by_value, 1, 3) for by_value in by_values], *by_points
 
 
-def _heads_at_once(value, x) -> int:
-  """Whose sums over rows fit beside each other into the 16 MiB that a TPU's operation may have."""
-  _, heads, points, queries = x.shape
-  one_head = 2 * points * value.shape[3] * queries * 4
-  fitting = [k for k in range(1, heads + 1) if heads % k == 0 and k * one_head <= 10 * 2**20]
-  return max(fitting, default=1)
+def _heads_first(values):
+  return [jnp.moveaxis(value, 3, 1) for value in values]
 
 
 _through_maps.defvjp(lambda *arrays: (_through_maps(*arrays), arrays), _gradients)

@@ -25,10 +25,21 @@ SILENT_BELOW, SOUNDING_ABOVE = 0.4, 0.6  # thresholds of the robust audio-aware 
 class Outputs:
   """All prediction sets: before the decoder's first layer and after each; the last is final."""
 
-  mask_logits: Float[Array, 's n q h w']  # at stride 4: embeddings times features
   class_logits: Float[Array, 's n q c']  # the last of the c entries is the null class
   mask_embeddings: Float[Array, 's n q d']
-  mask_features: Float[Array, 'n h w d']  # the same in all sets
+  mask_features: Float[Array, 'n h w d']  # at stride 4, the same in all sets
+
+  @property
+  def mask_logits(self) -> Float[Array, 's n q h w']:
+    """Masks of all queries of all sets. Training needs them of the matched queries alone."""
+    return jax.vmap(mask_logits, (0, None))(self.mask_embeddings, self.mask_features)
+
+
+def mask_logits(
+  embeddings: Float[Array, 'n q d'], features: Float[Array, 'n h w d']
+) -> Float[Array, 'n q h w']:
+  """Masks of queries: float32, as losses and thresholds read them."""
+  return jnp.einsum('nqd,nhwd->nqhw', embeddings, features, preferred_element_type=jnp.float32)
 
 
 class MaskedCrossAttention(nn.Module):
@@ -138,9 +149,10 @@ class MaskDecoder(nn.Module):
         stride4 = resize(prior, mask_features.shape[1:3])
         mask_features = mask_features + stride4[..., None].astype(mask_features.dtype)
 
-    memory, memory_positions = [], []
+    memory, memory_positions, small_features = [], [], []
     for i, features in enumerate(levels):
       height, width = features.shape[1:3]
+      small_features.append(shrink(mask_features, (height, width)))
       memory.append(features.reshape(n, -1, hidden) + level_embedding[i].astype(features.dtype))
       positions = jnp.asarray(sine_positions(height, width, hidden).reshape(1, -1, hidden))
       if self.use_prior and self.robust_key:
@@ -156,19 +168,17 @@ class MaskDecoder(nn.Module):
 
     def predict(x):
       x = norm(x)
-      e = embed[2](nn.relu(embed[1](nn.relu(embed[0](x)))))
-      # Logits are float32 from here on: losses and thresholds read them.
-      masks = jnp.einsum('nqd,nhwd->nqhw', e, mask_features, preferred_element_type=jnp.float32)
-      return masks, classify(x.astype(jnp.float32)), e
+      embeddings = embed[2](nn.relu(embed[1](nn.relu(embed[0](x)))))
+      return classify(x.astype(jnp.float32)), embeddings
 
-    def blocked_at(masks, level):
-      return seeing(blocked_outside(masks, levels[level].shape[1:3]))
+    def blocked_at(embeddings, level):
+      return seeing(blocked_outside(embeddings, small_features[level]))
 
     def call(layer, level, carry):
       x, blocked = carry
       x = layer(x, query_positions, memory[level], memory_positions[level], blocked)
       prediction = predict(x)
-      return (x, blocked_at(prediction[0], (level + 1) % len(levels))), prediction
+      return (x, blocked_at(prediction[1], (level + 1) % len(levels))), prediction
 
     x = queries.astype(self.dtype)
     first = predict(x)
@@ -176,7 +186,7 @@ class MaskDecoder(nn.Module):
       blocked = (resize(prior, levels[0].shape[1:3]) < 0.5).reshape(n, 1, -1)
       blocked = seeing(jnp.broadcast_to(blocked, (n, x.shape[1], blocked.shape[-1])))
     else:
-      blocked = blocked_at(first[0], 0)
+      blocked = blocked_at(first[1], 0)
     layer = functools.partial(DecoderLayer, self.heads, self.ffn, self.adapter_variant, self.dtype)
     _, predictions = run_layers(
       self,
@@ -187,8 +197,16 @@ class MaskDecoder(nn.Module):
       period=len(levels),
       remat=self.remat,
     )
-    masks, classes, embeddings = map(jnp.stack, zip(first, *predictions))
-    return Outputs(masks, classes, embeddings, mask_features)
+    classes, embeddings = map(jnp.stack, zip(first, *predictions))
+    return Outputs(classes, embeddings, mask_features)
+
+
+def shrink(
+  mask_features: Float[Array, 'n h w d'], size: tuple[int, int]
+) -> Float[Array, 'n y x d']:
+  """Mask features as a level of this size has them. No gradient."""
+  features = jax.lax.stop_gradient(mask_features)
+  return resize(features.astype(jnp.float32), size, (1, 2)).astype(features.dtype)
 
 
 def seeing(blocked: Bool[Array, 'n q k']) -> Bool[Array, 'n q k']:
@@ -197,8 +215,11 @@ def seeing(blocked: Bool[Array, 'n q k']) -> Bool[Array, 'n q k']:
 
 
 def blocked_outside(
-  mask_logits: Float[Array, 'n q h w'], size: tuple[int, int]
+  embeddings: Float[Array, 'n q d'], features: Float[Array, 'n y x d']
 ) -> Bool[Array, 'n q k']:
-  """Where a query may not look: its mask, resized to the level, has probability below one half."""
-  resized = resize(jax.lax.stop_gradient(mask_logits), size)
-  return (resized < 0).reshape(*mask_logits.shape[:2], -1)
+  """Where a query may not look: its mask, resized to the level, has probability below one half.
+
+  Resizing is linear: the mask of resized features is the resized mask, for a fraction of the work.
+  """
+  masks = mask_logits(jax.lax.stop_gradient(embeddings), features)
+  return (masks < 0).reshape(*masks.shape[:2], -1)

@@ -339,7 +339,7 @@ def gradient_errors(recording: Recording, gradient: Mapping[str, np.ndarray]) ->
 
 def map_errors(recording: Recording, outputs: Outputs) -> Errors:
   """Of the scores (stage 1, recorded in float16) or of the map (stage 2) at 224x224."""
-  scores = final_scores(outputs)
+  scores = final_scores(outputs.mask_logits[-1], outputs.class_logits[-1])
   if recording.stage == 1:
     recorded = recording.arrays['post/binary_scores_224']
     return {'scores': compare({'scores': scores}, {'scores': recorded}, largest_difference)}
@@ -347,13 +347,13 @@ def map_errors(recording: Recording, outputs: Outputs) -> Errors:
   return {'map': compare({'map': scores.argmax(1)}, {'map': recorded}, share_unequal)}
 
 
-_class_scores = jax.jit(class_scores, static_argnums=(1, 2))
+_class_scores = jax.jit(class_scores, static_argnums=(2, 3))
 
 
-def final_scores(outputs: Outputs) -> np.ndarray:
-  """Post-processed scores of the final prediction set, float32 [n, c, 224, 224]."""
+def final_scores(masks: np.ndarray, classes: np.ndarray) -> np.ndarray:
+  """Post-processed scores float32 [n, c, 224, 224] of the logits of the final prediction set."""
   with jax.default_matmul_precision('highest'):
-    return np.asarray(_class_scores(outputs, IMAGE_SIZE, EVAL_SIZE))
+    return np.asarray(_class_scores(masks, classes, IMAGE_SIZE, EVAL_SIZE))
 
 
 def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> Errors:
@@ -390,11 +390,11 @@ def step_errors(recording: Recording, begin: Flat, phase: int, taken: Steps) -> 
 
 def bfloat16_rows(recording: Recording, outputs: Outputs) -> list[Row]:
   """How far scores, masks and map of a bfloat16 model are from the recorded logits'."""
-  arrays, sets = recording.arrays, range(len(outputs.mask_logits))
+  arrays, sets = recording.arrays, range(len(outputs.class_logits))
   masks = np.stack([arrays[f'out/mask_logits/{i}'] for i in sets])
   classes = np.stack([arrays[f'out/class_logits/{i}'] for i in sets])
-  wanted = final_scores(outputs.replace(mask_logits=masks, class_logits=classes))
-  found = final_scores(outputs)
+  wanted = final_scores(masks[-1], classes[-1])
+  found = final_scores(outputs.mask_logits[-1], outputs.class_logits[-1])
   signs = ((outputs.mask_logits > 0) == (masks > 0)) & np.isfinite(outputs.mask_logits)
   same = found.argmax(1) == wanted.argmax(1)
   rows = [Row('scores', 'of the largest value', of_largest(found, wanted), None, '')]
