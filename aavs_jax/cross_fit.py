@@ -12,8 +12,9 @@ from pathlib import Path
 import ml_collections
 
 from aavs_jax import hand_over, methods
+from aavs_jax.config import task_of
 from aavs_jax.console import say
-from aavs_jax.input_pipeline import files, masks, prepared
+from aavs_jax.input_pipeline import bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -35,7 +36,7 @@ def cross_fit(
   """Trains stage 1 once for each part of the training clips, without it, and has it predict it.
 
   What is complete is not done again, so the same call goes on where an earlier one has ended. Clips
-  that the trainings have left out as bad get no masks.
+  that cannot be read get no masks.
 
   Args:
     config: of stage 1.
@@ -89,6 +90,10 @@ def cross_fit(
     steps.append(step)
     listing = files.read_json(folder / BAD_CLIPS, prepared.BAD_CLIPS, 'restore it')
     bad |= {row['clip'] for row in listing}
+  # What has been mended since no training has seen, so all may predict it.
+  left_out = [clip for clip in clips if _name(clip) in bad]
+  found = bad_clips.find_bad_clips(left_out, task_of(config), config.data.threads)
+  bad = {row['clip'] for row in found}
   source = {
     'checkpoint': str(workdir),
     'step': max(steps),

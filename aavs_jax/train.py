@@ -102,6 +102,10 @@ def _loop(run: '_Run', profiler: Profiler) -> None:
           run.save()
     except Stopped:
       run.leave()
+    except Exception:
+      # Or the interpreter ends in the middle of the last checkpoint, which is lost.
+      run.manager.wait_until_finished()
+      raise
 
 
 class _Run:

@@ -93,8 +93,10 @@ def read_wav(path: str | os.PathLike) -> tuple[np.ndarray, int]:
         if length > _MAX_SECONDS * rate:
           raise UserError(f'{path} lasts more than {_MAX_SECONDS} s: cut it into clips')
   except soundfile.SoundFileRuntimeError as error:
+    # The error itself tells an address in memory, so that reports could not be compared.
+    reason = getattr(error, 'error_string', error)
     raise UserError(
-      f'{path} is not a readable sound file ({error}): extract it from the video again as 16-bit '
+      f'{path} is not a readable sound file ({reason}): extract it from the video again as 16-bit '
       'WAV'
     ) from error
   if length == 0:

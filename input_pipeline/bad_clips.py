@@ -11,8 +11,9 @@ from .reader import load_log_mel, read_clip
 
 
 def find_bad_clips(clips: Sequence[Clip], task: items.Task, threads: int) -> list[dict[str, str]]:
-  """Training clips with a file that cannot be used, in order; reads every file that training reads.
+  """Training clips with a file that cannot be used, in order; reads every frame, sound and label.
 
+  Frames without a label as well: other methods train on them, and masks are made of them.
   Of prepared clips, whose files were read when they were prepared, only labels that may hold
   classes which the model lacks.
 
@@ -32,9 +33,9 @@ def _fault(clip: Clip, task: items.Task) -> str | None:
     reader = read_clip(clip, task.image_size, task.eval_size)
     for t in clip.labelled_frames:
       items.classes_of(reader, t, items.targets_of(reader, t, task), task)
-      if not is_prepared:
-        reader.frame(t)
     if not is_prepared:
+      for t in range(clip.num_frames):
+        reader.frame(t)
       load_log_mel(clip)
   except UserError as error:
     return str(error)

@@ -177,6 +177,11 @@ def read_table(
           f'{path}, line 1: no column {column!r} among {", ".join(map(repr, header)) or "none"}: '
           f'the columns {", ".join(columns)} are needed'
         )
+      if header.count(column) > 1:
+        raise UserError(
+          f'{path}, line 1: {header.count(column)} columns are called {column!r}: rename or remove '
+          'all but one'
+        )
     for row in reader:
       for column in source.values():
         if row[column] is None:

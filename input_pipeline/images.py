@@ -15,6 +15,7 @@ from . import files, labels
 from .clips import IGNORE, Clip
 from .errors import UserError
 
+_PNG = b'\x89PNG\r\n\x1a\n'
 _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 4 * _MAX_PIXELS  # of an image file
 # Anti-aliased edges give some colours that no class has; a wrong palette gives little else.
@@ -161,17 +162,31 @@ def _rgb_frame(image: Image.Image) -> Image.Image:
 
 
 def _grey_as_stored(image: Image.Image) -> Image.Image:
-  """Grey of 8 or 16 bits as it is, all else in RGB."""
+  """Grey of 8 or 16 bits as it is, all else in RGB. Raises ValueError where ids may be either."""
   if image.mode in ('L', 'I;16'):
     image.load()
     return image
+  if image.mode in ('1', 'P'):
+    kind = 'of one bit' if image.mode == '1' else 'in a palette'
+    raise ValueError(f'it is {kind}, where class ids as grey values are needed')
   return _rgb(image)
+
+
+def _check_sums(data: bytes) -> None:
+  """Raises ValueError if a part of a PNG is not what was written; Pillow looks at few of them."""
+  place = len(_PNG)
+  while data.startswith(_PNG) and place + 12 <= len(data):
+    end = place + 8 + int.from_bytes(data[place : place + 4])
+    if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
+      raise ValueError('a checksum in it is wrong')
+    place = end + 4
 
 
 def _decode(path: str, convert: Callable[[Image.Image], Image.Image] = _rgb) -> Image.Image:
   """The whole image, its size checked before `convert` decodes a pixel."""
   data = files.read_file(path, _MAX_BYTES, 'the image', 'copy or extract it again')
   try:
+    _check_sums(data)
     # From memory, since Pillow asks a file for as many bytes as a broken header says, gigabytes.
     with Image.open(io.BytesIO(data), formats=('JPEG', 'PNG')) as image:
       if image.width * image.height > _MAX_PIXELS:

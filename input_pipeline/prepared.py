@@ -91,6 +91,7 @@ class PreparedClip(Clip):
   Attributes:
     raw: the clip as if it had been read from the tables in this folder.
     shard: name of the file that holds it.
+    shard_bytes: length of that file.
     position: of its first record there.
     settings: of the whole folder.
   """
@@ -98,6 +99,7 @@ class PreparedClip(Clip):
   _: dataclasses.KW_ONLY
   raw: Clip
   shard: str
+  shard_bytes: int
   position: int
   settings: Settings
 
@@ -124,6 +126,11 @@ class PreparedClip(Clip):
   @property
   def shard_path(self) -> str:
     return os.path.join(self.root, self.shard)
+
+
+def frames_of(clip: Clip) -> str:
+  """'lossless', also of raw files, or 'jpeg 95' and the like."""
+  return clip.settings.frames if isinstance(clip, PreparedClip) else LOSSLESS
 
 
 def require_files(clips: Sequence[Clip]) -> None:
@@ -224,6 +231,7 @@ def read_index(root: str, kinds: Sequence[type[Clip]]) -> list[PreparedClip]:
     UserError: prepared.json is damaged, or a shard is missing or of another length than it says.
   """
   manifest, kind = read_manifest(root, kinds)
+  lengths = {shard['file']: shard['bytes'] for shard in manifest['shards']}
   for shard in manifest['shards']:
     path = os.path.join(root, shard['file'])
     length = os.path.getsize(path) if files.is_there(path) else 'no'
@@ -235,6 +243,7 @@ def read_index(root: str, kinds: Sequence[type[Clip]]) -> list[PreparedClip]:
   for row in manifest['clips']:
     raw = kind(root, **{name: row[name] for name in fields})
     place = {'shard': row['shard'], 'position': row['position'], 'settings': settings}
+    place['shard_bytes'] = lengths[row['shard']]
     clips.append(PreparedClip(**vars(raw), raw=raw, **place))
   return clips
 
@@ -340,8 +349,14 @@ def system_error(error: RuntimeError, path: str) -> Exception:
 
 
 def _read(clip: PreparedClip, record: int, parse: Callable):
+  stamp = _stamp(clip.shard_path)
+  if stamp and stamp[-1] != clip.shard_bytes:  # its clips may be at other positions now
+    raise UserError(
+      f'{clip.shard_path} had {clip.shard_bytes} bytes when this command began and has {stamp[-1]} '
+      f'now: if it is damaged, {_AGAIN}; start this command again'
+    )
   try:
-    (data,) = _open(clip.shard_path, _stamp(clip.shard_path)).read([clip.position + record])
+    (data,) = _open(clip.shard_path, stamp).read([clip.position + record])
   except RuntimeError as error:  # of every kind of damage, and of a disk that fails
     of_system = system_error(error, clip.shard_path)
     if of_disk(of_system):
@@ -377,17 +392,17 @@ def _keep_freed() -> None:
     mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
+def _stamp(path: str) -> tuple[int, int, int] | None:
   """What tells a shard from one that was there before under its name."""
   try:
     found = os.stat(path)
   except OSError:  # which its reader will say
     return None
-  return found.st_ino, found.st_mtime_ns
+  return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @functools.lru_cache(maxsize=256)
-def _open(path: str, stamp: tuple[int, int] | None) -> ArrayRecordReader:
+def _open(path: str, stamp: tuple[int, int, int] | None) -> ArrayRecordReader:
   _keep_freed()
   # Threads may share it. Clips are read in random order: what comes after one is not wanted.
   return ArrayRecordReader(path, 'readahead_buffer_size:0')

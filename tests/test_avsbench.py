@@ -134,6 +134,11 @@ def test_missing_column(tmp_path):
   index_error(tmp_path, str(tmp_path / 'metadata.csv'), 'line 1', "'label'", "'subset'")
 
 
+def test_a_column_twice(tmp_path):
+  (tmp_path / 'metadata.csv').write_text('uid,label,split,split\na,v2,val,train\n')
+  index_error(tmp_path, str(tmp_path / 'metadata.csv'), 'line 1', "2 columns are called 'split'")
+
+
 def test_empty_index(tmp_path):
   (tmp_path / 'metadata.csv').write_text('')
   index_error(tmp_path, str(tmp_path / 'metadata.csv'), "'uid'", 'none')

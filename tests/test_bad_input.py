@@ -433,6 +433,31 @@ def test_what_is_no_file_is_not_waited_for(root, make):
 # Random damage
 
 
+def test_a_flipped_bit_of_a_label_is_no_other_class(root):
+  """Of some flips decoders notice nothing, and the checksum of the part of the file is all."""
+  clip = read_index(root, 'train', ['v2'])[0]
+  path = pathlib.Path(clip.label_ids_path(0))
+  data, want = path.read_bytes(), load_label_ids(clip, 0)
+  start = data.index(b'IDAT') + 4
+  length = int.from_bytes(data[start - 8 : start - 4])
+  for place in range(start, start + length):
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    refusal(lambda: load_label_ids(clip, 0), path, 'the image cannot be read')
+  path.write_bytes(data)
+  np.testing.assert_array_equal(load_label_ids(clip, 0), want)
+
+
+@pytest.mark.parametrize(('mode', 'kind'), [('1', 'of one bit'), ('P', 'in a palette')])
+def test_ids_that_may_be_indices_or_colours_are_refused(root, mode, kind):
+  clip = read_index(root, 'train', ['v2'])[0]
+  path = clip.label_ids_path(0)
+  image = Image.new(mode, (96, 72), 1)
+  if mode == 'P':
+    image.putpalette([0, 0, 0, 64, 64, 64])
+  image.save(path)
+  refusal(lambda: load_label_ids(clip, 0), path, kind, 'class ids as grey values')
+
+
 def test_damaged_files_are_read_or_refused(tmp_path):
   compose(tmp_path / 'set', clips={'test': {'v1s': 1}}, size=(64, 48))
   command = [sys.executable, '-m', 'tests.fuzz_readers', str(tmp_path / 'set'), '100']
@@ -443,7 +468,8 @@ def test_damaged_files_are_read_or_refused(tmp_path):
   assert counts.keys() == {'jpg', 'png', 'mask', 'wav', 'csv'}
   for kind, count in counts.items():
     assert count['read'] + count['refused'] == 100 and count['refused'] > 20, (kind, count)
-  assert all(counts[kind]['read'] > 3 for kind in ('jpg', 'mask', 'wav', 'csv'))
+  # The checksums of a PNG leave next to nothing unnoticed.
+  assert all(counts[kind]['read'] > 3 for kind in ('jpg', 'wav', 'csv'))
 
 
 # What a command has noted for the next one
@@ -533,15 +559,16 @@ def test_nothing_is_missing_where_the_disk_fails(root, monkeypatch):
 
 @pytest.fixture
 def damaged(root):
-  """A data set with three bad training clips, and what is bad about them, in order."""
+  """A data set with four bad training clips, and what is bad about them, in order."""
   single, _, third, _ = read_index(root, 'train', ['v1s'])
   multi = read_index(root, 'train', ['v1m'])[2]
   long = read_index(root, 'train', ['v2'])[1]
   cut(third.frame_path(0), 300)
   cut(multi.audio_path, 0)
   Image.fromarray(np.full((72, 96), 99, np.uint8)).save(long.label_ids_path(9))
-  os.remove(single.frame_path(3))  # training reads frame 0 alone
+  os.remove(single.frame_path(3))  # which has no label, but masks are made of it
   return root, [
+    (single, single.frame_path(3)),
     (third, third.frame_path(0)),
     (multi, multi.audio_path),
     (long, long.label_ids_path(9)),
@@ -556,22 +583,22 @@ def test_bad_clips_are_found_and_named(damaged):
     assert [row['clip'] for row in bad] == [f'{clip.subset}/{clip.uid}' for clip, _ in faults]
     for row, (_, path) in zip(bad, faults):
       assert path in row['text'] and '\n' not in row['text']
-  good = leave_out(clips, bad, 3)
+  good = leave_out(clips, bad, 4)
   left = {clip for clip, _ in faults}
   assert good == [clip for clip in clips if clip not in left]
-  refusal(lambda: leave_out(clips, bad, 2), '3 of 10', 'max_bad_clips is 2', faults[0][1])
-  refusal(lambda: leave_out(list(left), bad, 3), 'no training clip', faults[0][1])
+  refusal(lambda: leave_out(clips, bad, 3), '4 of 10', 'max_bad_clips is 3', faults[0][1])
+  refusal(lambda: leave_out(list(left), bad, 4), 'no training clip', faults[0][1])
 
 
 def test_the_stream_is_that_of_a_data_set_without_them(damaged):
   root, faults = damaged
   clips = read_index(root, 'train')
-  good = leave_out(clips, find_bad_clips(clips, TASK, 2), 3)
+  good = leave_out(clips, find_bad_clips(clips, TASK, 2), 4)
   table = root / 'metadata.csv'
   lines = table.read_text().splitlines()
   table.write_text('\n'.join(line for line in lines if not any(c.uid in line for c, _ in faults)))
   without = read_index(root, 'train')
-  assert len(without) == len(clips) - 3
+  assert len(without) == len(clips) - 4
   task = Task(False, 2, 32, 32, 2, False, '')
 
   def stream(clips, start, threads):
@@ -605,8 +632,8 @@ def test_training_counts_bad_clips_before_it_begins(damaged, tmp_path):
   config = tiny.get_config('stage1')
   config.data.root = str(root)
   config.data.on_bad_clip = 'skip'
-  config.data.max_bad_clips = 2
-  refusal(lambda: train(config, tmp_path / 'run'), faults[0][1], '3 of 10', 'max_bad_clips is 2')
+  config.data.max_bad_clips = 3
+  refusal(lambda: train(config, tmp_path / 'run'), faults[0][1], '4 of 10', 'max_bad_clips is 3')
   for key, value in (('on_bad_clip', 'ignore'), ('max_bad_clips', -1)):
     wrong = config.copy_and_resolve_references()
     wrong.data[key] = value

@@ -220,6 +220,13 @@ def test_reuse_and_conflict(tmp_path):
   assert not calls and times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*')}
   with pytest.raises(UserError, match=r'set holds.*\(seed differ.*choose another folder'):
     make(seed=1)
+  gone = next((tmp_path / 'set' / 'v2').iterdir())
+  before = tree_hash(tmp_path / 'set')
+  shutil.rmtree(gone)
+  make()
+  assert tree_hash(tmp_path / 'set') == before
+  with pytest.raises(UserError, match='gs://bucket/set'):
+    compose('gs://bucket/set', clips=SMALL)
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other' / 'metadata.csv').write_text('mine')
   with pytest.raises(UserError, match='not composed here'):

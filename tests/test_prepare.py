@@ -399,6 +399,15 @@ def test_shards_that_take_the_place_of_others_are_read_anew(pairs, tmp_path):
   assert not np.array_equal(*frames)
 
 
+def test_a_shard_that_is_written_anew_under_a_reader_is_refused(own):
+  clips = read_index(own[1], 'train')
+  last = [clip for clip in clips if clip.shard == clips[0].shard][-1]
+  prepared.read_frame(last, 0)
+  with open(last.shard_path, 'ab') as file:
+    file.write(bytes(8))
+  refusal(lambda: prepared.read_frame(last, 0), last.shard_path, 'start this command again')
+
+
 def test_a_disk_that_fills_up_is_no_fault_of_the_program(data_root, tmp_path, monkeypatch):
   class Full:
     def __init__(self, *_):

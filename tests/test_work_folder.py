@@ -9,7 +9,7 @@ from etils import epath
 
 from aavs_jax import methods
 from aavs_jax.configs import base
-from aavs_jax.input_pipeline import masks
+from aavs_jax.input_pipeline import masks, prepare
 from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -112,6 +112,23 @@ def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
   work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4)
   with pytest.raises(UserError, match='gone holds no checkpoint'):
     work_folder.load_start(tiny_stage1, METHOD, needed=True)
+
+
+def test_frames_may_be_prepared_but_not_lossy(tiny_stage1, tmp_path):
+  clips = read_index(tiny_stage1.data.root, 'train')
+  prepare.prepare(
+    tiny_stage1.data.root, tmp_path / 'shards', image_size=32, eval_size=32, workers=1, jpeg=30
+  )
+  prepare.prepare(tiny_stage1.data.root, tmp_path / 'same', image_size=32, eval_size=32, workers=1)
+
+  def claim(clips, latest):
+    folder = epath.Path(tmp_path / 'run')
+    work_folder.claim_inputs(folder, tiny_stage1, work_folder.Clips(clips, [], []), None, latest)
+
+  claim(clips, None)
+  claim(read_index(tmp_path / 'same', 'train'), 4)
+  with pytest.raises(UserError, match=r'begun with another content of config\.data\.root'):
+    claim(read_index(tmp_path / 'shards', 'train'), 4)
 
 
 def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1, tmp_path):

@@ -40,7 +40,7 @@ from aavs_jax.training.state import (
 from aavs_jax.types import Variables
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
-# clips are compared one by one, and what train.init and data.masks hold by digests.
+# clips are compared one by one, and what train.init and data.masks hold by digests (claim_inputs).
 _FREE_KEYS = (
   'train.log_every_steps', 'train.keep_checkpoints', 'train.checkpoint_every_steps', 'train.init',
   'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
@@ -173,14 +173,16 @@ def claim_inputs(
   start: Flat | None,
   latest: int | None,
 ) -> None:
-  """Saves digests of start and masks, or, once there is a checkpoint, compares with those saved.
+  """Saves digests of start and masks, and whether frames are lossless; once there is a checkpoint,
+  compares with those saved.
 
   The masks are read here, and not in the middle of training.
 
   Raises:
     UserError: on all processes, if they or this and an earlier start do not find the same.
   """
-  found = {}
+  frames = {prepared.frames_of(clip) for clip in clips.train + clips.val}
+  found = {'data.root': ', '.join(sorted(frames))}
   if start is not None or not config.train.init:
     found['train.init'] = None if start is None else digest(start)
   if config.use_prior and not config.oracle_prior:

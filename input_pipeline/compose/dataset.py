@@ -70,6 +70,7 @@ def compose(
     UserError: a setting is out of range, a sprite is missing or broken, or root holds something
       other than what these settings write.
   """
+  files.refuse_bucket(root)
   root = pathlib.Path(root)
   _check_settings(clips, num_classes, size, seed, layout)
   things = (
@@ -91,32 +92,36 @@ def compose(
     settings['visible'] = visible
   counts = settings['clips'].values()
   tables = {s: root / _table_name(layout, s) for s in SUBSETS if any(of[s] for of in counts)}
-  if _is_ours(root, settings) and all(path.exists() for path in tables.values()):
+
+  def folder_of(plan):
+    if layout == 'semantic':
+      return root / plan.subset / plan.uid
+    return pathlib.Path(_object_clip(root, plan).folder)
+
+  plans = [
+    scenes.plan_clip(things, seed, split, subset, index, visible)
+    for split in SPLITS
+    for subset in SUBSETS
+    for index in range(settings['clips'][split][subset])
+  ]
+  written = [*tables.values(), *map(folder_of, plans)]
+  if _is_ours(root, settings) and all(path.exists() for path in written):
     return root
 
   files.write_text(root / 'compose.json', json.dumps(settings, indent=2) + '\n')
   if layout == 'semantic':
     indices = {name: class_id + 1 for class_id, name in enumerate(avsbench.CLASSES)}
     files.write_text(root / 'label2idx.json', json.dumps(indices, indent=2) + '\n')
-  jobs = [
-    (split, subset, index)
-    for split in SPLITS
-    for subset in SUBSETS
-    for index in range(settings['clips'][split][subset])
-  ]
+  row, write = _metadata_row, _write_clip
+  if layout == 'object':
+    row, write = _object_row, _write_object_clip
   rows = {path: [] for path in tables.values()}
-  for done, (split, subset, index) in enumerate(jobs, 1):
-    plan = scenes.plan_clip(things, seed, split, subset, index, visible)
-    if layout == 'semantic':
-      rows[tables[subset]].append(_metadata_row(plan))
-      folder, write = root / subset / plan.uid, _write_clip
-    else:
-      rows[tables[subset]].append(_object_row(plan))
-      folder, write = pathlib.Path(_object_clip(root, plan).folder), _write_object_clip
-    if not folder.exists():  # else an interrupted run wrote it, whole
+  for done, plan in enumerate(plans, 1):
+    rows[tables[plan.subset]].append(row(plan))
+    if not folder_of(plan).exists():  # else an interrupted run wrote it, whole
       write(root, plan, size)
     if progress:
-      progress(done, len(jobs))
+      progress(done, len(plans))
   for path, listed in rows.items():
     _write_table(path, listed)
   return root
