@@ -88,9 +88,9 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
         f'data.batch_items and how the length is given are {of1} in stage1 and {of2} in stage2: '
         'make them equal'
       )
-  if not config.seeds or not all(type(seed) is int and seed >= 0 for seed in config.seeds):
+  if not config.seeds or not all(type(seed) is int and 0 <= seed < 2**32 for seed in config.seeds):
     raise UserError(
-      f'config.seeds is {config.seeds}: give one whole number of at least 0 or more, such as (0,)'
+      f'config.seeds is {config.seeds}: give whole numbers from 0 to below 2**32, such as (0,)'
     )
   return config
 
@@ -167,6 +167,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     else:
       need(key, all(0 < x < math.inf for x in numbers), 'use a finite number above 0')
 
+  need('seed', config.seed < 2**32, 'use a number below 2**32, which is what random keys hold')
   data = config.data
   need('task', config.task in ('binary', 'semantic'), "use 'binary' or 'semantic'")
   binary = config.task == 'binary'

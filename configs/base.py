@@ -70,8 +70,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.robust_key = True
   config.model.prior_attention = True
   config.model.sampling = 'gather'  # 'dense' on TPUs and for small maps
-  # What the backward pass keeps of repeated layers: all ('none'), the outputs of dense layers
-  # ('dots'), nothing ('full'). The rest is computed again, which costs time and saves memory.
+  # What the backward pass keeps of layers: all ('none'), of those that repeat the outputs of dense
+  # layers ('dots'), nothing ('full'). The rest is computed again, which costs time, saves memory.
   config.model.remat = 'dots'
 
   config.vggish = ml_collections.ConfigDict()

@@ -7,6 +7,7 @@ more). Several whole clips to a batch are packed, see packing.py.
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -113,12 +114,14 @@ def _slots(clips: Sequence[Clip]) -> list[int]:
 
 
 def epoch_size(clips: Sequence[Clip], item_frames: int, batch_items: int) -> tuple[float, int]:
-  """How many batches are an epoch, a fraction as well, and how many frames the shortest one has."""
+  """How many batches are an epoch, a fraction as well, and the number of frames of which each has
+  a multiple.
+  """
   items = _training_items(clips, item_frames, batch_items)
   if _is_packed(item_frames, batch_items):
     batches = packing.batches_an_epoch(_slots(clips), batch_items)
     return batches, batch_items * packing.SLOT_FRAMES
-  return len(items) / batch_items, batch_items * min(item.frames for item in items)
+  return len(items) / batch_items, batch_items * math.gcd(*(item.frames for item in items))
 
 
 def training_batches(

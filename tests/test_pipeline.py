@@ -133,6 +133,9 @@ def test_an_epoch_is_as_many_batches_as_its_clips_fill(train_clips):
   assert pipeline.epoch_size(train_clips, 0, 4) == (3.0, 20)
   assert pipeline.epoch_size(train_clips, 0, 1) == (10.0, 5)
   assert pipeline.epoch_size(train_clips, 1, 8) == (7.5, 8)
+  # Then what devices can share evenly is not told by the shortest of them.
+  mixed = [dataclasses.replace(clip, num_frames=n) for clip, n in zip(train_clips, (4, 6, 8))]
+  assert pipeline.epoch_size(mixed, 0, 1) == (3.0, 2)
 
 
 def test_v1s_training_repeats_its_labelled_frame_with_each_sound(tiny_stage1, train_clips):

@@ -28,6 +28,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
   remat: str
   noisy: bool = False
+  period: int = PERIOD
 
   @nn.compact
   def __call__(self, x):
@@ -37,7 +38,7 @@ class Stack(nn.Module):
       [f'layer{i}' for i in range(LAYERS)],
       lambda layer, kind, x: layer(x),
       x,
-      period=PERIOD,
+      period=self.period,
       remat=self.remat,
       rng='noise' if self.noisy else None,
     )
@@ -72,6 +73,19 @@ def test_values_and_gradients_are_those_of_the_layers(remat):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, wanted_gradient
   )
+
+
+def test_layers_that_do_not_repeat_keep_nothing_where_all_is_computed_again(capsys):
+  def kept(remat):
+    stack = Stack(remat, period=LAYERS)
+    params = stack.init(jax.random.key(1), X)['params']
+    jax.ad_checkpoint.print_saved_residuals(
+      lambda params: stack.apply({'params': params}, X)[0].sum(), params
+    )
+    lines = capsys.readouterr().out.splitlines()
+    return sum('from the argument' not in line for line in lines)
+
+  assert kept('none') == kept('dots') > kept('full') == LAYERS  # what goes into each
 
 
 def test_every_layer_draws_its_own_numbers():

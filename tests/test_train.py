@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import score
 from aavs_jax.train import train
@@ -247,6 +248,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_stage1, tmp_path):
   ]
   assert 'the loss of step' in text and any(uid in text for uid in uids)
   assert 'last good checkpoint is none' in text
+
+
+def test_what_ends_a_run_does_not_end_the_save_before(tiny_stage1, tmp_path, monkeypatch):
+  """As the file of a clip, which is gone in the middle: a sentence, and the last checkpoint."""
+  from_files = pipeline.training_batches
+
+  def two(*args, **options):
+    yield from itertools.islice(from_files(*args, **options), 2)
+    raise UserError('a frame is gone')
+
+  monkeypatch.setattr(pipeline, 'training_batches', two)
+  tiny_stage1.method = STAND_IN.partition('=')[2]
+  tiny_stage1.train.checkpoint_every_steps = 1
+  with pytest.raises(UserError, match='a frame is gone'):
+    train(tiny_stage1, tmp_path / 'run')
+  assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['1', '2']
 
 
 def test_stage_2_without_masks_is_refused(tiny_stage2, tmp_path):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from aavs_jax.methods import set_loss
 from aavs_jax.methods.matching import Targets
-from aavs_jax.methods.method import Method
+from aavs_jax.methods.method import Method, need_whole
 from aavs_jax.models.aavs import AAVS
 from aavs_jax.models.mask_decoder import mask_logits
 from aavs_jax.models.repeat import REMAT_POLICIES
@@ -126,6 +126,7 @@ def class_scores(
 
 def check(config: ml_collections.ConfigDict, need) -> None:
   """Refuses values of model, vggish and loss that cannot work, see config.check."""
+  need_whole(config, need, 'model', 'vggish')
   model, swin, loss = config.model, config.model.swin, config.loss
   need(
     'model.adapter_variant',

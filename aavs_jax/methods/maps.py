@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.aavs import normalise
-from aavs_jax.methods.method import Method
+from aavs_jax.methods.method import Method, need_whole
 from aavs_jax.models.pvt_v2 import PVTv2
 from aavs_jax.models.repeat import REMAT_POLICIES
 from aavs_jax.models.resnet import ResNet
@@ -155,6 +155,7 @@ def sounding(labels: UInt8[Array, 'n h w']) -> Float[Array, 'n h w']:
 
 def check(config: ml_collections.ConfigDict, need) -> None:
   """Refuses values of model.backbone and vggish that cannot work, see config.check."""
+  need_whole(config, need, 'model', 'vggish')
   backbone = config.model.backbone
   need('data.image_size', config.data.image_size % 32 == 0, 'use a multiple of 32 pixels')
   need('model.remat', config.model.remat in REMAT_POLICIES, f'use one of {tuple(REMAT_POLICIES)}')

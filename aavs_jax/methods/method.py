@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import ml_collections
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from aavs_jax.devices.mesh import compiler_options
@@ -84,6 +86,15 @@ class Method(NamedTuple):
   """Whether scores are 0 or more, so that soft masks can be made of them."""
   forms: Mapping[str, Any] = {}
   """Keys of the config that say how, but not what, is computed; with the value of least FLOPs."""
+
+
+def need_whole(config: ml_collections.ConfigDict, need, *sections: str) -> None:
+  """Refuses a fraction in a tuple, such as depths or widths; of single numbers the config does."""
+  for section in sections:
+    for key, value in traverse_util.flatten_dict(config[section].to_dict(), sep='.').items():
+      if isinstance(value, tuple):
+        fractions = [item for item in value if isinstance(item, float)]
+        need(f'{section}.{key}', not fractions, 'use whole numbers')
 
 
 def compiled_predict(method: Method, mesh: Mesh) -> jax.stages.Wrapped:

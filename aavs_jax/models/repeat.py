@@ -45,7 +45,8 @@ def run_layers(
     call: (layer, i % period, carry) -> (carry, output or None).
     carry: what the first layer gets.
     period: how many different layers follow each other.
-    remat: key of REMAT_POLICIES.
+    remat: key of REMAT_POLICIES. Layers that do not repeat, such as the two blocks of a stage of
+      Swin, keep everything unless it is 'full'.
     rng: random stream that the layers draw from, if they do.
 
   Returns:
@@ -55,7 +56,13 @@ def run_layers(
   if parent.is_initializing() or repeats < 2 or rest:
     outputs = []
     for i, (layer, name) in enumerate(zip(layers, names)):
-      carry, output = call(layer(name=name), i % period, carry)
+
+      def alone(module, carry, i=i):
+        return call(module, i % period, carry)
+
+      if remat == 'full' and not parent.is_initializing():
+        alone = nn.remat(alone, policy=REMAT_POLICIES[remat])
+      carry, output = alone(layer(name=name), carry)
       outputs.append(output)
     return carry, outputs
 

@@ -66,7 +66,9 @@ def require_whole(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit
 
 
 def plan(config: ml_collections.ConfigDict, steps_per_epoch: float, frames: int, unit: int) -> Plan:
-  """Of a training with this many steps an epoch and frames a step, by a method of this unit.
+  """Of a training with this many steps an epoch, by a method of this unit.
+
+  Every step has `frames` or a multiple of them.
 
   Raises:
     UserError: phases or batch do not fit.
@@ -81,7 +83,8 @@ def plan(config: ml_collections.ConfigDict, steps_per_epoch: float, frames: int,
     )
   if frames % (jax.device_count() * train.accumulate * unit):
     raise UserError(
-      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step, which '
+      f'config.data.batch_items is {config.data.batch_items}, {frames} frames a step or a '
+      'multiple of them, which '
       f'{jax.device_count()} devices cannot share evenly in {train.accumulate} parts'
       + (f' of whole clips, {unit} frames each' if unit > 1 else '')
       + ': use a multiple of devices times config.train.accumulate'
