@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from absl import logging as absl_logging
 
@@ -184,7 +185,7 @@ def _start(args) -> None:
   from aavs_jax.hearing import hear
 
   hear(config_lib.load(args.config, args.overrides), args.out, args.data)
-  say(f'written to {args.out}: train from it with --config.train.init={args.out}')
+  say(f'written to {args.out}: train from it with --config.train.init={quote(args.out)}')
 
 
 def _train_arguments(sub) -> None:
@@ -249,7 +250,7 @@ def _masks(args) -> None:
     args.workdir,
     data=args.data,
     out=args.out,
-    splits=tuple(args.splits.split(',')),
+    splits=tuple(dict.fromkeys(args.splits.split(','))),
     soft=args.soft,
   )
   say(f'masks of {written} clips written, the others were there; all in {args.out}')
@@ -358,10 +359,8 @@ def _demo(args) -> None:
   from aavs_jax.demo import write_demo
 
   write_demo(args.out, stage1=args.stage1, stage2=args.stage2, runtime=args.onnxruntime)
-  say(
-    f'written to {args.out}: python -m http.server --bind 127.0.0.1 --directory {args.out}, then '
-    'open http://127.0.0.1:8000'
-  )
+  serve = f'python -m http.server --bind 127.0.0.1 --directory {quote(args.out)}'
+  say(f'written to {args.out}: {serve}, then open http://127.0.0.1:8000')
 
 
 def _convert_arguments(sub) -> None:
@@ -550,7 +549,7 @@ def _bench_sweep_arguments(sub) -> None:
   sub.add_argument('--minutes', type=float, default=9, help='to take (%(default)s)')
 
 
-def _bench_sweep(args) -> None:
+def _bench_sweep(args) -> int:
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_text
@@ -563,6 +562,7 @@ def _bench_sweep(args) -> None:
   text = sweep.format_sweep(result)
   write_text(f'{args.out}/sweep.md', text + '\n')
   say(f'{text}\nwritten to {args.out}: sweep.json and sweep.md')
+  return 0 if any('error' not in row for row in result['rows']) else 1
 
 
 def _show(args, result: dict, text: str) -> None:
@@ -570,10 +570,10 @@ def _show(args, result: dict, text: str) -> None:
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
 
-  if args.json:
-    write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
   say(f'{args.config} {" ".join(args.overrides)}'.rstrip())
   say(text)
+  if args.json:
+    write_json(args.json, {'config': args.config, 'overrides': args.overrides, 'result': result})
 
 
 def _bench_input_arguments(sub) -> None:
@@ -650,12 +650,12 @@ def _aot(args) -> None:
       write_json(args.json, {'config': args.config, 'part': args.part, 'calls': found})
     return
   result = aot(config, args.topology, args.batch_per_chip, fit=args.fit, progress=say)
-  if args.json:
-    write_json(args.json, {'config': args.config, **result})
   say(format_report(result))
   if args.breakdown:
     for name in ('train', 'predict'):
       say(f'{name}, by part\n{format_breakdown(result[name]["parts"])}')
+  if args.json:
+    write_json(args.json, {'config': args.config, **result})
 
 
 def _selftest_arguments(sub) -> None:
@@ -687,7 +687,7 @@ def _quickstart(args) -> None:
   config = load_study(args.config, args.overrides)
   page = run_study(config, args.workdir, data=args.data, fresh=args.fresh)
   if page.name == 'report.html':  # of one pair of models, not a comparison
-    run, missing = page.parent, importlib.util.find_spec('jax2onnx') is None
+    run, missing = quote(str(page.parent)), importlib.util.find_spec('jax2onnx') is None
     say(
       f'to try it on a video of yours in a browser: aavs demo {run}/page --stage1 {run}/stage1 '
       f'--stage2 {run}/stage2' + missing * ' (it needs jax2onnx, see "Deploying" in README.md)'
@@ -822,6 +822,10 @@ def main(argv: Sequence[str] | None = None) -> int:
       if args.command != 'train':
         # JAX has taken the signal to tell all processes of it, for which training alone asks.
         signal.signal(signal.SIGTERM, end)
+    if getattr(args, 'json', None):
+      from aavs_jax.input_pipeline.files import require_place
+
+      require_place(args.json)
     return args.run(args) or 0
   except SystemExit as stop:
     if args.command != 'train':  # which ends together with all other processes

@@ -3,6 +3,7 @@
 Sources are read and answered window by window, so memory does not grow with their length.
 """
 
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.media.timeline import claimed_seconds
 from aavs_jax.media.video import Window, read_windows, write_overlay_video
 from aavs_jax.scoring.predictor import Predictor
+from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import class_names, load_stages
 from aavs_jax.types import Variables
 
@@ -60,9 +62,9 @@ def predict(
     classes/{t}.png   class ids as grey values; with stage 2 only
     overlays/{t}.jpg  the classes, or without stage 2 the mask, drawn over the frame
     overlay.mp4       the same over every frame of a video, with its sound
-    summary.json      source, seconds, every, stage1, stage2 and frames: for each its second, the
-                      share of it that sounds, and id, name and share of its classes, the largest
-                      first
+    summary.json      source, seconds, every, stage1, stage2, digests of the models and the source,
+                      and frames: for each its second, the share of it that sounds, and id, name
+                      and share of its classes, the largest first
 
   Args:
     source: a folder with frames/ (JPEG or PNG, named by their numbers, one a second) and audio.wav,
@@ -125,10 +127,16 @@ def predict_all(
   failed = []
   for name, source in named.items():
     try:
-      if _is_answered(target / name, source, models, every):
-        say(f'  {target / name} is there: remove it to have it answered again')
+      opened, folder = _open(source, every), target / name
+      if folder.exists() and any(folder.iterdir()):
+        if not _is_answered(folder, source, models, every):
+          raise UserError(
+            f'{folder} is not what this command gives, but of another model, --every or source of '
+            'that name, or no answer: remove it, or name another --out'
+          )
+        say(f'  {folder} is there: remove it to have it answered again')
         continue
-      _write_results(target / name, _open(source, every), models, every)
+      _write_results(folder, opened, models, every)
     except UserError as error:
       say(f'  FAILED: {error}')
       failed.append(str(source))
@@ -165,12 +173,13 @@ class _Models(NamedTuple):
   stage1: str | Path | None
   stage2: str | Path | None
   answer: Callable[[Frames, np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+  digests: dict[str, str]
   names: Sequence[str]  # of classes
 
 
 def _load(stage1: str | Path | None, stage2: str | Path | None) -> _Models:
-  answer = load_models(stage1, stage2)
-  return _Models(stage1, stage2, answer, () if stage2 is None else class_names(stage2))
+  answer, digests = load_models(stage1, stage2)
+  return _Models(stage1, stage2, answer, digests, () if stage2 is None else class_names(stage2))
 
 
 def _check(every: float) -> None:
@@ -181,22 +190,32 @@ def _check(every: float) -> None:
 
 
 def _is_answered(folder: Path, source: Path, models: _Models, every: float) -> bool:
-  """Whether a folder has the results of this source by these models."""
+  """Whether a folder has the results of this source by these models, wherever they lie."""
   if not (folder / _SUMMARY).exists():
     return False
   summary = files.read_json(folder / _SUMMARY, dict, f'remove {folder}')
   facts = _facts(source, models, every)
-  return {key: summary.get(key) for key in facts} == facts
+  return all(summary.get(key) == facts[key] for key in ('every', 'digests'))
 
 
-def _facts(source: Path, models: _Models, every: float) -> dict[str, str | float | None]:
+def _facts(source: Path, models: _Models, every: float) -> dict[str, str | float | dict | None]:
   """The part of a summary that says what was answered by what."""
   return {
     'source': str(source),
     'every': every,
     'stage1': None if models.stage1 is None else str(models.stage1),
     'stage2': None if models.stage2 is None else str(models.stage2),
+    'digests': {'source': _digest(source), **models.digests},
   }
+
+
+def _digest(source: Path) -> str:
+  total = hashlib.sha256()
+  paths = [source] if source.is_file() else [*_frame_paths(source), source / 'audio.wav']
+  for path in paths:
+    with open(path, 'rb') as file:
+      total.update(hashlib.file_digest(file, 'sha256').digest())
+  return total.hexdigest()[:16]
 
 
 def _open(source: Path, every: float) -> _Source:
@@ -331,7 +350,7 @@ def _ahead(items: Iterator[_T]) -> Iterator[_T]:
 
 def load_models(
   stage1: str | Path | None, stage2: str | Path | None
-) -> Callable[[Frames, np.ndarray], tuple[np.ndarray, np.ndarray | None]]:
+) -> tuple[Callable[[Frames, np.ndarray], tuple[np.ndarray, np.ndarray | None]], dict[str, str]]:
   """The models of one or both stages as one function.
 
   Args:
@@ -340,7 +359,7 @@ def load_models(
 
   Returns:
     (frames, log_mel float32 [T 96 64]) -> masks uint8 [T e e] of 0 and 255, and class ids uint8
-    [T e e] or None without stage 2.
+    [T e e] or None without stage 2; and the digest of each stage's numbers.
 
   Raises:
     UserError: as work_folder.load_stages.
@@ -362,7 +381,8 @@ def load_models(
       masks = ((classes > 0) * 255).astype(np.uint8)
     return masks, classes
 
-  return answer
+  stages = {'stage1': first, 'stage2': second}
+  return answer, {name: digest(stage.variables) for name, stage in stages.items() if stage}
 
 
 def _model(config: ml_collections.ConfigDict, variables: Variables) -> Model:

@@ -58,6 +58,8 @@ def train(
   """
   workdir = epath.Path(workdir)  # also gs:// or s3://
   config_lib.check(config)
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f'{workdir} is a file: name a folder with --workdir')
   if config.use_prior and not (config.data.masks or config.oracle_prior):
     raise UserError(
       "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a report: installs into .venv, makes clips, trains both stages, evaluates.
-# Safe to run again: what exists is reused; --fresh starts anew. Arguments go to `aavs quickstart`.
+# Safe to run again: what exists is reused; --fresh starts anew. Arguments go to `aavs quickstart`;
+# relative paths among them begin at the repository, as runs/quickstart does.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 make_environment ""

@@ -65,4 +65,6 @@ def main(folder, frames, sound, out):
 
 
 if __name__ == '__main__':
+  if len(sys.argv) != 5:
+    sys.exit(__doc__)
   main(*sys.argv[1:])

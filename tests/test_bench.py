@@ -1,9 +1,12 @@
 """Timing: figures that fit each other, programs that are kept, and the peer of the same sizes."""
 
 import json
+import multiprocessing
 import os
+import signal
 import statistics
 import sys
+import time
 
 import jax
 import pytest
@@ -75,6 +78,28 @@ def test_compiling_anew_and_from_the_cache(capsys):
 def test_a_process_that_dies_is_said_so():
   with pytest.raises(UserError, match='died'):
     bench.in_child(os._exit, 3)
+
+
+def test_a_signal_ends_the_process_that_measures_as_well():
+  def end(number, frame):
+    sys.exit(128 + number)
+
+  before = signal.signal(signal.SIGALRM, end)
+  started = time.monotonic()
+  try:
+    signal.alarm(3)
+    with pytest.raises(SystemExit):
+      bench.in_child(time.sleep, 60)
+  finally:
+    signal.signal(signal.SIGALRM, before)
+  assert time.monotonic() - started < 30 and not multiprocessing.active_children()
+
+
+def test_where_figures_cannot_go_is_said_before_they_are_taken(tmp_path, capsys):
+  command = ['bench', 'predict', '--config', 'tests/tiny.py:stage1', '--json', str(tmp_path)]
+  assert cli.main(command) == 2
+  told = capsys.readouterr()
+  assert 'is a folder: name a file' in told.err and not told.out
 
 
 def test_without_the_peer_one_sentence_says_how_to_get_it(monkeypatch, capsys):

@@ -393,7 +393,8 @@ def test_gpu_launchers_run_what_they_print(dry_run, tools, tmp_path, project, sc
   command = _commands(dry_run(script, *arguments))[1]
   if script == 'multi_gpu.sh':
     command = ['aavs', 'cuda,cpu', *_after(command, '.venv/bin/aavs')]
-  assert _calls(calls) == [command]
+  ours = [call for call in _calls(calls) if call[-2:] != ['pip', '--version']]
+  assert ours == [command]
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,8 @@ def test_overlay_video_plays_as_long_with_sound(answered):
 def test_summary_counts_the_pixels_of_the_files(answered, video, stage1, stage2):
   out = answered
   summary = json.loads((out / 'summary.json').read_text())
-  frames = summary.pop('frames')
+  frames, digests = summary.pop('frames'), summary.pop('digests')
+  assert digests.keys() == {'source', 'stage1', 'stage2'} and len(set(digests.values())) == 3
   assert summary == {
     'source': str(video),
     'seconds': 12,
@@ -341,7 +342,10 @@ def no_model(monkeypatch):
   def full(frames, log_mel):
     return np.full((len(frames), 4, 4), 255, np.uint8), None
 
-  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: full)
+  def load(stage1, stage2):
+    return full, {'stage1': stage1}
+
+  monkeypatch.setattr('aavs_jax.predict.load_models', load)
 
 
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -386,7 +390,7 @@ def test_windows_are_read_answered_and_written_side_by_side(tmp_path, monkeypatc
     return frame
 
   monkeypatch.setattr('aavs_jax.predict.read_clip_folder', windows)
-  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: answer)
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: (answer, {}))
   monkeypatch.setattr('aavs_jax.predict.overlay_binary', draw)
   out = predict(tmp_path / 'clip', stage1='any', out=tmp_path / 'out')
   assert len(names(out / 'masks')) == 12
@@ -427,8 +431,17 @@ def test_several_sources_are_answered_each_in_a_folder_of_its_own(no_model, tmp_
   assert capsys.readouterr().out.count('is there') == 3
   assert names(out) == ['a', 'b', 'c', 'clip']
   assert (out / 'b' / 'summary.json').stat().st_mtime_ns == kept
+  # Elsewhere, the same videos are the same; another one under a name is not.
+  moved = folder.rename(tmp_path / 'moved')
+  command[1] = str(moved)
+  assert cli.main(command) == 0
+  assert capsys.readouterr().out.count('is there') == 4
+  write_video(moved / 'a.mp4', 2)
+  assert cli.main(command) == 2
+  told = capsys.readouterr().out
+  assert told.count('is there') == 3 and 'a is not what this command gives' in told
   command[command.index('any')] = 'another'
-  assert cli.main(command) == 2 and 'b is not empty' in capsys.readouterr().out
+  assert cli.main(command) == 2 and 'b is not what this command gives' in capsys.readouterr().out
   (out / 'mine').mkdir()
   assert cli.main(command) == 2 and 'out is not empty' in capsys.readouterr().err
 
@@ -447,7 +460,7 @@ def test_more_frames_a_second_hear_what_begins_with_them(tmp_path, monkeypatch):
     heard.extend(zip(frames, log_mel))
     return np.full((len(frames), 4, 4), 255, np.uint8), None
 
-  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: listen)
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: (listen, {}))
   source = write_video(tmp_path / 'v.mkv', 6)
   out = predict(source, stage1='any', out=tmp_path / 'out', every=0.4)
   assert len(heard) == 15 == len(names(out / 'masks'))

@@ -307,7 +307,7 @@ def test_a_prediction_hands_over_what_the_config_of_stage_2_asks_for(soft, monke
   stages = work_folder.Trained(tiny.get_config('stage1'), None), work_folder.Trained(config, None)
   monkeypatch.setattr('aavs_jax.predict.load_stages', lambda *_: stages)
   monkeypatch.setattr('aavs_jax.predict._model', model)
-  answer = load_models('one', 'two')
+  answer, _ = load_models('one', 'two')
   shown, _ = answer([], None)
   assert np.array_equal(given[0], masks.of_scores(scores, soft))
   assert np.array_equal(shown, masks.of_scores(scores, soft=False))

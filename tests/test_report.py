@@ -204,6 +204,16 @@ def test_it_says_how_well_the_start_hears(run, page, tmp_path):
   assert 'which of 8 classes sound: in 98.7 % of 300 held-out seconds' in text
 
 
+def test_a_folder_of_something_else_gets_no_report(tmp_path, data_root):
+  (tmp_path / 'holiday.mp4').write_bytes(b'')
+  with pytest.raises(UserError, match='holds none of eval, stage1, stage2, start, study'):
+    write_report(tmp_path, data_root)
+  (tmp_path / 'stage1').mkdir()
+  with pytest.raises(UserError, match='nowhere'):
+    write_report(tmp_path, tmp_path / 'nowhere')
+  assert not (tmp_path / 'report.html').exists()
+
+
 def test_every_clip_is_listed_and_twelve_are_shown(page, clips):
   shown = re.findall(r'<article><header><code>(.*?)</code>', page)
   uids = [uid for _, uid in clips]

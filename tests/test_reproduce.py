@@ -294,6 +294,7 @@ def test_other_methods_have_rows_by_their_own_metric(others, data_root, tmp_path
   [
     ({}, 'no checkpoint is given'),
     ({'others': [('s5', 'binary')]}, '--other s5=...: write it as TASK=FILE'),
+    ({'others': [('s4', '')]}, '--other s4 names no file'),
     ({'others': [('s4', 'binary'), ('s4', 'a/binary')]}, 'the same task and name'),
     ({'others': [('avss', 'binary')]}, 'TPAVI .* of the binary task: give one .* of AVSS'),
     ({'others': [('ms3', 'semantic')]}, 'AVSegFormer of the semantic task: give one .* of MS3'),
@@ -302,7 +303,9 @@ def test_other_methods_have_rows_by_their_own_metric(others, data_root, tmp_path
   ],
 )
 def test_other_methods_that_do_not_fit_are_refused(given, words, others, data_root, tmp_path):
-  paths = [(task, others / f'{name}.safetensors') for task, name in given.get('others', ())]
+  paths = [
+    (task, name and others / f'{name}.safetensors') for task, name in given.get('others', ())
+  ]
   vggish = '' if ('s4', 'vggish') in given.get('others', ()) else others / 'vggish.safetensors'
   with pytest.raises(UserError, match=words):
     reproduce(tmp_path / 'run', data=data_root, vggish=vggish, **{**given, 'others': paths})

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 import pytest
+from etils import epath
 
 from aavs_jax import config as config_lib
 from aavs_jax import configs, cross_fit, evaluate, stepping_stones
@@ -14,6 +15,7 @@ from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.studies import comparison, reproduce, study, table2
+from aavs_jax.training.lock import lock
 from tests import small_maps, tiny
 
 EVALUATIONS = ('stage1_true', 'stage1_other', 'stage1_silence', 'stage2_masks', 'stage2_oracle')
@@ -66,9 +68,19 @@ def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
   with pytest.raises(UserError, match='empty is no folder of a data set'):
     study.run_study(quickstart.get_config(), workdir, data=str(empty), fresh=True)
   assert sorted(p.name for p in tmp_path.iterdir()) == ['empty', 'run']
-  assert [p.name for p in workdir.iterdir()] == ['study.json']
+  assert sorted(p.name for p in workdir.iterdir()) == ['run.lock', 'study.json']
   with pytest.raises(UserError, match='holds a study with other settings'):
     study.run_study(quickstart.get_config(), workdir)
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+def test_a_study_that_goes_on_is_left_alone(tmp_path, fresh):
+  settings = {'data': '', 'config': json.loads(quickstart.get_config().to_json_best_effort())}
+  (tmp_path / 'study.json').write_text(json.dumps(settings))
+  (tmp_path / 'stage1').mkdir()
+  with lock(epath.Path(tmp_path)), pytest.raises(BlockingIOError, match=str(os.getpid())):
+    study.run_study(quickstart.get_config(), tmp_path, fresh=fresh)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['run.lock', 'stage1', 'study.json']
 
 
 @pytest.mark.parametrize(

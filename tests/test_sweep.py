@@ -85,6 +85,8 @@ def test_the_command_writes_tables_of_both_stages(measured, tmp_path, capsys):
   assert cli.main(['bench', 'sweep', str(tmp_path / 'out'), *configs]) == 0
   assert 'sweep.md' in capsys.readouterr().out
   assert (tmp_path / 'out' / 'sweep.md').read_text().startswith('cpu, jax')
+  # Nothing measured is no success.
+  assert cli.main(['bench', 'sweep', str(tmp_path / 'none'), '--minutes', '0', *configs]) == 1
 
 
 def test_kernels_are_those_in_which_the_time_goes():

@@ -94,7 +94,9 @@ async function openFile(file) {
   const length = Number.isFinite(reader.duration) ? reader.duration : mine.samples.length / RATE;
   mine.seconds = Math.max(1, Math.round(length));
   layOut(reader.videoWidth, reader.videoHeight);
-  $('shift').textContent = `Shifted: the sound of ${mine.seconds >> 1} s later.`;
+  $('shift').textContent = mine.seconds < 2
+    ? 'One second has no other that could be heard: shifted is true sound.'
+    : `Shifted: the sound of ${mine.seconds >> 1} s later.`;
   $('at').max = length;
   $('at').value = 0;
   $('controls').hidden = false;

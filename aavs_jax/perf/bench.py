@@ -253,6 +253,10 @@ def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
         'a process of the benchmark died, as one does that is killed for its memory: use fewer '
         '--frames'
       ) from None
+    except BaseException:  # a signal above all, which would wait for the child to end
+      for child in multiprocessing.active_children():
+        child.terminate()
+      raise
 
 
 def beside_peer(

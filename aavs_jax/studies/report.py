@@ -55,11 +55,18 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     The file written.
 
   Raises:
-    UserError: no such folder, a file of the run or of the data set that cannot be read.
+    UserError: no such folder, or one of something else; a file of the run or of the data set that
+      cannot be read.
   """
   workdir = Path(workdir)
   if not workdir.is_dir():
     raise UserError(f'{workdir} is no folder: give the workdir of a run')
+  names, parts = {path.name for path in workdir.iterdir()}, {STUDY, 'start', 'eval', *_STAGES}
+  if names and not names & parts:
+    raise UserError(
+      f'{workdir} holds none of {", ".join(sorted(parts))}: give the workdir of a run, or a new one'
+    )
+  read_index(str(data_root), 'test')
   evaluations = {name: _read_json(workdir / 'eval' / f'{name}.json', SHAPE) for name in EVALUATIONS}
   run = _Run(workdir, data_root, evaluations, _commands(workdir, data_root))
   title = f'Audio-visual segmentation: {workdir.resolve().name}'

@@ -129,6 +129,8 @@ def reproduce(
   unknown = [task for task, _ in others if task not in _OF_TASK]
   if unknown:
     raise UserError(f'--other {unknown[0]}=...: write it as TASK=FILE, TASK being s4, ms3 or avss')
+  if lacking := [task for task, path in others if not path]:
+    raise UserError(f'--other {lacking[0]} names no file: write it as {lacking[0]}=FILE')
   if len(tasks) < len(others):
     raise UserError('two files of --other have the same task and name: rename one of them')
   evaluations = {k: row.evaluation for k, row in ROWS.items() if row.evaluation.stage in sources}

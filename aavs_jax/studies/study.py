@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ml_collections
+from etils import epath
 
 from aavs_jax import methods
 from aavs_jax.configs import base
@@ -21,6 +22,7 @@ from aavs_jax.stepping_stones import EVALUATIONS, FOLDS, Evaluation, scores, ste
 from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
+from aavs_jax.training.lock import LOCK, lock
 from aavs_jax.training.start import require_same_meaning
 
 _ROBUST = {
@@ -45,6 +47,7 @@ def run_study(
     comparison.
 
   Raises:
+    BlockingIOError: this study goes on in another process.
     UserError: workdir holds something else, or a study with other settings; `data` is inside a
       workdir that is to be removed, or given where the study makes clips of its own; faults of
       config or data.
@@ -63,13 +66,21 @@ def run_study(
     )
   _refuse_foreign(workdir)
   _require_starts(config)
-  if fresh:
+  if fresh and workdir.exists():
     for name, path in {'--data': data, **_starts(config)}.items():
       if path and Path(path).resolve().is_relative_to(workdir):
         raise UserError(
           f'{name} {path} is inside {workdir}, which --fresh deletes: move it elsewhere'
         )
-    files.remove_folder(workdir)
+    with lock(epath.Path(workdir)):  # that of a study which goes on stays
+      files.remove_folder(workdir)
+  with lock(epath.Path(workdir)):
+    return _run(config, workdir, data, started)
+
+
+def _run(config: ml_collections.ConfigDict, workdir: Path, data: str, started: float) -> Path:
+  """`run_study` in a folder that is this process's alone."""
+  several = not isinstance(config.num_classes, int)
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
   if several or config.others:
     tables = {}
@@ -251,7 +262,8 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
 
 def _refuse_foreign(workdir: Path) -> None:
   """UserError for a folder that holds something, but no study."""
-  found = workdir.exists() and any(not p.name.endswith(files.UNFINISHED) for p in workdir.iterdir())
+  names = [path.name for path in workdir.iterdir()] if workdir.exists() else []
+  found = any(name != LOCK and not name.endswith(files.UNFINISHED) for name in names)
   if found and not (workdir / STUDY).exists():
     raise UserError(
       f'{workdir} holds files but no {STUDY}, so it was not made by a study: name a new or empty '

@@ -20,6 +20,7 @@ from aavs_jax.input_pipeline.files import NO_FLOCK
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
 _RENEWED_EVERY = 15
 _PATIENCE = 60
+LOCK = 'run.lock'
 _SETTLED = 3  # two that take a lease at the same moment both see whose was written last
 
 
@@ -51,7 +52,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _flock(workdir: epath.Path) -> Iterator[None]:
   # Never removed: whoever has opened it by then would hold a lock that nobody else can see.
-  with open(workdir / 'run.lock', 'a+') as file, contextlib.ExitStack() as held:
+  with open(workdir / LOCK, 'a+') as file, contextlib.ExitStack() as held:
     file.seek(0)
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
