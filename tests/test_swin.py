@@ -93,6 +93,32 @@ def test_every_block_draws_for_itself_at_the_same_rate(blocks):
   assert (_kept(blocks)(2) != kept).any(axis=0).all()
 
 
+@pytest.mark.parametrize(('dtype', 'error'), [('float32', 1e-6), ('bfloat16', 8e-3)])
+def test_scores_have_the_same_gradients_in_both_forms(dtype, error):
+  """That of TPUs never runs here otherwise."""
+  rng = np.random.default_rng(0)
+  query, key = (jnp.asarray(rng.standard_normal((2, 3, 4, 2, 8)), dtype) for _ in range(2))
+  g = jnp.asarray(rng.standard_normal((2, 3, 2, 4, 4)), jnp.float32)
+
+  def plain(query, key):
+    return jnp.einsum('nvqhc,nvkhc->nvhqk', query, key) * 8**-0.5
+
+  exact = [array.astype(jnp.float32) for array in (query, key)]
+  scores, pull = jax.vjp(plain, *exact)
+  found, pull_found = jax.vjp(swin.scaled_scores, query, key)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, scores, rtol=error, atol=2 * error)
+  scaled = g * 8**-0.5
+  for gradients in (
+    pull_found(g),
+    swin._by_float32_scores(scaled, query, key),
+    swin._by_scores_as_queries(scaled, query, key),
+  ):
+    for gradient, wanted in zip(gradients, pull(g)):
+      assert gradient.dtype == dtype
+      np.testing.assert_allclose(gradient.astype(jnp.float32), wanted, rtol=error, atol=2 * error)
+
+
 def test_nothing_is_dropped_in_evaluation():
   assert _kept(4, train=False)(1).all()
 

@@ -114,6 +114,39 @@ def shifted_back(x: Float[Array, 'n r c l d'], window: int) -> Float[Array, 'n r
   return jnp.concatenate([jnp.roll(x[..., r * window :, :], 1, 1), x[..., : r * window, :]], 3)
 
 
+@jax.custom_vjp
+def scaled_scores(
+  query: Float[Array, 'n v q h c'], key: Float[Array, 'n v k h c']
+) -> Float[Array, 'n v h q k']:
+  """Products of queries and keys by the root of their width, float32."""
+  scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
+  return scores * query.shape[-1] ** -0.5
+
+
+def _score_gradients(arrays, g):
+  query, key = arrays
+  g = g * query.shape[-1] ** -0.5
+  # To the TPU compiler the gradient of bfloat16 scores is an array to be written, that of float32
+  # scores a part of both products: a third of what the attention takes. GPUs multiply bfloat16.
+  return jax.lax.platform_dependent(
+    g, query, key, tpu=_by_float32_scores, default=_by_scores_as_queries
+  )
+
+
+def _by_float32_scores(g, query, key):
+  by_query = jnp.einsum('nvhqk,nvkhc->nvqhc', g, key.astype(jnp.float32))
+  by_key = jnp.einsum('nvhqk,nvqhc->nvkhc', g, query.astype(jnp.float32))
+  return by_query.astype(query.dtype), by_key.astype(key.dtype)
+
+
+def _by_scores_as_queries(g, query, key):
+  g = g.astype(query.dtype)
+  return jnp.einsum('nvhqk,nvkhc->nvqhc', g, key), jnp.einsum('nvhqk,nvqhc->nvkhc', g, query)
+
+
+scaled_scores.defvjp(lambda *arrays: (scaled_scores(*arrays), arrays), _score_gradients)
+
+
 class WindowAttention(nn.Module):
   """Multi-head self-attention inside windows with relative position bias.
 
@@ -139,8 +172,7 @@ class WindowAttention(nn.Module):
     table = self.param('relative_position_bias_table', _trunc_normal, (rows, self.heads))
     index = relative_position_index(self.window)[np.ix_(order, order)]
     bias = table.T[:, index]  # a head's values beside each other, as the scores are
-    scores = jnp.einsum('nvqhc,nvkhc->nvhqk', query, key).astype(jnp.float32)
-    scores = scores * (width // self.heads) ** -0.5 + bias
+    scores = scaled_scores(query, key) + bias
     if mask is not None:
       scores = scores + mask[:, None]
     weights = jax.nn.softmax(scores, -1).astype(self.dtype)
