@@ -65,6 +65,12 @@ def cross_fit(
   if folds < 2:
     raise UserError(f'{folds} folds leave no clips to train on: use 2 or more')
   clips = read_index(data, 'train', config.data.subsets)
+  held_out = {fold_of(clip, folds) for clip in clips}
+  if empty := sorted(set(range(folds)) - held_out):
+    raise UserError(
+      f'{folds} folds of {len(clips)} training clips leave no clip to part {empty[0] + 1}: use '
+      'fewer'
+    )
   _refuse_seen(config.train.init, clips)
   target = Path(out) / masks.CROSS_FITTED
   begun = masks.read_source(target) or {}

@@ -31,7 +31,7 @@ while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
   status=0
   wait $! || status=$?
 done
-if [ -n "$requeue" ]; then
+if [ -n "$requeue" ] && [ "$status" -ne 2 ]; then # 2 is bad input, which stays bad
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

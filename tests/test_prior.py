@@ -367,6 +367,8 @@ class TestCrossFit:
       self._run(data_root, folder, soft=True)
     with pytest.raises(UserError, match='use 2 or more'):
       self._run(data_root, folder, folds=1)
+    with pytest.raises(UserError, match=r'100 folds .* leave no clip to part'):
+      self._run(data_root, folder / 'many', folds=100)
 
   def test_a_start_that_has_seen_the_clips_is_refused(self, fitted, data_root, tmp_path):
     config = _stand_in(data_root)
@@ -410,7 +412,7 @@ class TestCrossFit:
     run = epath.Path(tmp_path / 'run')
     work_folder.claim_inputs(run, config, clips, None, None)
     assert set(json.loads((run / 'inputs.json').read_text())) == {
-      'train.init', 'data.masks', 'data.masks/cross_fitted',
+      'data.root', 'train.init', 'data.masks', 'data.masks/cross_fitted',
     }  # fmt: skip
     clip = next(clip for clip in clips.train if clip.subset == 'v1m')
     root = str(folder / 'masks' / masks.CROSS_FITTED)
