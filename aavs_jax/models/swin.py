@@ -240,9 +240,8 @@ class PatchMerging(nn.Module):
   def __call__(self, x: Float[Array, 'n h w d']) -> Float[Array, 'n y x e']:
     n, height, width, dim = x.shape
     x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-    x = x.reshape(n, (height + 1) // 2, 2, (width + 1) // 2, 2, dim)
     # Column-major inside the 2x2 patch, the order of the published weights.
-    x = x.transpose(0, 1, 3, 4, 2, 5).reshape(n, (height + 1) // 2, (width + 1) // 2, 4 * dim)
+    x = jnp.concatenate([x[:, i::2, j::2] for j in range(2) for i in range(2)], -1)
     x = layer_norm(self.dtype, 'norm')(x)
     return nn.Dense(
       2 * dim, use_bias=False, kernel_init=_trunc_normal, dtype=self.dtype, name='reduction'
