@@ -238,7 +238,7 @@ class PatchMerging(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'n h w d']) -> Float[Array, 'n y x e']:
-    n, height, width, dim = x.shape
+    _, height, width, dim = x.shape
     x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
     # Column-major inside the 2x2 patch, the order of the published weights.
     x = jnp.concatenate([x[:, i::2, j::2] for j in range(2) for i in range(2)], -1)
