@@ -98,8 +98,8 @@ def cross_fit(
     bad |= {row['clip'] for row in listing}
   # What has been mended since no training has seen, so all may predict it.
   left_out = [clip for clip in clips if _name(clip) in bad]
-  found = bad_clips.find_bad_clips(left_out, task_of(config), config.data.threads)
-  bad = {row['clip'] for row in found}
+  still = bad_clips.find_bad_clips(left_out, task_of(config), config.data.threads)
+  bad = {row['clip'] for row in still}
   source = {
     'checkpoint': str(workdir),
     'step': max(steps),

@@ -211,7 +211,7 @@ def _facts(source: Path, models: _Models, every: float) -> dict[str, str | float
 
 def _digest(source: Path) -> str:
   total = hashlib.sha256()
-  paths = [source] if source.is_file() else [*_frame_paths(source), source / 'audio.wav']
+  paths = [source] if source.is_file() else [*_frame_paths(source), *source.glob('audio.wav')]
   for path in paths:
     with open(path, 'rb') as file:
       total.update(hashlib.file_digest(file, 'sha256').digest())

@@ -143,6 +143,8 @@ class _Run:
     begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
     given = work_folder.load_start(config, self.method, needed=begins)
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
+    if latest is not None:
+      work_folder.keep_config(workdir, config)
     first, lacking = {}, []
     if begins:
       first, lacking = start.first(config, self.method, self.mesh, self.key, given)

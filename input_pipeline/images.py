@@ -16,6 +16,8 @@ from .clips import IGNORE, Clip
 from .errors import UserError
 
 _PNG = b'\x89PNG\r\n\x1a\n'
+# Of labels whose ids may be what is stored or the grey that it stands for.
+_NOT_GREY = {'1': 'of one bit', 'P': 'in a palette'}
 _MAX_PIXELS = 50_000_000
 _MAX_BYTES = 4 * _MAX_PIXELS  # of an image file
 # Anti-aliased edges give some colours that no class has; a wrong palette gives little else.
@@ -133,7 +135,10 @@ def _report_unknown(path: str, unknown: int, pixels: int) -> None:
 
 
 def _read_ids(path: str, classes: int) -> np.ndarray:
-  ids = np.array(_decode(path, _grey_as_stored))
+  image = _decode(path, _grey_as_stored)
+  if kind := _NOT_GREY.get(image.mode):
+    raise UserError(f'{path} is {kind}, where class ids as grey values are needed: write those')
+  ids = np.array(image)
   if ids.ndim == 3:
     rgb, ids = ids, ids[..., 0]
     if (rgb != ids[..., None]).any():
@@ -162,20 +167,17 @@ def _rgb_frame(image: Image.Image) -> Image.Image:
 
 
 def _grey_as_stored(image: Image.Image) -> Image.Image:
-  """Grey of 8 or 16 bits as it is, all else in RGB. Raises ValueError where ids may be either."""
-  if image.mode in ('L', 'I;16'):
+  """Grey of 8 or 16 bits, bits and indices of a palette as they are, all else in RGB."""
+  if image.mode in ('L', 'I;16', *_NOT_GREY):
     image.load()
     return image
-  if image.mode in ('1', 'P'):
-    kind = 'of one bit' if image.mode == '1' else 'in a palette'
-    raise ValueError(f'it is {kind}, where class ids as grey values are needed')
   return _rgb(image)
 
 
 def _check_sums(data: bytes) -> None:
   """Raises ValueError if a part of a PNG is not what was written; Pillow looks at few of them."""
-  place = len(_PNG)
-  while data.startswith(_PNG) and place + 12 <= len(data):
+  place = len(_PNG) if data.startswith(_PNG) else len(data)
+  while place + 12 <= len(data):
     end = place + 8 + int.from_bytes(data[place : place + 4])
     if zlib.crc32(data[place + 4 : end]) != int.from_bytes(data[end : end + 4]):
       raise ValueError('a checksum in it is wrong')

@@ -8,9 +8,9 @@ make_environment() { # extras, such as "" or "[dev]"
     echo "aavs_jax needs Python 3.11 or newer; set PYTHON to one (found: $("$python" --version 2>&1))" >&2
     exit 2
   fi
-  # One whose making was interrupted has no pip.
+  # One whose making was interrupted has no pip, and has it after this.
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-    "$python" -m venv --clear .venv
+    "$python" -m venv .venv
   elif [ -n "${PYTHON:-}" ] &&
     ! grep -q "^version = $("$python" -c 'import platform; print(platform.python_version())')" .venv/pyvenv.cfg; then
     echo "making .venv anew, for $("$python" --version) ..."

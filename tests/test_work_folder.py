@@ -61,6 +61,8 @@ def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
   now.update_from_flattened_dict({key: FREE.get(key, _other(dict(_keys(begun))[key]))})
   if key in FREE:
     work_folder.claim(folder, now, ONE_CLIP, 4)
+    assert json.loads((folder / 'config.json').read_text()) == json.loads(begun.to_json())
+    work_folder.keep_config(folder, now)
     # What reads the folder finds masks and data where they are now.
     saved = json.loads((folder / 'config.json').read_text())
     saved['data']['on_bad_clip'] = now.data.on_bad_clip

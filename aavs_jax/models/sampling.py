@@ -60,17 +60,6 @@ def enlarge_aligned(maps: Float[Array, 'n h w c']) -> Float[Array, 'n 2h 2w c']:
   return jnp.einsum('nywc,xw->nyxc', maps, weights(maps.shape[2]))
 
 
-def hat_weights(position: Float[Array, '...'], length: int) -> Float[Array, '... length']:
-  """Bilinear weights of every pixel of one axis for a sample at position (in 0..1).
-
-  Pixel i has its centre at (i + 0.5) / length and weight max(0, 1 - distance in pixels); a sample
-  outside the image finds zeros there. Sampling becomes a product of two small dense matrices: no
-  gather forwards, no scatter backwards, which is what TPUs want and what is fastest on any device
-  while the maps are small.
-  """
-  return hat(pixel_distance(position, length))
-
-
 def hat(distance: Float[Array, '*b']) -> Float[Array, '*b']:
   """Bilinear weight of a pixel at this distance along an axis."""
   return jax.nn.relu(1.0 - jnp.abs(distance))
@@ -129,9 +118,11 @@ _BLOCKS = 3
 def _sample_blocks(maps, points):
   """`sample` by hat weights, of a block of rows a point.
 
-  A product of a few columns costs a TPU what one of four times as many does, and what costs is how
-  many rows of sums come out of it. So blocks of rows lie side by side, as columns: a point's hat is
-  in the columns of its block, and there are only the sums of a block's rows.
+  Two products of small dense matrices, for no gather forwards and no scatter backwards: what TPUs
+  want, and what is fastest on any device while the maps are small. A product of a few columns costs
+  a TPU what one of four times as many does, and what costs is how many rows of sums come out of it.
+  So blocks of rows lie side by side, as columns: a point's hat is in the columns of its block, and
+  there are only the sums of a block's rows.
   """
   height, width = maps.shape[-2:]
   # Outside the map as far as it matters: further columns are another block's.

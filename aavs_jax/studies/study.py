@@ -57,7 +57,6 @@ def run_study(
   # However they are written, the same folders are the same study.
   workdir = Path(workdir).resolve()
   data = str(Path(data).resolve()) if data else ''
-  started = time.monotonic()
   several = not isinstance(config.num_classes, int)
   if data and (several or config.looks is not None):
     raise UserError(
@@ -75,14 +74,14 @@ def run_study(
     with lock(epath.Path(workdir)):  # that of a study which goes on stays
       files.remove_folder(workdir)
   with lock(epath.Path(workdir)):
-    return _run(config, workdir, data, started)
+    return _run(config, workdir, data, several or bool(config.others))
 
 
-def _run(config: ml_collections.ConfigDict, workdir: Path, data: str, started: float) -> Path:
-  """`run_study` in a folder that is this process's alone."""
-  several = not isinstance(config.num_classes, int)
+def _run(config: ml_collections.ConfigDict, workdir: Path, data: str, several: bool) -> Path:
+  """`run_study` in a folder that is this process's alone; `several`: of a study of each."""
+  started = time.monotonic()
   _claim(workdir, {'data': data, 'config': json.loads(config.to_json_best_effort())})
-  if several or config.others:
+  if several:
     tables = {}
     for key, one, clips in _studies(config, workdir, data):
       say(comparison.title(key))

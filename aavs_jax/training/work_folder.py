@@ -132,20 +132,16 @@ def claim(
       f'{workdir} was begun with other clips than those of {config.data.root} (see {listing}): '
       'use the same data set or another --workdir'
     )
-  begun = config_lib.from_json(path)
   changed = [
-    line for line in config_lib.differences(begun, config) if not line.startswith(_FREE_KEYS)
+    line
+    for line in config_lib.differences(config_lib.from_json(path), config)
+    if not line.startswith(_FREE_KEYS)
   ]
   if changed:
     raise UserError(
       f'{workdir} was begun with another config ({"; ".join(changed[:3])}): '
       'use the same values or another --workdir'
     )
-  if distributed.is_first():
-    # `aavs eval` and others look there for masks. What was done with bad clips stays.
-    now = config.copy_and_resolve_references()
-    now.data.on_bad_clip = begun.data.on_bad_clip
-    files.write_json(path, now.to_dict())
 
 
 def _require_same(facts: dict[str, Any]) -> None:
@@ -208,6 +204,17 @@ def claim_inputs(
       )
   if distributed.is_first():
     files.write_json(path, {**found, **saved})
+
+
+def keep_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
+  """Saves what a run that goes on may change and has, once nothing of it has been refused.
+
+  `aavs eval` and others look there for masks. What was done with bad clips stays as it was.
+  """
+  if distributed.is_first():
+    path, now = workdir / 'config.json', config.copy_and_resolve_references()
+    now.data.on_bad_clip = config_lib.from_json(path).data.on_bad_clip
+    files.write_json(path, now.to_dict())
 
 
 def _masks_digest(
