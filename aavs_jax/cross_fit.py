@@ -62,6 +62,11 @@ def cross_fit(
     raise UserError("the config is of the semantic task: masks come from stage 1, a 'binary' one")
   if soft:
     methods.require_shares(config)
+  if config.data.leave_out != (0, 0):
+    raise UserError(
+      f'config.data.leave_out is {config.data.leave_out}, but each training here leaves out a part '
+      'of its own: leave it at (0, 0)'
+    )
   if folds < 2:
     raise UserError(f'{folds} folds leave no clips to train on: use 2 or more')
   clips = read_index(data, 'train', config.data.subsets)

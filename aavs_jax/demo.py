@@ -46,6 +46,12 @@ def write_demo(
   if stage1 is None and stage2 is None:
     raise UserError('no model is given: name a work folder of `aavs train` with --stage1')
   with files.writing_folder(target) as working:
+    (working / 'onnxruntime').mkdir()
+    if runtime is not None:
+      _copy_runtime(Path(runtime), working / 'onnxruntime')
+    else:
+      with tempfile.TemporaryDirectory() as folder:
+        _copy_runtime(_fetch_runtime(Path(folder)), working / 'onnxruntime')
     models = working / 'models'
     if stage2 is None:
       export(stage1, models, 'onnx')
@@ -59,12 +65,6 @@ def write_demo(
         'time: use `aavs predict`'
       )
     shutil.copytree(_PAGE, working, dirs_exist_ok=True)
-    (working / 'onnxruntime').mkdir()
-    if runtime is not None:
-      _copy_runtime(Path(runtime), working / 'onnxruntime')
-    else:
-      with tempfile.TemporaryDirectory() as folder:
-        _copy_runtime(_fetch_runtime(Path(folder)), working / 'onnxruntime')
   return Path(out)
 
 

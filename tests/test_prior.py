@@ -370,6 +370,12 @@ class TestCrossFit:
     with pytest.raises(UserError, match=r'100 folds .* leave no clip to part'):
       self._run(data_root, folder / 'many', folds=100)
 
+  def test_a_part_of_ones_own_is_refused(self, data_root, tmp_path):
+    config = _stand_in(data_root)
+    config.data.leave_out = (0, 2)
+    with pytest.raises(UserError, match=r'config.data.leave_out is \(0, 2\)'):
+      cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks')
+
   def test_a_start_that_has_seen_the_clips_is_refused(self, fitted, data_root, tmp_path):
     config = _stand_in(data_root)
     seen = fitted[0] / 'runs' / 'fold0'

@@ -65,7 +65,7 @@ class AudioQueryGenerator(nn.Module):
     # The cosine stays in float32: it weighs the whole audio pathway.
     audio = audio.astype(jnp.float32)
     if self.adaptive:
-      norms = jnp.linalg.norm(positions, axis=-1) * _safe_norm(audio)[:, None]
+      norms = _safe_norm(positions) * _safe_norm(audio)[:, None]
       cosine = audio @ positions.T / jnp.maximum(norms, 1e-8)
     else:
       cosine = jnp.ones((audio.shape[0], self.num_queries))
@@ -73,6 +73,7 @@ class AudioQueryGenerator(nn.Module):
 
 
 def _safe_norm(x: Float[Array, '... d']) -> Float[Array, '...']:
-  """Euclidean norm whose gradient at zero is zero, not NaN (silence may embed to exactly zero)."""
+  """Euclidean norm whose gradient at zero is zero, not NaN (silence may embed to exactly zero,
+  and a position may start so)."""
   squared = jnp.sum(x * x, -1)
   return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)

@@ -7,6 +7,7 @@ const EXAMPLE = 15360, NEEDED = 15600; // samples from example to example, and o
 const JUST_AFTER = 0.0015; // seconds; time stamps are rounded to milliseconds
 const SIDE = 640; // of the canvas, the longer one
 const ALPHA = 0.55;
+const LARGEST = 2 ** 31 - 1; // bytes of a file that browsers hand out in one piece
 const BEFORE = 5; // seconds by which the sound of the camera is shifted
 const $ = (id) => document.getElementById(id);
 const player = $('player'), reader = $('reader'), marks = $('marks');
@@ -71,6 +72,11 @@ function begin(next) {
 }
 
 async function openFile(file) {
+  if (file.size > LARGEST) {
+    begin();
+    return fail(
+      `${file.name} has more than 2 GB, which browsers cannot read at once: give a part of it.`);
+  }
   const mine = begin({ name: file.name, url: URL.createObjectURL(file), answers: new Map() });
   say(`Reading ${file.name} …`);
   player.src = reader.src = mine.url;
@@ -118,11 +124,16 @@ function soundOf({ samples, seconds }, second) {
   return samples.slice(from, from + NEEDED);
 }
 
-function seek(second) {
+async function seek(second) {
   // Another file that takes its place ends the wait as well.
-  const arrived = new Promise((done) => (reader.onseeked = reader.onemptied = done));
-  reader.currentTime = Math.min(second + JUST_AFTER, reader.duration);
-  return arrived;
+  const happened = new Promise((done) => {
+    reader.onseeked = reader.onemptied = reader.onerror = done;
+  });
+  if (!reader.error) {
+    reader.currentTime = Math.min(second + JUST_AFTER, reader.duration);
+    await happened;
+  }
+  return !reader.error;
 }
 
 const grabbed = new OffscreenCanvas(1, 1);
@@ -143,8 +154,9 @@ async function compute() {
     for (let second; (second = nextSecond()) !== undefined; ) {
       const mine = source, key = `${mode()} ${second}`;
       const samples = soundOf(mine, second);
-      await seek(second);
+      const arrived = await seek(second);
       if (mine !== source) continue;
+      if (!arrived) return fail(`${mine.name} is damaged: second ${second} cannot be read.`);
       const frame = grab(reader);
       const answer = await ask('answer', { frame, samples }, [frame.data.buffer]);
       mine.answers.set(key, answer);
@@ -214,13 +226,16 @@ async function followCamera(mine) {
   player.srcObject = mine.stream;
   player.muted = true;
   await player.play();
-  layOut(player.videoWidth, player.videoHeight);
   $('shift').textContent = `Shifted: the sound of ${BEFORE} s before.`;
   $('controls').hidden = true;
   say('Camera and microphone, a second at a time.');
   const past = [];
+  let seen;
   for (let second = 0; mine === source; second++) {
     const frame = grab(player);
+    const size = `${frame.width} ${frame.height}`;
+    if (size !== seen) layOut(frame.width, frame.height); // again when the device is turned
+    seen = size;
     heard = [];
     await sleep(1);
     past.push(await at16kHz(heard, mine.context.sampleRate));
