@@ -1,6 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR) with AAVS's adapter."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,32 +20,27 @@ from aavs_jax.models.sampling import corners, hat, pixel_distance, rows_at
 
 def attend_dense(
   values: Sequence[Float[Array, 'n h w a c']],
-  locations: Float[Array, 'n q a l p 2'],
-  weights: Float[Array, 'n q a l p'],
+  x: Float[Array, 'n l p a q'],
+  y: Float[Array, 'n l p a q'],
+  weights: Float[Array, 'n l p a q'],
 ) -> Float[Array, 'n q a c']:
   """Weighted sum of samples as one product a level of an attention map and the values.
 
   Hat weights make the map, queries x pixels a head: no gather and no scatter, as TPUs want it.
-  A frame at a time, so that its maps stay on the chip; queries, the longest axis, are the last.
+  A frame at a time, so that its maps stay on the chip.
   """
-  out = on_each_device(_through_maps)(
-    list(values),
-    jnp.moveaxis(locations[..., 0], 1, -1),  # n a l p q
-    jnp.moveaxis(locations[..., 1], 1, -1),
-    jnp.moveaxis(weights, 1, -1),
-  )
-  return jnp.moveaxis(out, 1, 2)
+  return jnp.moveaxis(on_each_device(_through_maps)(list(values), x, y, weights), 1, 2)
 
 
 @jax.custom_vjp
 def _through_maps(values, x, y, weights):
-  """From values n h w a c, x, y and weights n a l p q to n a q c."""
+  """From values n h w a c, x, y and weights n l p a q to n a q c."""
 
   def one_frame(frame):
     values, x, y, weights = frame
     total = 0.0
     for level, value in enumerate(values):
-      attention = _attention_map(value, x[:, level], y[:, level], weights[:, level])
+      attention = _attention_map(value, x[level], y[level], weights[level])
       # Over both axes at once: then the TPU compiler makes the map inside the product.
       total = total + jnp.einsum('ahwq,ahwc->aqc', attention, value)
     return total
@@ -53,14 +49,14 @@ def _through_maps(values, x, y, weights):
 
 
 def _attention_map(value, x, y, weights):
-  """What each query reads of each pixel of a level, a h w q, from x, y and weights a p q."""
+  """What each query reads of each pixel of a level, a h w q, from x, y and weights p a q."""
   _, height, width, _ = value.shape
   total = 0.0
   # A point at a time: as an array of all of them, the TPU compiler takes them apart again. As an
   # einsum it would be a product of 4 terms for each of thousands of queries.
-  for p in range(x.shape[1]):
-    row = hat(_distance(y[:, p], height)) * weights[:, p, None]
-    total = total + row[:, :, None] * hat(_distance(x[:, p], width))[:, None]
+  for p in range(len(x)):
+    row = hat(_distance(y[p], height)) * weights[p][:, None]
+    total = total + row[:, :, None] * hat(_distance(x[p], width))[:, None]
   return total.astype(value.dtype)
 
 
@@ -104,7 +100,7 @@ def _cut(value: Float[Array, 'n h w a c']) -> Float[Array, 'n a i j b c']:
 
 
 def _level_gradients(value, blocks, x, y, weights, g):
-  """Gradients of value a h w c, x, y and weights a p q of one level by g a c q, that of the output.
+  """Gradients of value a h w c, x, y and weights p a q of one level by g a c q, that of the output.
 
   What a point reads is in one block, blocks a i j b c. So for x, y and weights there is no need of
   the gradient of a map, queries x pixels: that of a block is one product over channels and blocks,
@@ -117,19 +113,19 @@ def _level_gradients(value, blocks, x, y, weights, g):
   column, from_column = _in_block(x, width, columns, across)
   block = row * across + column
   by_x, by_y, by_weight = [], [], []
-  for p in range(x.shape[1]):
-    here = block[:, p, None] == jnp.arange(down * across)[:, None]  # a b q
+  for p in range(len(x)):
+    here = block[p][:, None] == jnp.arange(down * across)[:, None]  # a b q
     of_block = jnp.where(here[:, :, None], g[:, None], 0)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     by_map = product('aijbc,abcq->aijq', blocks, of_block)
-    distance = from_row[:, p, None] - jnp.arange(rows + 1)[:, None]
+    distance = from_row[p][:, None] - jnp.arange(rows + 1)[:, None]
     of_rows = (by_map * hat(distance)[:, :, None]).sum(1)  # a j q
     of_slopes = (by_map * _slope(distance, height)[:, :, None]).sum(1)
-    distance = from_column[:, p, None] - jnp.arange(columns + 1)[:, None]
+    distance = from_column[p][:, None] - jnp.arange(columns + 1)[:, None]
     by_x.append((of_rows * _slope(distance, width)).sum(1))
     by_y.append((of_slopes * hat(distance)).sum(1))
     by_weight.append((of_rows * hat(distance)).sum(1))
-  by_x, by_y, by_weight = (jnp.stack(points, 1) for points in (by_x, by_y, by_weight))
+  by_x, by_y, by_weight = (jnp.stack(points) for points in (by_x, by_y, by_weight))
   return by_value, weights * by_x, weights * by_y, by_weight
 
 
@@ -150,9 +146,9 @@ def _gradients(arrays, g):
 
   def one_frame(frame):
     values, blocks, x, y, weights, g = frame
-    levels = zip(values, blocks, *(jnp.unstack(points, axis=1) for points in (x, y, weights)))
+    levels = zip(values, blocks, x, y, weights)
     by_values, *by_points = zip(*(_level_gradients(*level, g) for level in levels))
-    return list(by_values), *(jnp.stack(levels, 1) for levels in by_points)
+    return list(by_values), *(jnp.stack(levels) for levels in by_points)
 
   by_values, *by_points = jax.lax.map(
     one_frame, (_heads_first(values), [_cut(value) for value in values], *points, g.swapaxes(2, 3))
@@ -169,10 +165,13 @@ _through_maps.defvjp(lambda *arrays: (_through_maps(*arrays), arrays), _gradient
 
 def attend_gather(
   values: Sequence[Float[Array, 'n h w a c']],
-  locations: Float[Array, 'n q a l p 2'],
-  weights: Float[Array, 'n q a l p'],
+  x: Float[Array, 'n l p a q'],
+  y: Float[Array, 'n l p a q'],
+  weights: Float[Array, 'n l p a q'],
 ) -> Float[Array, 'n q a c']:
   """The same by reading four pixels a point; costs queries x points, so it is for large maps."""
+  locations = jnp.stack([x, y], -1).transpose(0, 4, 3, 1, 2, 5)  # n q a l p 2
+  weights = weights.transpose(0, 4, 3, 1, 2)
   on_gpu = jax.checkpoint(read_at_once)
   return jax.lax.platform_dependent(
     values, locations, weights, cuda=on_gpu, rocm=on_gpu, default=read_in_turn
@@ -268,6 +267,26 @@ def _offset_bias(heads: int, levels: int, points: int):
   return lambda key, shape, dtype=jnp.float32: jnp.asarray(grid.reshape(shape), dtype)
 
 
+class _QueriesLast(nn.Module):
+  """A dense layer in float32, with queries on the last axis, the longest, and heads before them.
+
+  So every number fills whole registers of a TPU: of an encoder layer, forward and backward, 7.3 M
+  cycles for 7.8. shape: of a query's numbers, a l p or a l p k.
+  """
+
+  shape: tuple[int, ...]
+  bias_init: Any = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'n q d']) -> Float[Array, '... n l p a q']:
+    width, features = x.shape[-1], math.prod(self.shape)
+    kernel = self.param('kernel', nn.initializers.zeros, (width, features))
+    bias = self.param('bias', self.bias_init, (features,)).reshape(self.shape)
+    kernel = kernel.reshape(width, *self.shape)
+    numbers = jnp.einsum('nqd,dalp...->...nlpaq', x.astype(jnp.float32), kernel)
+    return numbers + jnp.einsum('alp...->...lpa', bias)[..., None, :, :, :, None]
+
+
 class DeformableAttention(nn.Module):
   """Each position looks at a few learned points of every level.
 
@@ -293,18 +312,12 @@ class DeformableAttention(nn.Module):
     where = x + positions.astype(x.dtype)
     value = nn.Dense(width, dtype=self.dtype, name='value')(x)
     # Where to look is computed in float32: bfloat16 would move samples by whole pixels.
-    offsets = nn.Dense(
-      heads * levels * self.points * 2,
-      kernel_init=nn.initializers.zeros,
-      bias_init=_offset_bias(heads, levels, self.points),
-      name='offsets',
-    )(where.astype(jnp.float32)).reshape(n, queries, heads, levels, self.points, 2)
-    weights = nn.Dense(
-      heads * levels * self.points, kernel_init=nn.initializers.zeros, name='weights'
-    )(where.astype(jnp.float32)).reshape(n, queries, heads, levels * self.points)
-    weights = jax.nn.softmax(weights, -1).reshape(n, queries, heads, levels, self.points)
-    sizes = jnp.asarray([(w, h) for h, w in shapes], jnp.float32)
-    locations = reference[:, None, None, None] + offsets / sizes[:, None]
+    each = (heads, levels, self.points)
+    to_offsets = _QueriesLast((*each, 2), _offset_bias(*each), name='offsets')
+    sizes = jnp.asarray([(w, h) for h, w in shapes], jnp.float32).T[..., None, None, None]
+    offsets = zip(reference.T, to_offsets(where), sizes)
+    x_at, y_at = (centre + offset / size for centre, offset, size in offsets)
+    weights = jax.nn.softmax(_QueriesLast(each, name='weights')(where), (1, 2))
 
     values, start = [], 0
     for h, w in shapes:
@@ -312,6 +325,6 @@ class DeformableAttention(nn.Module):
       values.append(part.reshape(n, h, w, heads, width // heads))
       start += h * w
     attend = attend_dense if self.sampling == 'dense' else attend_gather
-    h = attend(values, locations, weights).reshape(n, queries, width)
+    h = attend(values, x_at, y_at, weights).reshape(n, queries, width)
     h = checkpoint_name(h, SAMPLED)
     return AdaptedProjection(self.adapter_variant, dtype=self.dtype, name='output')(h)
