@@ -9,7 +9,7 @@ import pytest
 
 from aavs_jax.configs import base
 from aavs_jax.methods import set_loss
-from aavs_jax.methods.matching import Targets
+from aavs_jax.methods.matching import Targets, sample_targets
 from aavs_jax.methods.set_loss import PointDraws, draw_points
 from aavs_jax.models.mask_decoder import Outputs
 
@@ -72,6 +72,35 @@ def test_frames_of_weight_0_take_no_part(case):
   whole, _ = run(outputs, targets, draws)
   assert total == pytest.approx(float(alone), rel=1e-5)
   assert abs(float(total) - float(whole)) > 1e-3
+
+
+@pytest.mark.parametrize('real_share', [0.0, 0.3, 1.0])  # no round, one, three
+def test_targets_in_rounds_have_the_losses_and_gradients_of_each_alone(real_share):
+  targets = 8
+  rng = np.random.default_rng(0)
+  masks = jnp.asarray(rng.standard_normal((FRAMES, targets, 6, 6)), jnp.float32)
+  labels = jnp.asarray(rng.integers(0, 3, (FRAMES, 12, 12)), jnp.uint8)
+  classes = jnp.asarray(rng.integers(0, 3, (FRAMES, targets)))
+  real = jnp.asarray(rng.random((FRAMES, targets)) < real_share)
+  draws = draw_points(jax.random.key(0), 0, jnp.arange(FRAMES), targets, LOSS)
+  points = draws.candidates, draws.extra
+  run = functools.partial(set_loss.mask_losses, LOSS, 'gather')
+  losses, pull = jax.vjp(lambda masks: run(masks, labels, classes, real, *points), masks)
+  weights = [jnp.asarray(rng.standard_normal(real.shape), jnp.float32) for _ in losses]
+  (gradient,) = pull(tuple(weights))
+
+  def alone(masks, label, value, candidates, extra):
+    points = set_loss._loss_points(jax.lax.stop_gradient(masks), candidates, extra, LOSS, 'gather')
+    truth = sample_targets(label, value, points)
+    return set_loss._at_points(masks, points, truth, 'gather')
+
+  for n, k in np.ndindex(*real.shape):
+    one = (slice(n, n + 1), slice(k, k + 1))
+    given = labels[one[0]], classes[one], *(each[one] for each in points)
+    expected, pull_one = jax.vjp(lambda masks: alone(masks, *given), masks[one])  # noqa: B023
+    (by_mask,) = pull_one(tuple(weight[one] for weight in weights))
+    for found, value in zip((*losses, gradient), (*expected, by_mask)):
+      np.testing.assert_allclose(found[one], value * real[n, k], atol=1e-6)
 
 
 def test_the_losses_of_parts_add_up_to_that_of_the_whole(case):

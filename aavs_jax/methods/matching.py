@@ -70,14 +70,16 @@ def match(cost: Float[Array, 'n q k']) -> Int[Array, 'n k']:
 
 
 def sample_targets(
-  targets: Targets, points: Float[Array, 'n k p 2'] | Float[Array, 'n 1 p 2']
+  labels: UInt8[Array, 'n h w'],
+  classes: Int[Array, 'n k'],
+  points: Float[Array, 'n k p 2'] | Float[Array, 'n 1 p 2'],
 ) -> Float[Array, 'n k p']:
   """Target masks at points, bilinear, zeros outside: one set of points a target, or one for all."""
-  n, height, width = targets.labels.shape
-  flat = targets.labels.reshape(n, 1, -1)
+  n, height, width = labels.shape
+  flat = labels.reshape(n, 1, -1)
 
   def weight_inside(index, weight):
-    labels = jnp.take_along_axis(flat, index, axis=-1, mode='clip').astype(jnp.int32)
-    return jnp.where(labels == targets.classes[:, :, None], weight, 0.0)
+    found = jnp.take_along_axis(flat, index, axis=-1, mode='clip').astype(jnp.int32)
+    return jnp.where(found == classes[:, :, None], weight, 0.0)
 
   return sum(weight_inside(*corner) for corner in corners(points, height, width))

@@ -1,13 +1,15 @@
 """The set loss of Mask2Former: matched, point-sampled, on every prediction set."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from aavs_jax.devices.mesh import on_each_device
 from aavs_jax.methods.matching import Targets, match, matching_cost, sample_targets
 from aavs_jax.models.mask_decoder import Outputs, mask_logits
 from aavs_jax.models.sampling import corners, rows_at, sample, sample_rows
@@ -94,12 +96,99 @@ def totals(targets: Targets, queries: int, config: Any) -> Totals:
   return Totals(divisors[:, 0], divisors[:, 1])
 
 
+# That a round of mask_losses has room for, on average. Most frames of AVSBench-semantic have the
+# background and one or two classes; data.max_targets is for the few that have more.
+_TARGETS_A_FRAME = 3
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def mask_losses(
+  config: Any,
+  sampling: str,
+  masks: Float[Array, 'n k h w'],
+  labels: UInt8[Array, 'n y x'],
+  classes: Int[Array, 'n k'],
+  real: Bool[Array, 'n k'],
+  candidates: Float[Array, 'n k o 2'],
+  extra: Float[Array, 'n k r 2'],
+) -> tuple[Float[Array, 'n k'], Float[Array, 'n k']]:
+  """Cross-entropy and dice loss of each target at its points; 0 of what is not real.
+
+  Frames have few targets and room for many, so the real ones of all frames are put first and taken
+  in rounds, as many as there are. The gradients of each loss are computed with it, so that of all
+  the points nothing is kept.
+  """
+  return _losses_and_gradients(config, sampling, masks, labels, classes, real, candidates, extra)[0]
+
+
+def _losses_and_gradients(config, sampling, masks, labels, classes, real, candidates, extra):
+  n, k = real.shape
+  size = n * min(k, _TARGETS_A_FRAME)
+  order = jnp.argsort(~real.ravel())
+  places = jnp.argsort(order)
+  order = jnp.pad(order, (0, -(n * k) % size))
+
+  def one_round(i, found):
+    now = jax.lax.dynamic_slice_in_dim(order, i * size, size)
+
+    def of_these(array):
+      return jnp.take(array.reshape(n * k, 1, *array.shape[2:]), now, axis=0)
+
+    def points_of_these(points):
+      # An axis at a time, or TPUs copy the points into another layout first.
+      return jnp.stack([of_these(position) for position in jnp.unstack(points, axis=-1)], -1)
+
+    masks_now = of_these(masks)
+    points = _loss_points(
+      masks_now, points_of_these(candidates), points_of_these(extra), config, sampling
+    )
+    labels_now = jnp.take(labels, now // k, axis=0)
+    truth = sample_targets(labels_now, of_these(classes), points)
+    losses, pull = jax.vjp(lambda masks: _at_points(masks, points, truth, sampling), masks_now)
+    one, none = jnp.ones((size, 1)), jnp.zeros((size, 1))
+    gradients = (*pull((one, none)), *pull((none, one)))
+    return jax.tree.map(
+      lambda all, some: jax.lax.dynamic_update_slice_in_dim(all, some[:, 0], i * size, 0),
+      found,
+      (losses, gradients),
+    )
+
+  def in_place(found):
+    found = jnp.take(found, places, axis=0).reshape(n, k, *found.shape[1:])
+    return jnp.where(real.reshape(n, k, *[1] * (found.ndim - 2)), found, 0)
+
+  nothing = (jnp.zeros(len(order)),) * 2, (jnp.zeros((len(order), *masks.shape[2:])),) * 2
+  rounds = -(-jnp.sum(real) // size)
+  return jax.tree.map(in_place, jax.lax.fori_loop(0, rounds, one_round, nothing))
+
+
+def _pull_masks(config, sampling, gradients, g):
+  by_masks = sum(each[..., None, None] * gradient for each, gradient in zip(g, gradients))
+  return by_masks, None, None, None, None, None
+
+
+mask_losses.defvjp(_losses_and_gradients, _pull_masks)
+
+
+def _at_points(masks, points, truth, sampling):
+  """Cross-entropy and dice loss of each pair."""
+  logits = _at_own_points(masks, points, sampling)
+  cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)
+  probability = jax.nn.sigmoid(logits)
+  overlap = jnp.sum(probability * truth, -1)
+  dice = 1 - (2 * overlap + 1) / (jnp.sum(probability, -1) + jnp.sum(truth, -1) + 1)
+  return cross_entropy, dice
+
+
+def _at_own_points(masks, points, sampling):
+  return sample(masks[:, :, None], points, sampling)[:, :, 0]
+
+
 def _loss_points(masks, candidates, extra, config, sampling):
   """Points of a pair's loss: the most uncertain candidates and the extra ones. No gradient."""
-  logits = sample(masks[..., None, :, :], candidates, sampling)[..., 0, :]
+  logits = _at_own_points(masks, candidates, sampling)
   kept = candidates.shape[-2] // config.oversample - extra.shape[-2]
   _, index = jax.lax.top_k(-jnp.abs(logits), kept)
-  # An axis at a time: as rows of two, TPUs copy the candidates into another layout first.
   uncertain = jnp.stack(
     [jnp.take_along_axis(candidates[..., axis], index, axis=-1) for axis in range(2)], -1
   )
@@ -148,7 +237,7 @@ def set_loss(
         (class_logits, _mask_logits_at(embeddings, features, draws.matcher, sampling))
       ),
       targets.classes,
-      sample_targets(targets, draws.matcher[:, None]),
+      sample_targets(targets.labels, targets.classes, draws.matcher[:, None]),
       config,
     )
     query = match(cost)
@@ -168,23 +257,14 @@ def set_loss(
   of_matched = jnp.take_along_axis(embeddings, query[..., None], axis=1)  # n k d
   matched = mask_logits(of_matched, features)
   with jax.named_scope('points'):
-    points = _loss_points(
-      jax.lax.stop_gradient(matched), draws.candidates, draws.extra, config, sampling
+    cross_entropy, dice = on_each_device(functools.partial(mask_losses, config, sampling))(
+      matched, targets.labels, targets.classes, real, draws.candidates, draws.extra
     )
-    # Computed again in the backward pass: weights of all points and pixels of every prediction set
-    # would be kept, gigabytes.
-    read = jax.checkpoint(sample, static_argnums=2)
-    logits = read(matched[:, :, None], points, sampling)[:, :, 0]
-    truth = sample_targets(targets, points)
-  cross_entropy = jnp.mean(jax.nn.softplus(logits) - logits * truth, -1)
-  probability = jax.nn.sigmoid(logits)
-  overlap = jnp.sum(probability * truth, -1)
-  dice = 1 - (2 * overlap + 1) / (jnp.sum(probability, -1) + jnp.sum(truth, -1) + 1)
   per_target = totals.targets[:, None]
   return {
     'class': config.class_weight * class_loss,
-    'mask': config.mask_weight * jnp.sum(jnp.where(real, cross_entropy, 0.0) / per_target),
-    'dice': config.dice_weight * jnp.sum(jnp.where(real, dice, 0.0) / per_target),
+    'mask': config.mask_weight * jnp.sum(cross_entropy / per_target),
+    'dice': config.dice_weight * jnp.sum(dice / per_target),
     'query': query,
   }
 
