@@ -12,7 +12,7 @@ make_environment() { # extras, such as "" or "[dev]"
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     "$python" -m venv .venv
   elif [ -n "${PYTHON:-}" ] &&
-    ! grep -q "^version = $("$python" -c 'import platform; print(platform.python_version())')" .venv/pyvenv.cfg; then
+    ! grep -qxF "version = $("$python" -c 'import platform; print(platform.python_version())')" .venv/pyvenv.cfg; then
     echo "making .venv anew, for $("$python" --version) ..."
     "$python" -m venv --clear .venv
   fi

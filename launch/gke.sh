@@ -44,7 +44,7 @@ END
 name=${JOBSET_NAME:-} image=${IMAGE:-} accelerator=${ACCELERATOR:-} topology=${TOPOLOGY:-}
 bucket=${BUCKET:-} service_account=${SERVICE_ACCOUNT:-default} context=${KUBE_CONTEXT:-}
 chips='' worker=0
-steps=()
+steps=() before=''
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
     image | apply | logs | delete) steps+=("$1") ;;
@@ -94,6 +94,16 @@ if has apply; then
   [ $((hosts * chips)) -eq "$total" ] ||
     fail "--chips-per-host is $chips, which does not divide the $total chips of $topology: use 4"
   need_training "$@"
+  for word in "$@"; do
+    # Through the mount hosts do not see each other's locks, and files cannot be appended to.
+    case $word in
+      /gcs/* | --workdir=/gcs/*)
+        [ "$word" = "${word#--workdir=}" ] && [ "$before" != --workdir ] ||
+          fail "the work folder is ${word#--workdir=}: name it as gs://$bucket/${word#*/gcs/}"
+        ;;
+    esac
+    before=$word
+  done
   for word in "$image" "$accelerator" "$bucket" "$service_account" "$@"; do
     case $word in *[[:cntrl:]]*) fail "'$word' has a line break or tab: write it without" ;; esac
   done
@@ -153,14 +163,25 @@ apply() {
 }
 
 logs() {
-  local pods=jobset.sigs.k8s.io/jobset-name=$name
+  local pods=jobset.sigs.k8s.io/jobset-name=$name get phases follow
+  follow=(logs --follow --container=aavs --tail=100)
   if [ "$worker" = all ]; then
-    step "${kubectl[@]}" logs --follow --container=aavs --tail=100 --prefix \
-      --max-log-requests=1000 --selector="$pods"
+    follow+=(--prefix --max-log-requests=1000)
   else
-    step "${kubectl[@]}" logs --follow --container=aavs --tail=100 \
-      --selector="$pods,batch.kubernetes.io/job-completion-index=$worker"
+    pods+=",batch.kubernetes.io/job-completion-index=$worker"
   fi
+  # Of pods that are still to come kubectl follows nothing, and says so or fails.
+  get=("${kubectl[@]}" get pods --selector="$pods" '--output=jsonpath={.items[*].status.phase}')
+  if [ -n "$dry_run" ]; then step "${get[@]}"; fi
+  while [ -z "$dry_run" ]; do
+    phases=$("${get[@]}")
+    case $phases in
+      '' | *Pending*) echo "pods of $name: ${phases:-none} yet, looking again in 10 s" ;;
+      *) break ;;
+    esac
+    sleep 10
+  done
+  step "${kubectl[@]}" "${follow[@]}" --selector="$pods"
 }
 
 delete() {

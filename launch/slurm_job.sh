@@ -18,9 +18,18 @@ export JAX_PLATFORMS=cuda,cpu
 # srun does not take it over from sbatch.
 export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
+patiently() { # a command of Slurm, whose controller may not answer for a while
+  local i
+  for i in 1 5 20 60 0; do
+    "$@" && return
+    sleep $i
+  done
+  return 1
+}
+
 requeue=
 # Near the time limit: SIGTERM to the tasks, not to this script; they save and end.
-trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'requeue=yes; patiently scancel --signal=TERM "$SLURM_JOB_ID" || :' USR1
 # scancel and preemption reach the tasks by themselves; this script waits for them.
 trap : TERM
 
@@ -32,6 +41,6 @@ while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
   wait $! || status=$?
 done
 if [ -n "$requeue" ] && [ "$status" -ne 2 ]; then # 2 is bad input, which stays bad
-  scontrol requeue "$SLURM_JOB_ID"
+  patiently scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

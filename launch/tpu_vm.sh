@@ -126,8 +126,15 @@ wait_until_active() {
     step "${describe[@]}"
     return
   fi
+  local unanswered=0
   while true; do
-    state=$("${describe[@]}")
+    if state=$("${describe[@]}"); then
+      unanswered=0
+    elif [ $((unanswered += 1)) -lt 5 ]; then # for a moment; the queue takes hours
+      state='not known now'
+    else
+      fail "the state of $name cannot be had, see above"
+    fi
     case $state in
       ACTIVE) return ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING)
@@ -164,10 +171,12 @@ install() {
 running='[ -f train.pid ] && grep -qs aavs "/proc/$(cat train.pid)/cmdline"'
 
 run() {
+  # Looked for on all workers before it starts on one: those of different starts do not train together.
   local line="set -e; cd aavs_jax; if $running; then"
-  line+=" echo 'the training runs already: stop it first' >&2; exit 1; fi;"
+  line+=" echo 'the training runs already: stop it first' >&2; exit 1; fi"
+  remote all "$line"
   # Without a TPU that works this ends with an error, instead of training on the CPU.
-  line+=' export JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1;'
+  line='set -e; cd aavs_jax; export JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1;'
   line+=" nohup .venv/bin/aavs train --distributed $(quoted "$@")"
   line+=' >> train.log 2>&1 < /dev/null & echo $! > train.pid'
   remote all "$line"

@@ -28,7 +28,9 @@ TOOLS = (
 # Notes its arguments and its input; answers like a queued resource that is there.
 RECORDER = """#!/bin/bash
 { printf '%s\\0' "${0##*/}" "$@"; printf '\\n'; } >> "$CALLS"
-case $* in *--filename=-*) cat >> "$CALLS.stdin" ;; *describe*) echo ACTIVE ;; esac
+case $* in
+  *--filename=-*) cat >> "$CALLS.stdin" ;; *describe*) echo ACTIVE ;; get*) echo Running ;;
+esac
 """
 TRAINS = 'for _ in {1..400}; do sleep 0.05; done'  # until a signal, but not for ever
 FORBIDDEN = '#!/bin/bash\necho "${0##*/} was called" >&2\nexit 97\n'
@@ -148,7 +150,8 @@ def test_tpu_vm_prints_its_commands(dry_run):
     ['tpu-vm', 'ssh', '--worker=all'],  # copy
     ['tpu-vm', 'ssh', '--worker=all'],  # install
     ['tpu-vm', 'ssh', '--worker=all'],  # data
-    ['tpu-vm', 'ssh', '--worker=all'],  # run
+    ['tpu-vm', 'ssh', '--worker=all'],  # run, which looks whether it runs
+    ['tpu-vm', 'ssh', '--worker=all'],  # and starts it
     ['tpu-vm', 'ssh', '--worker=0'],  # logs
     ['tpu-vm', 'ssh', '--worker=all'],  # stop
   ]
@@ -223,17 +226,19 @@ def test_what_runs_on_a_worker(dry_run, tmp_path):
       ['bash', '-c', line], cwd=tmp_path, capture_output=True, text=True, timeout=30
     )
 
-  run, stop = lines
-  assert on_worker(run).returncode == 0
+  look, run, stop = lines
+  assert on_worker(look).returncode == on_worker(run).returncode == 0
   _wait_for(folder / 'given')
   given = (folder / 'given').read_text().split('\0')[:-1]
   assert given == ['tpu,cpu', 'train', '--distributed', *TRAINING]
-  again = on_worker(run)
+  again = on_worker(look)
   assert again.returncode == 1 and 'stop it first' in again.stderr
   assert on_worker(stop).returncode == 0
   assert (folder / 'saved').exists()
   (folder / 'given').unlink()
-  assert on_worker(run).returncode == 0  # after a stop, the same command
+  assert (
+    on_worker(look).returncode == on_worker(run).returncode == 0
+  )  # after a stop, the same command
   _wait_for(folder / 'given')
   assert on_worker(stop).returncode == 0
   assert (folder / 'train.log').read_text() == 'a line of the log\n' * 2
@@ -312,7 +317,7 @@ def test_the_jobset_trains_with_what_was_given(dry_run):
 
 def test_gke_prints_its_commands(dry_run):
   steps = ('image', 'logs', 'delete')
-  image, push, logs, delete = _commands(
+  image, push, _, logs, delete = _commands(
     dry_run('gke.sh', *steps, '--name', 'aavs', '--image', 'r/a:1', '--context', 'my cluster')
   )
   assert image[:2] == ['docker', 'build'] and image[-1] == str(ROOT) and '--tag=r/a:1' in image
@@ -365,6 +370,16 @@ def test_tpu_vm_runs_what_it_prints(dry_run, tools, tmp_path):
   done = _bash(LAUNCH / 'tpu_vm.sh', *arguments, path=path, CALLS=str(tmp_path / 'calls'))
   assert done.returncode == 0, done.stderr
   assert _calls(tmp_path / 'calls') == _commands(dry_run('tpu_vm.sh', *arguments))
+
+
+def test_a_queue_that_does_not_answer_once_is_asked_again(tools):
+  busy = BUSY.replace('"${0##*/}.busy"', '"$HOME/busy"') + 'echo ACTIVE\n'
+  path = tools(gcloud=busy, sleep='#!/bin/bash\n')
+  done = _bash(LAUNCH / 'tpu_vm.sh', 'wait', *TPU, path=path, HOME=path)
+  assert done.returncode == 0 and 'not known now' in done.stdout
+  path = tools(gcloud='#!/bin/bash\nexit 1\n', sleep='#!/bin/bash\n')
+  done = _bash(LAUNCH / 'tpu_vm.sh', 'wait', *TPU, path=path)
+  assert done.returncode == 2 and 'cannot be had' in done.stderr
 
 
 def test_gke_runs_what_it_prints(dry_run, tools, tmp_path):
@@ -420,6 +435,8 @@ def test_gpu_launchers_run_what_they_print(dry_run, tools, tmp_path, project, sc
     ('gke.sh', ('apply', *GKE[:8]), 'set BUCKET'),
     ('gke.sh', ('apply', *GKE, '--bucket', 'gs://b', '--', *TRAINING), 'name alone'),
     ('gke.sh', ('apply', *GKE, '--topology', '4-4', '--', *TRAINING), '--topology is 4-4'),
+    ('gke.sh', ('apply', *GKE, '--', '--config=a', '--workdir=/gcs/a'), 'as gs://my-bucket/a'),
+    ('gke.sh', ('apply', *GKE, '--', '--config=a', '--workdir', '/gcs/a'), 'as gs://my-bucket/a'),
     ('gke.sh', ('apply', *GKE, '--chips-per-host', '3', '--', *TRAINING), 'the 16 chips of 4x4'),
     ('gke.sh', ('apply', *GKE), 'no --config'),
     ('gke.sh', ('apply', *GKE, '--', *TRAINING, 'two\nlines'), 'line break'),
@@ -498,6 +515,10 @@ def test_a_pod_that_is_taken_away_has_not_finished(tmp_path):
   assert pod.wait(20) == 143 and (tmp_path / 'saved').exists()
 
 
+# As Slurm's controller may be at any moment; the second call succeeds.
+BUSY = '#!/bin/bash\nif [ ! -e "${0##*/}.busy" ]; then : > "${0##*/}.busy"; exit 1; fi\n'
+
+
 @pytest.fixture
 def job(tools, tmp_path):
   """A function that starts the batch script where srun trains until SIGTERM."""
@@ -505,8 +526,8 @@ def job(tools, tmp_path):
   def start(srun):
     path = tools(
       srun=f'#!/bin/bash\necho $$ > pid\nprintf "%s\\0" "$@" > given\n{srun}\n',
-      scancel='#!/bin/bash\necho "$*" > cancelled\nkill -TERM "$(cat pid)"\n',
-      scontrol='#!/bin/bash\necho "$*" > requeued\n',
+      scancel=f'{BUSY}echo "$*" > cancelled\nkill -TERM "$(cat pid)"\n',
+      scontrol=f'{BUSY}echo "$*" > requeued\n',
     )
     return _start(
       'bash', str(LAUNCH / 'slurm_job.sh'), *TRAINING, cwd=tmp_path,

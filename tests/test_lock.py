@@ -1,5 +1,6 @@
 """A work folder is one run's: on a disk by flock, in a bucket by a lease that is renewed."""
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,8 @@ import time
 import pytest
 from etils import epath
 
+from aavs_jax.devices import distributed
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training import lock as lock_lib
 from aavs_jax.training.lock import lock
 
@@ -100,3 +103,46 @@ with lock_lib._lease(path):
   done = subprocess.run([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, timeout=25)
   assert done.returncode == 1 and 'in use by another run, process 8 on other' in done.stderr
   assert json.loads((tmp_path / 'run.lease').read_text())['host'] == 'other'
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_folder_that_a_process_does_not_share_is_refused(shared, tmp_path, monkeypatch):
+  """What process 1 of two finds in it, of which process 0 writes."""
+  if shared:
+    (tmp_path / '.seen-by-all-token').touch()
+  answers = iter([[None, None], ['token', 'other'], [True, shared]])
+  monkeypatch.setattr(distributed, 'is_first', lambda: False)
+  monkeypatch.setattr(distributed, 'gather', lambda _: next(answers))
+  monkeypatch.setattr(lock_lib, '_SHOWN_WITHIN', 0)
+  expected = contextlib.nullcontext()
+  if not shared:
+    expected = pytest.raises(UserError, match='process 1 does not see what process 0 writes')
+  with expected, lock_lib.lock(epath.Path(tmp_path)):
+    pass
+
+
+def test_a_lease_that_is_gone_is_lost_once_others_could_have_had_it(tmp_path):
+  """And one that is half written is not; seen by a process, which this ends."""
+  program = (
+    'import sys, time\n'
+    'from etils import epath\n'
+    'from aavs_jax.training import lock\n'
+    'lock._SETTLED, lock._RENEWED_EVERY, lock._PATIENCE = 0, 0.05, float(sys.argv[2])\n'
+    'with lock._lease(epath.Path(sys.argv[1])):\n'
+    '  path = epath.Path(sys.argv[1]) / "run.lease"\n'
+    '  path.write_text("")\n'
+    '  time.sleep(0.3)\n'
+    '  assert "run" in path.read_text()\n'
+    '  lock._read, read = lambda path: None, lock._read\n'
+    '  time.sleep(0.3)\n'
+    '  print("goes on", flush=True)\n'
+  )
+
+  def run(patience):
+    return subprocess.run(
+      [sys.executable, '-c', program, str(tmp_path), patience], capture_output=True, text=True
+    )
+
+  assert run('60').stdout == 'goes on\n'
+  lost = run('0')
+  assert lost.returncode == 1 and 'in use by another run, process unknown' in lost.stderr

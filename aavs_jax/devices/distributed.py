@@ -20,6 +20,7 @@ from aavs_jax.input_pipeline.errors import UserError
 _PATIENCE = 1800  # seconds between the first and the last process, one of which may compile
 _LAST_WORDS = 10  # seconds for all to say the same error
 _meetings = itertools.count()
+_joined = False  # whether this process has found the others
 _T = TypeVar('_T')
 
 
@@ -55,6 +56,8 @@ def start(where: str) -> None:
       f'{text}: give HOST:PORT,PROCESSES,INDEX with the address of process 0 where JAX cannot know '
       'them'
     ) from error
+  global _joined
+  _joined = True
   signal.signal(signal.SIGINT, interrupt)
   if not is_first():
     sys.stdout = open(os.devnull, 'w', errors='backslashreplace')  # of any name
@@ -111,6 +114,8 @@ def leave(status: int, patience: int = _LAST_WORDS) -> NoReturn:
   """
   sys.stdout.flush()
   sys.stderr.flush()
+  if not _joined:  # on TPUs already to ask how many they are would wait for them
+    os._exit(status)
   try:
     _meet('leaving', patience)
   finally:

@@ -49,8 +49,12 @@ class Profiler:
 
   def _end(self) -> None:
     self._running = False
-    jax.profiler.stop_trace()
-    say(f'  trace written to {self._folder}; open it with XProf or ui.perfetto.dev')
+    try:
+      jax.profiler.stop_trace()
+    except Exception as error:  # of any kind; the training is worth more than its trace
+      say(f'  WARNING: no trace in {self._folder}: {" ".join(str(error).split())[:200]}')
+    else:
+      say(f'  trace written to {self._folder}; open it with XProf or ui.perfetto.dev')
 
   def __exit__(self, *_):
     if self._running:

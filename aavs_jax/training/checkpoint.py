@@ -22,6 +22,9 @@ _CONVERTED = {
   'kind': str, 'source': str, 'vggish': str, 'lacking': [str], 'names': [str], 'unused': [str],
 }  # fmt: skip
 _METRIC = 'miou'
+# Seconds from a save on until all processes have ended theirs. If the disk of one is full, the
+# others wait for so long, deaf to signals, before they end with an error.
+_SAVED_WITHIN = 300
 _REMOVE = 'remove it to go on from the one before, or train again'
 # How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach.
 _PASSING = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED')
@@ -63,7 +66,10 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
     ]
   )
   options = ocp.CheckpointManagerOptions(
-    preservation_policy=policy, best_fn=metric, cleanup_tmp_directories=True
+    preservation_policy=policy,
+    best_fn=metric,
+    cleanup_tmp_directories=True,
+    async_options=ocp.AsyncOptions(timeout_secs=_SAVED_WITHIN),
   )
   # Orbax has all processes meet by a collective, which is not patient.
   distributed.wait_for_all('checkpoints')

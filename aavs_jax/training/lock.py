@@ -15,12 +15,14 @@ from etils import epath
 
 from aavs_jax.console import say
 from aavs_jax.devices import distributed
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import NO_FLOCK
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
 _RENEWED_EVERY = 15
 _PATIENCE = 60
 LOCK = 'run.lock'
+_SHOWN_WITHIN = 60  # network file systems show new files late
 _SETTLED = 3  # two that take a lease at the same moment both see whose was written last
 
 
@@ -34,6 +36,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 
   Raises:
     BlockingIOError: on all processes, another run is in the folder; it names host and process.
+    UserError: on all processes, they do not share the folder.
   """
   with contextlib.ExitStack() as held:
     refusal = None
@@ -46,7 +49,31 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     refusal, *_ = distributed.gather(refusal)
     if refusal:
       raise BlockingIOError(refusal)
+    _require_shared(workdir)
     yield
+
+
+def _require_shared(workdir: epath.Path) -> None:
+  """UserError on all processes if one does not see what the first one writes into the folder.
+
+  Else each would save into a folder of its own, and wait for the others to do the same there.
+  """
+  token, *_ = distributed.gather(secrets.token_hex(8))
+  path = workdir / f'.seen-by-all-{token}'
+  if distributed.is_first():
+    path.touch()
+  distributed.wait_for_all('work folder')
+  end = time.monotonic() + _SHOWN_WITHIN
+  while not (seen := path.exists()) and time.monotonic() < end:
+    time.sleep(1)
+  blind = [index for index, sees in enumerate(distributed.gather(seen)) if not sees]
+  if distributed.is_first():
+    path.unlink()
+  if blind:
+    raise UserError(
+      f'--workdir is {workdir}, in which process {blind[0]} does not see what process 0 writes: '
+      'name a folder that all of them share, such as gs://BUCKET/runs/stage1'
+    )
 
 
 @contextlib.contextmanager
@@ -83,28 +110,34 @@ def _lease(workdir: epath.Path) -> Iterator[None]:
       raise _in_use(workdir, now)
     found = now
   mine = {**_whose(), 'run': secrets.token_hex(8)}
+  renewed = time.monotonic()
 
   def write():
+    nonlocal renewed
     path.write_text(json.dumps({**mine, 'time': time.time()}))
+    renewed = time.monotonic()
 
-  def still_mine():
+  def lost_to():
+    """The run that has taken the lease, if one has."""
     holder = _read(path)
-    return holder is None or holder.get('run') == mine['run']
+    if holder is None:  # another may have come and gone while this one could not renew
+      return {} if time.monotonic() - renewed > _PATIENCE else None
+    return holder if holder.get('run', mine['run']) != mine['run'] else None
 
   write()
   time.sleep(_SETTLED)
-  if not still_mine():
-    raise _in_use(workdir, _read(path))
+  if (other := lost_to()) is not None:
+    raise _in_use(workdir, other)
   ended = threading.Event()
 
   def renew():
     while not ended.wait(_RENEWED_EVERY):
       # A bucket out of reach for a moment is no reason to end.
       with contextlib.suppress(Exception):
-        if not still_mine():
+        if (other := lost_to()) is not None:
           # This process slept for longer than others wait. It must not write one byte more, and
           # a work folder survives the end of its run at any moment.
-          print(f'aavs: {_in_use(workdir, _read(path))}', file=sys.stderr, flush=True)
+          print(f'aavs: {_in_use(workdir, other)}', file=sys.stderr, flush=True)
           os._exit(1)
         write()
 
@@ -124,7 +157,7 @@ def _read(path: epath.Path) -> dict | None:
   except FileNotFoundError:
     return None
   except ValueError:  # written at this moment, or half: somebody's, until _PATIENCE is over
-    return {'host': 'an unknown host', 'pid': 'unknown'}
+    return {'pid': 'unknown'}
 
 
 def _whose() -> dict[str, str | int]:
@@ -132,7 +165,7 @@ def _whose() -> dict[str, str | int]:
 
 
 def _name(holder: dict) -> str:
-  return f'process {holder.get("pid")} on {holder.get("host")}'
+  return f'process {holder.get("pid", "unknown")} on {holder.get("host", "an unknown host")}'
 
 
 def _in_use(workdir: epath.Path, holder: dict) -> BlockingIOError:
