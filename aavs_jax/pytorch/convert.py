@@ -64,6 +64,7 @@ _LACKING = {
   'resnet': (*_NEW_BEHIND_BACKBONE, r'^statistics/backbone/.*/count$'),
   'vggish': (r'^aavs/',),
 }
+UNUSED_TENSORS = 'unused.json'  # beside converted.json: by name, type and numbers
 _OF_MAPS = ('tpavi', 'avsegformer', *BACKBONES)
 # Points of a head on each of the three levels of the pixel decoder; no checkpoint has others.
 _POINTS, _LEVELS = 4, 3
@@ -127,9 +128,15 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     'names': list(tensors),
     'unused': [name for name in tensors if matches(name, _unused_of(kind))],
   }
+  # Of what `export` writes, but for positions, of which there are many and which follow from sizes.
+  unused = {
+    name: (str(tensors[name].dtype), tensors[name].tolist())
+    for name in note['unused']
+    if kind in ('aavs', *maps_names.CONFIGS) and not name.endswith('_index')
+  }
   del tensors
   _say_what_it_is(source, kind, config, params, note['unused'])
-  write_converted(out, config, params, note)
+  write_converted(out, config, params, note, beside={UNUSED_TENSORS: unused})
   return note
 
 
@@ -394,10 +401,16 @@ def export(workdir: str | Path, out: str | Path) -> Path:
     index = relative_position_index(config.model.swin.window)
     for name in [name for name in tensors if name.endswith('.relative_position_bias_table')]:
       tensors[name.replace('_bias_table', '_index')] = index
+    empty_weight = np.ones(config.num_classes + 1, np.float32)  # of the classes in the loss
+    empty_weight[-1] = config.loss.null_weight
+    tensors['model.criterion.empty_weight'] = empty_weight
     names = sorted(tensors, key=released_order)
   _warn_of_what_is_lost(Path(workdir), config, tensors)
   note = checkpoint.converted(workdir)
   if note:
+    if (path := Path(workdir) / UNUSED_TENSORS).exists():
+      kept = files.read_json(path, dict, 'restore it or convert again')
+      tensors |= {name: np.asarray(values, dtype) for name, (dtype, values) in kept.items()}
     names = [name for name in note['names'] if name in tensors]
   torch_files.write_tensors(out, {name: tensors[name] for name in names})
   return out

@@ -111,7 +111,7 @@ LEAVES = {
 # Where PyTorch lists a module among its siblings: after the parent's own parameters, numbers by
 # value, the others in this order.
 _MODULE_ORDER = (
-  'model', 'class_predictor', 'audio_proj', 'pixel_level_module', 'transformer_module',
+  'model', 'class_predictor', 'criterion', 'audio_proj', 'pixel_level_module', 'transformer_module',
   'embeddings', 'patch_embeddings', 'projection', 'reduction', 'norm',
   'input_projections', 'queries_embedder', 'queries_features', 'encoder', 'hidden_states_norms',
   'stage1', 'stage2', 'stage3', 'stage4', 'mask_projection', 'adapter_1', 'layer_1',
@@ -125,7 +125,7 @@ _MODULE_ORDER = (
 )  # fmt: skip
 _PARAMETER_ORDER = (
   'relative_position_bias_table', 'relative_position_index', 'level_embed', 'in_proj_weight',
-  'in_proj_bias', 'weight', 'bias',
+  'in_proj_bias', 'weight', 'bias', 'empty_weight',
 )  # fmt: skip
 
 Flat = dict[str, np.ndarray]
