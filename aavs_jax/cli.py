@@ -643,11 +643,12 @@ def _aot(args) -> None:
   if args.part and (args.fit or args.breakdown):
     raise UserError('--part compiles modules alone: leave out --fit and --breakdown')
   config = config_lib.load(args.config, args.overrides)
-  say(f'compiling {args.config} in {config.dtype} for {args.topology}')
+  say(f'compiling {" ".join([args.config, *args.overrides])} for {args.topology}')
+  what = {'config': args.config, 'overrides': args.overrides}
   if args.part:
     found = parts(config, args.topology, args.part, args.batch_per_chip, progress=say)
     if args.json:
-      write_json(args.json, {'config': args.config, 'part': args.part, 'calls': found})
+      write_json(args.json, {**what, 'part': args.part, 'calls': found})
     return
   result = aot(config, args.topology, args.batch_per_chip, fit=args.fit, progress=say)
   say(format_report(result))
@@ -655,7 +656,7 @@ def _aot(args) -> None:
     for name in ('train', 'predict'):
       say(f'{name}, by part\n{format_breakdown(result[name]["parts"])}')
   if args.json:
-    write_json(args.json, {'config': args.config, **result})
+    write_json(args.json, {**what, **result})
 
 
 def _selftest_arguments(sub) -> None:

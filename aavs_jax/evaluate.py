@@ -77,6 +77,7 @@ def evaluate(
     masks.refuse_data_set(maps)
   if distributed.is_first():
     files.require_place(out)
+    files.require_place(tables_file)
   config, variables, step = load_trained(workdir)
   if given and not config.use_prior:
     raise UserError(f'{given[0]} is given, but the model of {workdir} takes no prior: leave it out')

@@ -109,6 +109,15 @@ def test_without_the_peer_one_sentence_says_how_to_get_it(monkeypatch, capsys):
   assert 'transformers' in error and "'.[peer]'" in error and '\n' not in error
 
 
+def test_the_peer_stands_beside_its_like(capsys):
+  command = ['bench', 'predict', '--config', 'tests/small_maps.py:tpavi', '--peer']
+  assert cli.main(command) == 2
+  assert 'the config is of tpavi' in capsys.readouterr().err
+  bench.require_one(1)
+  with pytest.raises(UserError, match='JAX sees 8 devices, and the peer runs on one'):
+    bench.require_one(8)
+
+
 def test_the_peer_has_the_sizes_of_the_config():
   pytest.importorskip('torch')
   pytest.importorskip('transformers')

@@ -117,6 +117,11 @@ def test_other_files_are_refused(capsys, tmp_path, fault):
   assert str(path) in refusal(capsys, STAGE1, path)
 
 
+def test_a_recording_with_nothing_to_compare_is_refused(capsys, tmp_path):
+  np.savez(tmp_path / 'file.npz', **{'binary/scores': np.zeros(3)})
+  assert 'nothing to compare' in refusal(capsys, tmp_path / 'file.npz')
+
+
 @pytest.mark.parametrize(
   ('key', 'change', 'words'),
   [

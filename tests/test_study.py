@@ -182,6 +182,14 @@ def test_one_stage_takes_no_prior_of_any_kind():
   config_lib.check(single)
 
 
+def test_one_stage_is_chosen_among_as_many_as_the_stages_are():
+  config = quickstart.get_config()
+  assert study._end_to_end(config.stage1, config.stage2).train.eval_every_steps == 240
+  config.stage1.train.eval_every_steps = config.stage1.train.steps  # at the end alone, as stage 2
+  single = study._end_to_end(config.stage1, config.stage2)
+  assert single.train.eval_every_steps == single.train.steps == 600
+
+
 @pytest.mark.parametrize('of', ['workdir', 'data'])
 def test_studies_are_not_in_buckets(of, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
@@ -341,8 +349,15 @@ def test_classes_are_those_of_the_data(given, counted, tmp_path, data_root, monk
   monkeypatch.setattr(study, '_run_seed', lambda *_: results)
   monkeypatch.setattr(study, 'write_report', lambda *_: tmp_path / 'report.html')
   monkeypatch.setattr(comparison, 'compare', lambda _: table)
+  monkeypatch.setattr(study.listening, 'other_sounds', lambda _: None)  # of a lone clip
   study.run_study(config, tmp_path / 'run', data=data_root if given else '')
   assert list(json.loads((tmp_path / 'run' / 'comparison.json').read_text())) == [counted]
+
+
+def test_what_cannot_be_evaluated_is_found_before_training(data_root, tmp_path, monkeypatch):
+  monkeypatch.setattr(study, '_run_seed', None)
+  with pytest.raises(UserError, match='subset v2 has one clip'):
+    study.run_study(quickstart.get_config(), tmp_path / 'run', data=data_root)
 
 
 def test_methods_are_compared_in_their_own_way():

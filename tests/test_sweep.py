@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from aavs_jax import cli
+from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.perf import bench, peer, sweep
 from tests import tiny
 
@@ -69,6 +70,15 @@ def test_each_case_is_measured_and_one_that_fails_is_noted(measured, tmp_path):
   assert 'RESOURCE_EXHAUSTED' in table and 'no time' not in table
   assert '| 199.00 | 99.5% | 5 | AAVS/decoder, backward |' in table
   assert '| 1.00 | 0.5% | 2 | 1 more |' in table
+
+
+def test_what_cannot_be_is_refused_before_it_is_measured(measured, tmp_path):
+  with pytest.raises(UserError, match='--stage1 is of the semantic task of aavs'):
+    sweep.sweep(tmp_path, {1: CONFIGS[2], 2: CONFIGS[2]}, 5)
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match=r'sweep\.json cannot be written'):
+    sweep.sweep(tmp_path / 'file', CONFIGS, 5)
+  assert not measured
 
 
 def test_no_measurement_begins_that_would_end_too_late(measured, monkeypatch, tmp_path):

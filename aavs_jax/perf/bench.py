@@ -230,6 +230,7 @@ def _compile_both(
     lambda event, **_: event == '/jax/compilation_cache/cache_hits' and hits.append(event)
   )
   batch = place(config, frames)
+  jax.random.key(config.seed)  # compiled here, so that what is kept of a step is the step
   result = {}
   for what in TITLES:
     hits.clear()
@@ -240,6 +241,20 @@ def _compile_both(
       'kept': bool(hits),
     }
   return result
+
+
+def where() -> tuple[str, str, int]:
+  """Platform and kind of the devices, and how many there are."""
+  return jax.default_backend(), jax.devices()[0].device_kind, jax.device_count()
+
+
+def require_one(devices: int) -> None:
+  """UserError for several devices: PyTorch's model beside ours runs on one."""
+  if devices > 1:
+    raise UserError(
+      f'JAX sees {devices} devices, and the peer runs on one: set CUDA_VISIBLE_DEVICES=0, or '
+      'JAX_NUM_CPU_DEVICES=1 on a CPU'
+    )
 
 
 def in_child(function: Callable[..., _T], *arguments: Any) -> _T:
@@ -279,10 +294,13 @@ def beside_peer(
   Raises:
     UserError: the peer is not installed, cannot run where JAX does, or a process died.
   """
+  if config.method != 'aavs':
+    raise UserError(f'--peer has the sizes of aavs, and the config is of {config.method}')
   peer.require()
   batch = random_batch(config, frames)
   # Started as a measurement is, since asking here would take the device.
-  platform = in_child(jax.default_backend)
+  platform, _, count = in_child(where)
+  require_one(count)
   device = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}.get(platform)
   if not device:
     raise UserError(f'--peer: JAX runs on {platform}, where PyTorch does not; use a CPU or GPU')

@@ -100,11 +100,24 @@ def sweep(
   Returns:
     device, jax, 'rows': a Case as a dictionary with what `bench.bench` or `peer.measure` tells, or
     'error'; 'kernels', see `kernels`; 'left': how many measurements there was no time for.
+
+  Raises:
+    UserError: a config is of another stage or method, OUT cannot be written, or JAX sees several
+      devices and the peer is installed.
   """
   end = time.monotonic() + 60 * minutes
-  platform, device = bench.in_child(_device)
+  for stage, task in ((1, 'binary'), (2, 'semantic')):
+    if (configs[stage].method, configs[stage].task) != ('aavs', task):
+      raise UserError(
+        f'--stage{stage} is of the {configs[stage].task} task of {configs[stage].method}: give the '
+        f"config of aavs's stage {stage}"
+      )
+  files.require_place(Path(out) / 'sweep.json')
+  platform, device, count = bench.in_child(bench.where)
   kind = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}.get(platform)
   modes = _peer_modes(kind, progress)
+  if modes:
+    bench.require_one(count)
   result = {'device': device, 'jax': jax.__version__, 'rows': [], 'kernels': {}, 'left': 0}
   longest = 0.0
 
@@ -140,10 +153,6 @@ def sweep(
     files.write_json(Path(out) / 'sweep.json', result)
   files.write_json(Path(out) / 'sweep.json', result)
   return result
-
-
-def _device() -> tuple[str, str]:
-  return jax.default_backend(), jax.devices()[0].device_kind
 
 
 def _peer_modes(kind: str | None, progress: Callable[[str], None]) -> dict[str, str]:

@@ -130,6 +130,8 @@ def selftest(files: Sequence[str | Path] = ()) -> bool:
       say(f'\n{format_table(table)}')
       judged += sum(row.tolerance is not None for row in table.rows)
       missed += sum(not row.passes for row in table.rows)
+  if not judged:
+    raise UserError(f'{files[0]} holds nothing to compare with: name a whole recording')
   say(f'\n{judged - missed} of {judged} quantities are within tolerance')
   return not missed
 
@@ -480,8 +482,8 @@ def compare_metrics(arrays: Arrays) -> Iterator[Table]:
         found |= {prefix + name: overall[name] for name in overall if prefix + name in arrays}
   inputs = ('scores', 'pred', 'target')
   wanted = {key: value for key, value in arrays.items() if not key.endswith(inputs)}
-  errors = compare(found, wanted, largest_difference)
-  yield Table(f'{arrays.path.name}, on the host', [worst('metrics', errors)])
+  if errors := compare(found, wanted, largest_difference):
+    yield Table(f'{arrays.path.name}, on the host', [worst('metrics', errors)])
 
 
 def _unmatched(recording: Recording, prefix: str, query: np.ndarray) -> float:

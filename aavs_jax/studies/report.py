@@ -66,6 +66,8 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     raise UserError(
       f'{workdir} holds none of {", ".join(sorted(parts))}: give the workdir of a run, or a new one'
     )
+  out = Path(out) if out is not None else workdir / 'report.html'
+  files.require_place(out)
   read_index(str(data_root), 'test')
   evaluations = {name: _read_json(workdir / 'eval' / f'{name}.json', SHAPE) for name in EVALUATIONS}
   run = _Run(workdir, data_root, evaluations, _commands(workdir, data_root))
@@ -80,7 +82,6 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     _clips(run),
     html.section('Configurations', ''.join(_config(run, stage) for stage in _STAGES)),
   ]
-  out = workdir / 'report.html' if out is None else Path(out)
   files.write_text(out, html.page(title, ''.join(body)))
   return out
 

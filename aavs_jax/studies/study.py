@@ -13,7 +13,7 @@ from aavs_jax.configs import base
 from aavs_jax.console import Progress, duration, say
 from aavs_jax.cross_fit import cross_fit
 from aavs_jax.hearing import hear
-from aavs_jax.input_pipeline import files, prepared
+from aavs_jax.input_pipeline import files, listening, prepared
 from aavs_jax.input_pipeline.compose.dataset import compose
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index, require_classes
@@ -149,6 +149,8 @@ def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> lis
     _make_clips(config, data)
   index = read_index(data)  # checked now, not after stage 1
   require_classes(index)
+  # The other sounds that stage 1 is evaluated with.
+  listening.other_sounds(read_index(data, 'test', config.stage1.data.subsets))
   prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
@@ -256,6 +258,8 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
   single.train.trainable = stage1.train.trainable  # those of stage 2 may name keys of the prior
   single.train.epochs = stage1.train.epochs + stage2.train.epochs
   single.train.steps = stage1.train.steps + stage2.train.steps
+  if all(stage.train.eval_every_steps == stage.train.steps for stage in (stage1, stage2)):
+    single.train.eval_every_steps = single.train.steps  # chosen at the end alone, as they are
   return single
 
 
