@@ -60,6 +60,12 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
     check(stages.stage2)
   for stages in (config, *config.others.values()):
     _require_pair(stages.stage1, stages.stage2)
+  for name in ('stage1', 'stage2', 'looks', 'robust'):
+    stage = config[name]
+    if stage is not None and stage.seed:
+      raise UserError(f'config.{name}.seed is {stage.seed}: in a study set config.seeds')
+    if stage is not None:
+      require_no_data(stage, f'config.{name}')
   soft = config.stage2.prior.soft
   if config.robust is not None and config.robust.prior.soft != soft:
     raise UserError(
@@ -93,6 +99,16 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
       f'config.seeds is {config.seeds}: give whole numbers from 0 to below 2**32, such as (0,)'
     )
   return config
+
+
+def require_no_data(config: ml_collections.ConfigDict, name: str = 'config') -> None:
+  """UserError for data or masks in the config of a stage of several, which get theirs."""
+  for key in ('root', 'masks'):
+    if config.data[key]:
+      raise UserError(
+        f'{name}.data.{key} is {config.data[key]!r}, which would be overwritten: the data set is '
+        "--data, and masks are those of the study's own stage 1"
+      )
 
 
 def _require_pair(stage1: ml_collections.ConfigDict, stage2: ml_collections.ConfigDict) -> None:

@@ -57,6 +57,13 @@ def test_one_stage_needs_stages_whose_frames_add_up(change):
     config_lib.load_study(path, [*overrides, '--config.end_to_end=True'])
 
 
+@pytest.mark.parametrize('change', ['seed=9', 'data.root=data', 'data.masks=masks'])
+def test_what_a_study_sets_itself_is_not_set(change):
+  path = f'{configs.__path__[0]}/quickstart.py'
+  with pytest.raises(UserError, match=rf'config\.stage2\.{change.split("=")[0]} is '):
+    config_lib.load_study(path, [f'--config.stage2.{change}'])
+
+
 def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'stage1').mkdir(parents=True)

@@ -81,6 +81,7 @@ def table2(
   origin, stage1, stage2 = (
     config_lib.load(f'{folder / file}.py{variant}', overrides) for file in CONFIGS[name]
   )
+  config_lib.require_no_data(stage2)
   if not stage2.train.init:
     require_same_meaning(
       stage2, stage1, 'stage 1, its start without --config.train.init,', methods.of(stage2).same
