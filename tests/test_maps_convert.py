@@ -31,6 +31,8 @@ def released(config, seed=0):
     value = np.full((), 7, np.int32) if path.endswith('/count') else None
     if value is None:
       value = rng.standard_normal(leaf.shape, np.float32)
+    if path.startswith('statistics/'):
+      value = abs(value)  # a variance below 0 makes no scores
     if config.method == 'avsegformer' or not path.startswith('vggish/'):
       tensors[name_of(path)] = np.array(to_released_layout(path, value), order='C')
   return tensors

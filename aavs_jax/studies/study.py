@@ -149,9 +149,9 @@ def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> lis
     _make_clips(config, data)
   index = read_index(data)  # checked now, not after stage 1
   require_classes(index)
+  prepared.require_files(index)  # the report shows them
   # The other sounds that stage 1 is evaluated with.
   listening.other_sounds(read_index(data, 'test', config.stage1.data.subsets))
-  prepared.require_files(index)  # the report shows them
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}
   results = [_run_seed(config, folder, data, seed) for seed, folder in folders.items()]
