@@ -61,11 +61,11 @@ def load_study(path: str, overrides: Sequence[str] = ()) -> ml_collections.Confi
   for stages in (config, *config.others.values()):
     _require_pair(stages.stage1, stages.stage2)
   for name in ('stage1', 'stage2', 'looks', 'robust'):
-    stage = config[name]
-    if stage is not None and stage.seed:
+    if (stage := config[name]) is None:
+      continue
+    require_no_data(stage, f'config.{name}')
+    if stage.seed:
       raise UserError(f'config.{name}.seed is {stage.seed}: in a study set config.seeds')
-    if stage is not None:
-      require_no_data(stage, f'config.{name}')
   soft = config.stage2.prior.soft
   if config.robust is not None and config.robust.prior.soft != soft:
     raise UserError(

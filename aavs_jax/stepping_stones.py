@@ -19,7 +19,6 @@ from aavs_jax import config as config_lib
 from aavs_jax import evaluate, hand_over
 from aavs_jax.console import say
 from aavs_jax.cross_fit import cross_fit
-from aavs_jax.input_pipeline import listening
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.masks import source_digest
 from aavs_jax.train import train
@@ -72,9 +71,6 @@ def stepping_stones(
   stage1, stage2 = (stage.copy_and_resolve_references() for stage in (stage1, stage2))
   stage1.seed = stage2.seed = seed
   stage1.data.root = stage2.data.root = data
-
-  # What cannot be evaluated shows now, and not after both stages.
-  listening.other_sounds(read_index(data, 'test', stage1.data.subsets))
 
   say(f'[3] stage 1: where the sound comes from (seed {seed})')
   train(stage1, folder / 'stage1')

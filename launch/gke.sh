@@ -44,7 +44,7 @@ END
 name=${JOBSET_NAME:-} image=${IMAGE:-} accelerator=${ACCELERATOR:-} topology=${TOPOLOGY:-}
 bucket=${BUCKET:-} service_account=${SERVICE_ACCOUNT:-default} context=${KUBE_CONTEXT:-}
 chips='' worker=0
-steps=() before=''
+steps=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
   case $1 in
     image | apply | logs | delete) steps+=("$1") ;;
@@ -94,16 +94,10 @@ if has apply; then
   [ $((hosts * chips)) -eq "$total" ] ||
     fail "--chips-per-host is $chips, which does not divide the $total chips of $topology: use 4"
   need_training "$@"
-  for word in "$@"; do
-    # Through the mount hosts do not see each other's locks, and files cannot be appended to.
-    case $word in
-      /gcs/* | --workdir=/gcs/*)
-        [ "$word" = "${word#--workdir=}" ] && [ "$before" != --workdir ] ||
-          fail "the work folder is ${word#--workdir=}: name it as gs://$bucket/${word#*/gcs/}"
-        ;;
-    esac
-    before=$word
-  done
+  # Through the mount hosts do not see each other's locks, and files cannot be appended to.
+  case $workdir in
+    /gcs/*) fail "the work folder is $workdir: name it as gs://$bucket/${workdir#/gcs/}" ;;
+  esac
   for word in "$image" "$accelerator" "$bucket" "$service_account" "$@"; do
     case $word in *[[:cntrl:]]*) fail "'$word' has a line break or tab: write it without" ;; esac
   done

@@ -20,13 +20,16 @@ need_number() { # value, flag, example
   esac
 }
 
-need_training() { # what follows --
-  local word config='' workdir=''
+need_training() { # what follows --; leaves its work folder in $workdir
+  local word before='' config=''
+  workdir=''
   for word in "$@"; do
+    if [ "$before" = --workdir ]; then workdir=$word; fi
     case $word in
       --config | --config=*) config=given ;;
-      --workdir | --workdir=*) workdir=given ;;
+      --workdir=*) workdir=${word#*=} ;;
     esac
+    before=$word
   done
   [ -n "$config" ] ||
     fail "no --config after --: name what to train, such as -- --config configs/avss_stage1.py"

@@ -133,7 +133,7 @@ def test_a_lease_that_is_gone_is_lost_once_others_could_have_had_it(tmp_path):
     '  path.write_text("")\n'
     '  time.sleep(0.3)\n'
     '  assert "run" in path.read_text()\n'
-    '  lock._read, read = lambda path: None, lock._read\n'
+    '  lock._read = lambda path: None\n'
     '  time.sleep(0.3)\n'
     '  print("goes on", flush=True)\n'
   )

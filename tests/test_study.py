@@ -219,15 +219,6 @@ def test_soft_masks_of_methods_without_are_refused_before_training(data_root, tm
     cross_fit.cross_fit(config, tmp_path / 'w', data=data_root, out=tmp_path / 'm', soft=True)
 
 
-def test_a_test_clip_alone_in_its_subset_shows_before_training(data_root, tmp_path, monkeypatch):
-  clips = read_index(data_root, 'test', ('v1s',))[:1]
-  monkeypatch.setattr(stepping_stones, 'read_index', lambda *_: clips)
-  stages = quickstart.get_config()
-  with pytest.raises(UserError, match='subset v1s has one clip'):
-    stepping_stones.stepping_stones(stages.stage1, stages.stage2, tmp_path, data='d', seed=0)
-  assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 def test_a_study_runs_end_to_end_and_is_not_repeated(tmp_path):
   config = quickstart.get_config()

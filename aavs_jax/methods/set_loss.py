@@ -115,8 +115,8 @@ def mask_losses(
   """Cross-entropy and dice loss of each target at its points; 0 of what is not real.
 
   Frames have few targets and room for many, so the real ones of all frames are put first and taken
-  in rounds, as many as there are. The gradients of each loss are computed with it, so that of all
-  the points nothing is kept.
+  in rounds, as many as there are. The gradients of each loss, by the masks alone, are computed with
+  it, so that of all the points nothing is kept.
   """
   return _losses_and_gradients(config, sampling, masks, labels, classes, real, candidates, extra)[0]
 
@@ -148,7 +148,7 @@ def _losses_and_gradients(config, sampling, masks, labels, classes, real, candid
     one, none = jnp.ones((size, 1)), jnp.zeros((size, 1))
     gradients = (*pull((one, none)), *pull((none, one)))
     return jax.tree.map(
-      lambda all, some: jax.lax.dynamic_update_slice_in_dim(all, some[:, 0], i * size, 0),
+      lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part[:, 0], i * size, 0),
       found,
       (losses, gradients),
     )

@@ -136,7 +136,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
   }
   del tensors
   _say_what_it_is(source, kind, config, params, note['unused'])
-  write_converted(out, config, params, note, beside={UNUSED_TENSORS: unused})
+  write_converted(out, config, params, note, beside={UNUSED_TENSORS: unused} if unused else None)
   return note
 
 

@@ -150,7 +150,7 @@ def _run_one(config: ml_collections.ConfigDict, workdir: Path, data: str) -> lis
   index = read_index(data)  # checked now, not after stage 1
   require_classes(index)
   prepared.require_files(index)  # the report shows them
-  # The other sounds that stage 1 is evaluated with.
+  # With which stage 1 is evaluated: what cannot be shows now, and not after both stages.
   listening.other_sounds(read_index(data, 'test', config.stage1.data.subsets))
   alone = len(config.seeds) == 1
   folders = {seed: workdir if alone else workdir / f'seed{seed}' for seed in config.seeds}

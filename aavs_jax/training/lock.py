@@ -58,7 +58,9 @@ def _require_shared(workdir: epath.Path) -> None:
 
   Else each would save into a folder of its own, and wait for the others to do the same there.
   """
-  token, *_ = distributed.gather(secrets.token_hex(8))
+  token, *others = distributed.gather(secrets.token_hex(8))
+  if not others:
+    return
   path = workdir / f'.seen-by-all-{token}'
   if distributed.is_first():
     path.touch()
