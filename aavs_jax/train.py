@@ -5,7 +5,7 @@ import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -141,15 +141,16 @@ class _Run:
     self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
     # Whether a phase is still to begin, for which alone a start is needed.
     begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
-    given = work_folder.load_start(config, self.method, needed=begins)
+    given = work_folder.load_start(config, method, needed=begins)
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     if latest is not None:
       work_folder.keep_config(workdir, config)
-    first, lacking = {}, []
+    first, lacking, shapes = {}, [], None
     if begins:
-      first, lacking = start.first(config, self.method, self.mesh, self.key, given)
+      first, lacking, shapes = start.first(
+        config, method, mesh, self.key, given, goes_on=latest is not None
+      )
     del given
-    shapes = jax.eval_shape(lambda: first) if begins else None
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
@@ -180,6 +181,7 @@ class _Run:
       self.writer.write('data', step=0, bad_clips=len(self.clips.bad))
     self._predictor = Predictor(self.method)
     self._compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
+    self._counting, self._work = ThreadPoolExecutor(1), []  # FLOPs of each step since the last row
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
     self._watch = Watch([clip.uid for clip in self.clips.train], self.manager, workdir)
 
@@ -208,24 +210,25 @@ class _Run:
     if (self.phase, len(clips)) not in self._compiled:
       self._compiled[self.phase, len(clips)] = self._compile(batch)
     run, work = self._compiled[self.phase, len(clips)]
+    self._work.append(work)
     with jax.profiler.StepTraceAnnotation('train', step_num=self.step):
       self.state, metrics = run(self.state, batch, self.key)
     self.step += 1
     self.clock.frames += len(batch['weight'])
-    self.clock.flops += work
     self._watch.add(self.step, clips, metrics)
     return metrics
 
-  def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], int]:
+  def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], Future[int]]:
     """The compiled step, and the FLOPs of the model in one run of it."""
+    phase = self.phase_of(self.phase)
     with self.clock.paused(), jax.set_mesh(self.mesh):
       started = time.monotonic()
       say(f'  compiling the training step for {len(batch["weight"])} frames ...')
-      lowered = self.phase_of(self.phase).step.lower(self.state, batch, self.key)
-      with ThreadPoolExecutor(1) as pool:
-        compiling = pool.submit(lowered.compile)
-        work = flops.step_flops(self.config, self.state, batch)  # seconds of Python
-      compiled = compiling.result()
+      lowered = phase.step.lower(self.state, batch, self.key)
+      # Seconds of Python, for which no step has to wait.
+      shapes = jax.eval_shape(lambda: batch)
+      work = self._counting.submit(flops.step_flops, self.config, phase.abstract, shapes)
+      compiled = lowered.compile()
       say(f'  compiled in {duration(time.monotonic() - started)}')
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work
@@ -251,6 +254,8 @@ class _Run:
     count = last if self.method.goes_on else self.plan.step_of_phase(last)
     values = {name: float(value) for name, value in metrics.items()}
     self._watch.look()
+    self.clock.flops = sum(work.result() for work in self._work)
+    self._work.clear()
     pace = self.clock.read(self.step, self.plan.total, self.plan.validations(self.step))
     row = {
       **self._place(),

@@ -70,17 +70,18 @@ def test_what_a_start_lacks_is_drawn_and_the_model_traced_once():
 
   method = types.SimpleNamespace(init=init, of_stage=('lacking',), late=(), goes_on=False)
   key, mesh = jax.random.key(0), make_mesh()
-  flat, lacking = first(config, method, mesh, key, {'given': np.ones(3)})
+  flat, lacking, _ = first(config, method, mesh, key, {'given': np.ones(3)})
   assert lacking == ['lacking'] and len(traced) == 1
   np.testing.assert_array_equal(flat['given'], 1)
   np.testing.assert_allclose(flat['lacking'], normal(jax.random.split(key)[1], (2,)), rtol=1e-5)
-  flat, lacking = first(config, method, mesh, key, {'given': np.ones(3), 'lacking': np.ones(2)})
+  flat, lacking, _ = first(config, method, mesh, key, {'given': np.ones(3), 'lacking': np.ones(2)})
   assert lacking == [] and len(traced) == 2
   np.testing.assert_array_equal(flat['lacking'], 1)
 
 
 def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
   config = quick_stage1.get_config()
+  config.train.phase2_epoch = 1
 
   def init(key):
     drawn = {'adapter': {'down': normal(key, (2,)), 'bias': jnp.zeros(1)}, 'rest': jnp.ones(3)}
@@ -89,12 +90,16 @@ def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
   method = types.SimpleNamespace(init=init, of_stage=(), late=('^adapter/',), goes_on=False)
   zero = {'adapter/down': np.zeros(2), 'adapter/bias': np.zeros(1), 'rest': np.full(3, 2)}
   begin = functools.partial(first, config, method, make_mesh(), jax.random.key(0))
-  flat, lacking = begin(zero)
+  flat, lacking, shapes = begin(zero)
   assert lacking == ['adapter/bias', 'adapter/down']
   assert flat['adapter/down'].all()
   np.testing.assert_array_equal(flat['rest'], 2)
+  for given in (zero, None):  # past step 0 nothing else is drawn, and that with the same bits
+    later, _, same = begin(given, goes_on=True)
+    assert later.keys() == {'adapter/down', 'adapter/bias'} and same == shapes
+    np.testing.assert_array_equal(later['adapter/down'], flat['adapter/down'])
   learnt = {**zero, 'adapter/bias': np.ones(1)}
-  flat, lacking = begin(learnt)
+  flat, lacking, _ = begin(learnt)
   assert lacking == [] and not flat['adapter/down'].any()
   method.goes_on = True  # nothing is zero in its first phase
   assert begin(zero)[1] == []

@@ -13,7 +13,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-  """Notes SIGTERM and SIGINT, so that the loop can save and end; a second one ends at once.
+  """Notes SIGTERM and SIGINT, so that the loop can save and end; Ctrl-C after that ends at once.
+
+  A second SIGTERM does not: of those who send it to a group of processes some hand it on as well.
 
   Of several processes each may get a signal at another moment, or only one of them; JAX's
   preemption service, which then has the handler of SIGTERM and is told of SIGINT as well, agrees
@@ -49,7 +51,9 @@ class StopSignal:
 
   def _note(self, number, frame):
     if self.received:
-      raise KeyboardInterrupt
+      if number == signal.SIGINT:
+        raise KeyboardInterrupt
+      return
     self.received = number
     if self._several:
       signal.raise_signal(signal.SIGTERM)

@@ -16,8 +16,7 @@ from aavs_jax import config as config_lib
 from aavs_jax.devices.mesh import compiled_to_run_once, state_sharding
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
-from aavs_jax.training import checkpoint
-from aavs_jax.training.phases import placed
+from aavs_jax.training import checkpoint, phases
 from aavs_jax.training.state import Flat, flatten, matches
 
 BACKBONES = ('pvt_v2', 'resnet')  # kinds of converted folders that hold a backbone and VGGish alone
@@ -96,9 +95,14 @@ def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:
 
 
 def first(
-  config: ml_collections.ConfigDict, method: Method, mesh: Mesh, key: jax.Array, given: Flat | None
-) -> tuple[Flat, list[str]]:
-  """The numbers of step 0, where they will be, and the paths that `given` does not fill.
+  config: ml_collections.ConfigDict,
+  method: Method,
+  mesh: Mesh,
+  key: jax.Array,
+  given: Flat | None,
+  goes_on: bool = False,
+) -> tuple[Flat, list[str], Flat]:
+  """The numbers of step 0, where they will be.
 
   Args:
     config: names the start.
@@ -106,23 +110,32 @@ def first(
     mesh: of the training.
     key: of what is initialised.
     given: what the start holds, see load_start, or None.
+    goes_on: whether the run is past step 0: those alone with which a later phase begins.
+
+  Returns:
+    The numbers, the paths of them that `given` does not fill, and the shapes of all of the model.
 
   Raises:
     UserError: it does not fit, see fill.
   """
   # Traced once: of a large model that takes seconds.
   drawn, shapes = jax.make_jaxpr(lambda key: flatten(method.init(key)), return_shape=True)(key)
-  places = state_sharding(mesh, shapes)
+  wanted = shapes
+  if goes_on:
+    wanted = phases.needed_later(config, method, shapes)
+    given = given and {path: value for path, value in given.items() if path in wanted}
+  places = state_sharding(mesh, wanted)
   lacks = list(start_lacks(config))
   waited = [path for path in given or () if matches(path, method.late) and not method.goes_on]
   if waited and not any(given[path].any() for path in waited):
     # A start of phase 1. With zeros on both sides of its relu an adapter would never learn.
     given = {path: value for path, value in given.items() if path not in waited}
     lacks += [f'^{re.escape(path)}$' for path in waited]
-  found, lacking = fill(jax.tree.map(placed, shapes, places), given, method.of_stage, lacks)
-  draw = shapes if given is None else lacking
+  placed = jax.tree.map(phases.placed, wanted, places)
+  found, lacking = fill(placed, given, method.of_stage, lacks)
+  draw = wanted if given is None else lacking
   if not draw:
-    return found, lacking
+    return found, lacking, shapes
   only = lambda flat: {path: flat[path] for path in draw}  # noqa: E731
 
   def fresh_of(key):
@@ -130,7 +143,7 @@ def first(
 
   # Created in their places: no device holds more than its part of the model.
   fresh = jax.jit(fresh_of, out_shardings=only(places), compiler_options=compiled_to_run_once(mesh))
-  return {**found, **fresh(key)}, lacking
+  return {**found, **fresh(key)}, lacking, shapes
 
 
 def fill(

@@ -260,7 +260,7 @@ def announce(
       f'  WARNING: {frozen:.2f} M parameters stay at their random initialisation, since '
       'config.train.init names no start'
     )
-  if lacking:
+  if lacking and not step:
     others = sorted(state.flat.keys() - set(lacking))
     say(f'  not in {config.train.init}, so initialised anew: {in_groups(lacking, others)}')
   if step:
