@@ -35,6 +35,27 @@ def test_gradients_of_the_convolution_by_finite_differences(float64):
 
 
 @pytest.mark.parametrize('shape', [(2, 4, 5, 3), (2, 1, 1, 3), (1, 2, 7, 4)])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_form_for_tpus_is_the_same_convolution(shape, dtype, monkeypatch):
+  """So are its gradients; in bfloat16 rounded once."""
+  rng = np.random.default_rng(0)
+  arrays = rng.standard_normal(shape), rng.standard_normal((3, 3, shape[-1], 2))
+  arrays = [jnp.asarray(a, dtype) for a in (*arrays, rng.standard_normal((*shape[:3], 2)))]
+
+  def results(arrays):
+    *inputs, towards = arrays
+    value, pull = jax.vjp(convolve, *inputs)
+    return [value, *pull(towards)]
+
+  exact = results([a.astype(jnp.float32) for a in arrays])
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *a, tpu, default: tpu(*a))
+  for a, b in zip(results(arrays), exact):
+    assert a.dtype == dtype
+    rtol = 1e-5 if dtype == 'float32' else 2**-8
+    np.testing.assert_allclose(a.astype(np.float32), b, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(2, 4, 5, 3), (2, 1, 1, 3), (1, 2, 7, 4)])
 def test_depthwise_is_the_grouped_convolution(shape):
   """So are its gradients; and in bfloat16 it is rounded once, not after each of nine sums."""
   rng = np.random.default_rng(0)

@@ -96,6 +96,16 @@ def test_of_branches_the_larger_one_counts():
   assert flops.count(either, A, B) == PRODUCT
 
 
+def test_of_forms_for_platforms_the_default_one_counts():
+  def either(a, b):
+    zeros = lambda a, b: jnp.zeros((5, 3))  # noqa: E731
+    return jax.lax.platform_dependent(a, b, tpu=zeros, default=jnp.matmul) + (
+      jax.lax.platform_dependent(a, b, tpu=jnp.matmul, default=zeros)
+    )
+
+  assert flops.count(either, A, B) == PRODUCT
+
+
 def test_products_in_a_loop_of_unknown_length_count_once():
   def loop(a):
     return jax.lax.while_loop(lambda x: x.sum() > 0, lambda x: x @ x, a)

@@ -84,11 +84,18 @@ class PixelDecoder(nn.Module):
     def norm(name):
       return group_norm(min(32, self.hidden), self.dtype, name)
 
+    convolution = functools.partial(
+      Convolution,
+      self.hidden,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.lecun_normal(),
+      bias_init=nn.initializers.zeros,
+    )
     level_embedding = self.param('level_embedding', nn.initializers.normal(1.0), (3, self.hidden))
     tokens, positions, reference, shapes = [], [], [], []
     for level, features in enumerate(reversed(maps[1:])):
       n, height, width, _ = features.shape
-      projection = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name=f'input{level}_projection')
+      projection = convolution(size=1, name=f'input{level}_projection')
       h = norm(f'input{level}_norm')(projection(features))
       tokens.append(h.reshape(n, height * width, self.hidden))
       sines = sine_positions(height, width, self.hidden).reshape(-1, self.hidden)
@@ -124,17 +131,9 @@ class PixelDecoder(nn.Module):
       outputs.append(part.reshape(-1, height, width, self.hidden))
       start += height * width
 
-    lateral = nn.Conv(self.hidden, (1, 1), use_bias=False, dtype=self.dtype, name='lateral')
+    lateral = convolution(size=1, use_bias=False, name='lateral')
     h = norm('lateral_norm')(lateral(maps[0]))
     h = h + resize_maps(outputs[-1], maps[0].shape[1:3])
-    smooth = Convolution(
-      self.hidden,
-      3,
-      self.dtype,
-      use_bias=False,
-      kernel_init=nn.initializers.lecun_normal(),
-      name='smooth',
-    )
+    smooth = convolution(size=3, use_bias=False, name='smooth')
     h = nn.relu(norm('smooth_norm')(smooth(h)))
-    mask_features = nn.Conv(self.hidden, (1, 1), dtype=self.dtype, name='mask_features')(h)
-    return outputs, mask_features
+    return outputs, convolution(size=1, name='mask_features')(h)

@@ -96,8 +96,8 @@ def _plain(config: ml_collections.ConfigDict) -> Method:
 def count(function: Callable, *arguments: Any) -> int:
   """FLOPs of the products in a function of arrays, of those that its results need.
 
-  Branches count as the one with the most products; loops as often as they run, or once if that
-  depends on data.
+  Branches count as the one with the most products, or as the default one where they are forms for
+  platforms; loops as often as they run, or once if that depends on data.
   """
   jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
   jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -118,7 +118,8 @@ def _count_one(equation: JaxprEqn) -> int:
   if name == 'scan':
     return equation.params['length'] * sum(inner)
   if name == 'cond':
-    return max(inner)
+    by_platform = equation.params.get('branches_platforms')
+    return inner[by_platform.index(None)] if by_platform else max(inner)
   if name == 'shard_map':  # what each device does with its part
     return equation.params['mesh'].size * sum(inner)
   return sum(inner)
