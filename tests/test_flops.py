@@ -207,7 +207,7 @@ def test_the_form_of_the_computation_makes_no_difference():
 
 @pytest.mark.parametrize(('path', 'visual'), [('stage1', 145e9), ('stage2', 153e9)])
 def test_the_published_size(path, visual):
-  """About 145 and 153 GFLOP a frame, VGGish and what resizes masks aside.
+  """About 145 and 153 GFLOP a frame, VGGish aside.
 
   As published all ten sets have masks at stride 4, here the last one, and the others at the size of
   the level that they are for.
