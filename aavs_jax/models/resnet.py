@@ -6,20 +6,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from aavs_jax.models.convolutions import Convolution
 from aavs_jax.models.norms import BatchNorm
 
 
-def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Conv:
-  return nn.Conv(
-    features,
-    (size, size),
-    (stride, stride),
-    size // 2,
-    use_bias=False,
-    kernel_init=nn.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
-    dtype=dtype,
-    name=name,
-  )
+def _conv(features: int, size: int, stride: int, dtype: Any, name: str) -> nn.Module:
+  kernel_init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+  common = dict(use_bias=False, kernel_init=kernel_init, dtype=dtype, name=name)
+  if stride == 1:
+    return Convolution(features, size, **common)
+  return nn.Conv(features, (size, size), (stride, stride), size // 2, **common)
 
 
 class Bottleneck(nn.Module):
