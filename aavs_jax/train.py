@@ -148,7 +148,7 @@ class _Run:
     first, lacking, shapes = {}, [], None
     if begins:
       first, lacking, shapes = start.first(
-        config, method, mesh, self.key, given, goes_on=latest is not None
+        config, method, mesh, self.key, given, resumed=latest is not None
       )
     del given
 

@@ -95,7 +95,7 @@ def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
   assert flat['adapter/down'].all()
   np.testing.assert_array_equal(flat['rest'], 2)
   for given in (zero, None):  # past step 0 nothing else is drawn, and that with the same bits
-    later, _, same = begin(given, goes_on=True)
+    later, _, same = begin(given, resumed=True)
     assert later.keys() == {'adapter/down', 'adapter/bias'} and same == shapes
     np.testing.assert_array_equal(later['adapter/down'], flat['adapter/down'])
   learnt = {**zero, 'adapter/bias': np.ones(1)}

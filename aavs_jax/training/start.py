@@ -100,7 +100,7 @@ def first(
   mesh: Mesh,
   key: jax.Array,
   given: Flat | None,
-  goes_on: bool = False,
+  resumed: bool = False,
 ) -> tuple[Flat, list[str], Flat]:
   """The numbers of step 0, where they will be.
 
@@ -110,7 +110,7 @@ def first(
     mesh: of the training.
     key: of what is initialised.
     given: what the start holds, see load_start, or None.
-    goes_on: whether the run is past step 0: those alone with which a later phase begins.
+    resumed: past step 0, those alone with which a later phase begins.
 
   Returns:
     The numbers, the paths of them that `given` does not fill, and the shapes of all of the model.
@@ -121,7 +121,7 @@ def first(
   # Traced once: of a large model that takes seconds.
   drawn, shapes = jax.make_jaxpr(lambda key: flatten(method.init(key)), return_shape=True)(key)
   wanted = shapes
-  if goes_on:
+  if resumed:
     wanted = phases.needed_later(config, method, shapes)
     given = given and {path: value for path, value in given.items() if path in wanted}
   places = state_sharding(mesh, wanted)
