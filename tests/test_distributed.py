@@ -135,19 +135,24 @@ assert hand_over.write_masks(work, data=data, out=f'{out}/masks') == 10
 
 
 COMMAND = """
-import sys, time
+import itertools, sys, time
 from aavs_jax import cli
 from aavs_jax.scoring import predictor
 
 predict = predictor.Predictor.__call__
+calls = itertools.count(1)
 
 def slowly(self, variables, batch):
-  time.sleep(0.3)
+  time.sleep(0.3 if next(calls) <= {last} else 100)
   return predict(self, variables, batch)
 
 predictor.Predictor.__call__ = slowly
 sys.exit(cli.main([*sys.argv[2:], '--distributed', sys.argv[1]]))
 """
+SLOWLY = COMMAND.format(last=1e9)
+# Of the five batches, a clip each, of a process: the first clip is written once four are on their
+# way to the device.
+NEVER_DONE = COMMAND.format(last=4)
 
 
 def _wait_for(condition, processes):
@@ -172,7 +177,7 @@ def _sound(folder):
 def test_sigterm_ends_all_and_leaves_whole_masks(alone, data_root, tmp_path):
   out = tmp_path / 'masks'
   processes = _start(
-    COMMAND, 'masks', '--workdir', str(alone / 'work'), '--data', data_root, '--out', str(out)
+    NEVER_DONE, 'masks', '--workdir', str(alone / 'work'), '--data', data_root, '--out', str(out)
   )
   _wait_for(lambda: _finished(out), processes)
   for process in processes:
@@ -187,7 +192,7 @@ def evaluation(alone, data_root, tmp_path):
   """Two processes that score clips; the maps of some of them are there."""
   maps = tmp_path / 'maps'
   processes = _start(
-    COMMAND, 'eval', '--workdir', str(alone / 'work'), '--data', data_root, '--split', 'train',
+    SLOWLY, 'eval', '--workdir', str(alone / 'work'), '--data', data_root, '--split', 'train',
     '--out', str(tmp_path / 'result.json'), '--maps', str(maps),
   )  # fmt: skip
   yield processes, lambda: len(_finished(maps))
@@ -226,7 +231,7 @@ def test_a_signal_to_one_process_ends_the_others_too(victim, number, evaluation)
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_one_of_two_that_train_saves_and_ends_both(number, status, data_root, tmp_path):
   processes = _start(
-    COMMAND, 'train', '--config', 'tests/tiny.py:stage1', STAND_IN, '--data', data_root,
+    SLOWLY, 'train', '--config', 'tests/tiny.py:stage1', STAND_IN, '--data', data_root,
     '--workdir', str(tmp_path / 'work'), '--config.train.epochs=1e3',
     '--config.train.eval_every_epochs=1e3', '--config.train.checkpoint_every_steps=1000000',
   )  # fmt: skip

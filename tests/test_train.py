@@ -157,7 +157,7 @@ def test_a_finished_run_is_not_trained_again(start, stand_in):
 
 
 def test_sigterm_saves_and_ends_well(start, tmp_path):
-  process = start(tmp_path, '--config.data.workers=1', STAND_IN)
+  process = start(tmp_path, '--config.data.workers=1', '--config.train.epochs=1e3', STAND_IN)
   _wait(process, lambda: runs.logged(tmp_path) >= 2)
   for _ in range(2):  # `timeout` hands on what its whole group has got
     process.send_signal(signal.SIGTERM)
