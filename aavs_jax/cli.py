@@ -18,6 +18,7 @@ from shlex import quote
 from absl import logging as absl_logging
 
 from aavs_jax import configs
+from aavs_jax.devices.host_memory import keep_freed
 from aavs_jax.input_pipeline.errors import UserError, may_pass
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
@@ -809,6 +810,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   several = getattr(args, 'distributed', None)
   _keep_compiled(args.workdir if several else None)
   _quiet_libraries()
+  keep_freed()
 
   # So that files half written are removed; training, which saves first, has a handler of its own.
   def end(number, frame):

@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from aavs_jax import methods
+from aavs_jax.devices.host_memory import keep_freed
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import forms
@@ -139,6 +140,7 @@ def bench(
   """
   if repeats < 1:
     raise UserError(f'--repeats is {repeats}: use 1 or more')
+  keep_freed()  # here too, since this may be a child of the command
   batch = place(config, frames)
   compiled = compile_step(what, config, batch, phase)
   state = compiled.make_state()
