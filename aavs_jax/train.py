@@ -18,6 +18,7 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.console import duration, say
 from aavs_jax.devices import distributed
+from aavs_jax.devices.host_memory import give_back_freed
 from aavs_jax.devices.interrupt import Stopped, StopSignal
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh
 from aavs_jax.devices.profiling import Profiler
@@ -229,6 +230,7 @@ class _Run:
       shapes = jax.eval_shape(lambda: batch)
       work = self._counting.submit(flops.step_flops, self.config, phase.abstract, shapes)
       compiled = lowered.compile()
+      give_back_freed()
       say(f'  compiled in {duration(time.monotonic() - started)}')
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work

@@ -1,4 +1,6 @@
-"""Memory that is freed stays with a process that computes on the host's processors."""
+"""What is freed stays with a process that computes on the host's processors, until it is handed
+back.
+"""
 
 import ctypes
 import os
@@ -33,3 +35,31 @@ def test_a_command_on_cpus_keeps_what_it_frees(platforms, kept):
   )
   made = int(run.stdout.split()[-1])
   assert made < 10 if kept else made > 100
+
+
+# MB of memory before and after the freed half of 400 MB is handed back.
+HANDED_BACK = """
+import ctypes, resource
+from aavs_jax.devices import host_memory
+def resident():
+  pages = int(open('/proc/self/statm').read().split()[1])
+  return pages * resource.getpagesize() // 2**20
+host_memory.keep_freed()
+blocks = [b'1' * 100_000 for _ in range(4000)]
+del blocks[1000:3000]
+before = resident()
+host_memory.give_back_freed()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_trim'), reason='of glibc')
+def test_what_is_free_is_handed_back():
+  run = subprocess.run(
+    [sys.executable, '-c', HANDED_BACK],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert 150 < int(run.stdout) < 250

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from aavs_jax import methods
-from aavs_jax.devices.host_memory import keep_freed
+from aavs_jax.devices.host_memory import give_back_freed, keep_freed
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods import forms
@@ -85,6 +85,7 @@ def compile_step(what: str, config: ml_collections.ConfigDict, batch: Any, phase
   traced = time.perf_counter()
   run = lowered.compile()
   done = time.perf_counter()
+  give_back_freed()
   return _Compiled(
     lambda state, batch: run(state, *arguments(batch)),
     make_state,
