@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from aavs_jax.models.activations import gelu
 from aavs_jax.models.attention import FusedAttention, attend
 from aavs_jax.models.audio_queries import TorchDense
 from aavs_jax.models.convolutions import Convolution, Head
@@ -40,7 +41,7 @@ class FeedForward(nn.Module):
   def __call__(self, x: Float[Array, 'n q d'], train: bool) -> Float[Array, 'n q d']:
     drop = nn.Dropout(self.dropout, deterministic=not train)
     h = nn.Dense(self.width, kernel_init=_xavier, dtype=self.dtype, name='fc1')(x)
-    h = drop(nn.gelu(h, approximate=False))
+    h = drop(gelu(h))
     return drop(nn.Dense(x.shape[-1], kernel_init=_xavier, dtype=self.dtype, name='fc2')(h))
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from aavs_jax.models.activations import gelu
 from aavs_jax.models.attention import attend
 from aavs_jax.models.convolutions import DepthwiseConvolution
 from aavs_jax.models.norms import layer_norm
@@ -70,7 +71,7 @@ class Block(nn.Module):
     wide = dim * self.mlp_ratio
     h = nn.Dense(wide, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
     h = DepthwiseConvolution(self.dtype, _of_fan_out, name='depthwise')(h)
-    h = nn.gelu(h, approximate=False)
+    h = gelu(h)
     return added(nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from aavs_jax.models.activations import gelu
 from aavs_jax.models.adapters import Adapter
 from aavs_jax.models.norms import layer_norm
 from aavs_jax.models.repeat import run_layers
@@ -226,7 +227,7 @@ class SwinBlock(nn.Module):
 
     h = layer_norm(self.dtype, 'norm2')(x)
     h = nn.Dense(dim * self.mlp_ratio, kernel_init=_trunc_normal, dtype=self.dtype, name='fc1')(h)
-    h = nn.gelu(h, approximate=False)
+    h = gelu(h)
     h = nn.Dense(dim, kernel_init=_trunc_normal, dtype=self.dtype, name='fc2')(h)
     return x + Adapter(residual=True, dtype=self.dtype, name='adapter')(h)  # A3
 
