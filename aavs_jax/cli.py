@@ -883,6 +883,11 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
     return 1, text
   if isinstance(error, (UserError, FloatingPointError, OSError)):
     return 2, str(error)
+  if type(error).__module__.startswith(('google.', 'gcsfs.')):
+    text = f'a bucket cannot be used ({_one_line(error)})'
+    if getattr(error, 'code', None) == 403:
+      return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
+    return 1, f'{text}: try again'
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
     return 2, (
       f'a device has too little memory ({_one_line(error)}): use fewer frames a step '

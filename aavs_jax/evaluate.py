@@ -90,6 +90,10 @@ def evaluate(
     say(f'  WARNING: {left_out} clips of {split} are not in {data}, and so not in the scores')
   if config.task == 'semantic':
     _require_same_classes(class_names(workdir), clips[0].data_set, workdir)
+  own_digest = digest(variables)
+  distributed.require_same(
+    {'checkpoint': own_digest, 'list of clips': [clip.name for clip in clips]}
+  )
   on_clip = None
   if maps is not None:
 
@@ -118,7 +122,7 @@ def evaluate(
     'audio': audio,
     'prior': prior,
     'checkpoint_step': step,
-    'checkpoint_digest': digest(variables),
+    'checkpoint_digest': own_digest,
     'masks_digest': masks.source_digest(config.data.masks) if prior == 'stage1' else None,
     'clips': len(clips),
     'frames': sum(len(clip.labelled_frames) for clip in clips),

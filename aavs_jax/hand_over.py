@@ -57,6 +57,9 @@ def write_masks(
     'digest': digest(variables),
     'kind': masks.kind_of(soft),
   }
+  distributed.require_same(
+    {'checkpoint': source['digest'], 'list of clips': [clip.name for clip in clips]}
+  )
   claim_masks(Path(out), source, clips[0].data_set.subsets)
   return write_clips(config, variables, clips, out=out, soft=soft)
 

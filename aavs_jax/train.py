@@ -103,6 +103,9 @@ def _loop(run: '_Run', profiler: Profiler) -> None:
           run.save(run.validate())
         elif run.step % config.train.checkpoint_every_steps == 0:
           run.save()
+      # While a signal is only noted: it would end the process in the middle of the last save.
+      run.manager.wait_until_finished()
+      run.stop.check()
     except Stopped:
       run.leave()
     except Exception:
@@ -243,8 +246,8 @@ class _Run:
       say(f'phase 2 from step {self.step}: what has waited trains too')
       return
     self.manager.wait_until_finished()
-    best = checkpoint.best_step(self.manager)
-    best = checkpoint.restore(self.manager, best, self.phase_of(1).abstract).flat
+    step, _ = checkpoint.best(self.manager)
+    best = checkpoint.restore(self.manager, step, self.phase_of(1).abstract).flat
     self.phase = 2
     self.state = self.phase_of(2).begin(self._first, best, step=self.step)
     say(f'phase 2 from step {self.step}: the best weights so far, what waited for it anew')
@@ -313,8 +316,8 @@ class _Run:
   def result(self) -> dict[str, float]:
     """Metrics of the best validation, when all is written."""
     self.manager.wait_until_finished()
-    best = checkpoint.best_step(self.manager)
-    result = {**self.manager.metrics(best), 'step': best}
+    step, metrics = checkpoint.best(self.manager)
+    result = {**metrics, 'step': step}
     self.manager.close()
-    say(f'  best validation mIoU {result["miou"]:.4f} at step {best}; weights in {self.workdir}')
+    say(f'  best validation mIoU {result["miou"]:.4f} at step {step}; weights in {self.workdir}')
     return result

@@ -81,6 +81,11 @@ class Clip:
     raise NotImplementedError
 
   @property
+  def name(self) -> str:
+    """Unique in its data set."""
+    return f'{self.split}/{self.subset}/{self.uid}'
+
+  @property
   def table(self) -> str:
     """The file that lists the clip."""
     return os.path.join(self.root, self.data_set.tables[0])

@@ -115,7 +115,7 @@ def prepare(
     'format': prepared.FORMAT,
     'settings': dataclasses.asdict(settings),
     'clips_per_shard': clips_per_shard,
-    'index': hashlib.sha256(json.dumps([_name(clip) for clip in clips]).encode()).hexdigest(),
+    'index': hashlib.sha256(json.dumps([clip.name for clip in clips]).encode()).hexdigest(),
   }
   with files.alone_in(out):
     _claim_folder(out, claim, root)
@@ -145,10 +145,6 @@ def prepare(
     files.write_json(out / MANIFEST, manifest)
     (out / _CLAIM).unlink(missing_ok=True)
     return manifest
-
-
-def _name(clip: Clip) -> str:
-  return f'{clip.split}/{clip.subset}/{clip.uid}'
 
 
 def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None:
@@ -224,7 +220,7 @@ def _write_shard(
 ) -> dict:
   """Writes one shard, unless it is there already, and returns what its JSON file says."""
   note = (out / name).with_suffix('.json')
-  there = _read_finished(out / name, note, [_name(clip) for clip in clips])
+  there = _read_finished(out / name, note, [clip.name for clip in clips])
   if there and not there['bad_clips']:  # which may have been mended since
     return there
   good, bad = [], []
@@ -237,11 +233,11 @@ def _write_shard(
         except UserError as error:
           if not skip:
             raise
-          bad.append({'clip': _name(clip), 'text': str(error)})
+          bad.append({'clip': clip.name, 'text': str(error)})
           continue
         for record in prepared.encode_clip(arrays, settings.frames):
           writer.write(record)
-        good.append(_name(clip))
+        good.append(clip.name)
       writer.close()
     except RuntimeError as error:
       raise prepared.system_error(error, str(out / name)) from error
@@ -273,14 +269,14 @@ def _digest(path: os.PathLike) -> str:
 
 def _contents(clips: Sequence[Clip], shards: Sequence[dict]) -> dict:
   """The part of the manifest that tells what is where."""
-  by_name = {_name(clip): clip for clip in clips}
+  by_name = {clip.name: clip for clip in clips}
   place = {}
   for shard in shards:
     position = 0
     for name in shard['clips']:
       place[name] = shard['file'], position
       position += 1 + by_name[name].num_frames
-  there = [clip for clip in clips if _name(clip) in place]
+  there = [clip for clip in clips if clip.name in place]
   number = collections.Counter((clip.split, clip.subset) for clip in there)
   frames = collections.Counter()
   for clip in there:
@@ -300,8 +296,8 @@ def _contents(clips: Sequence[Clip], shards: Sequence[dict]) -> dict:
         'num_frames': clip.num_frames,
         'label_kind': clip.data_set.label_kind,
         'category': clip.category,
-        'shard': place[_name(clip)][0],
-        'position': place[_name(clip)][1],
+        'shard': place[clip.name][0],
+        'position': place[clip.name][1],
       }
       for clip in there
     ],

@@ -60,7 +60,7 @@ def unless_stopping(item):
 
 
 def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
-  others, started = set(multiprocessing.active_children()), set()
+  others, started, begun = set(multiprocessing.active_children()), set(), False
   try:
     # Ctrl-C and what ends a job reach all processes of a group, but it is up to this one when to
     # stop. So workers are started by a thread that blocks these signals, which they inherit.
@@ -70,6 +70,7 @@ def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
       started = set(multiprocessing.active_children()) - others
       batch = _own(first.result())
       del first  # which holds shared memory
+    begun = True
     while True:
       yield batch
       batch = _own(next(batches))
@@ -77,7 +78,8 @@ def _from_workers(batches, workers: int) -> Iterator[dict[str, np.ndarray]]:
     if 'terminated unexpectedly' not in str(error):
       raise
     text = str(error).partition('. ')[0]
-    raise UserError(
+    # What has gone well for a while may go on well when it is started again.
+    raise (OSError if begun else UserError)(
       f'data.workers={workers}: one of the loader processes died ({text}): give the machine or '
       'container more memory, shared memory (/dev/shm) too, or set fewer of them or 0'
     ) from error

@@ -47,6 +47,13 @@ def test_scores_may_come_after_the_save(saved):
   assert checkpoint.load_flat(folder.parent)[1] == 3
 
 
+def test_the_best_one_is_what_the_first_process_finds(saved, monkeypatch):
+  """The others may have listed a bucket before it wrote metrics there."""
+  manager, _, _ = saved
+  monkeypatch.setattr(checkpoint.distributed, 'gather', lambda own: [[2, {'miou': 0.5}], own])
+  assert checkpoint.best(manager) == (2, {'miou': 0.5})
+
+
 def test_looking_for_the_latest_touches_nothing(saved):
   _, _, folder = saved
   half = folder.parent / '5.orbax-checkpoint-tmp'
@@ -64,6 +71,8 @@ def test_looking_for_the_latest_touches_nothing(saved):
     OSError(errno.EIO, 'Input/output error'),
     ConnectionResetError('reset by peer'),
     ValueError('UNAVAILABLE: CURL error: could not connect'),
+    ValueError('UNKNOWN: Error reading "a/.zarray" [OS error 5: EIO Input/output error]'),
+    ValueError('INTERNAL: HTTP response code: 500'),
   ],
 )
 def test_a_failing_disk_or_network_is_no_reason_to_remove_it(saved, error, monkeypatch):

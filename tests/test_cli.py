@@ -253,3 +253,20 @@ def test_the_published_configs_are_sound_and_differ_as_the_recipe_says():
   }  # fmt: skip
   for path in ('configs/quickstart.py', 'configs/compose_bench.py'):
     config_lib.load_study(path)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'status', 'words'),
+  [('Forbidden', 2, 'see "Permission denied on a bucket"'), ('ServiceUnavailable', 1, 'try again')],
+)
+def test_what_a_bucket_says_is_told(kind, status, words, capsys, data_root, tmp_path, monkeypatch):
+  error = getattr(pytest.importorskip('google.api_core.exceptions'), kind)
+
+  def fail(*args, **kwargs):
+    raise error('GET https://storage.googleapis.com/storage/v1/b/bucket')
+
+  monkeypatch.setattr('aavs_jax.train.train', fail)
+  command = ['train', '--config', 'tests/tiny.py:stage1', '--data', data_root]
+  assert cli.main([*command, '--workdir', str(tmp_path)]) == status
+  said = capsys.readouterr().err
+  assert words in said and 'v1/b/bucket' in said and 'Traceback' not in said

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
@@ -96,6 +97,16 @@ def test_collecting_waits_for_what_another_thread_collects():
   read_ahead._collect()
   assert log == ['freed']
   other.join()
+
+
+def test_a_loader_that_is_killed_may_live_the_next_time(data_root):
+  stream = _open(read_index(data_root, 'train'), 1)
+  next(stream)
+  for worker in multiprocessing.active_children():
+    worker.kill()
+  with pytest.raises(OSError, match=r'data\.workers=1: one of the loader processes died'):
+    for _ in range(20):  # more than was read ahead
+      next(stream)
 
 
 _READER = """

@@ -268,6 +268,30 @@ def test_what_ends_a_run_does_not_end_the_save_before(tiny_stage1, tmp_path, mon
   assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['1', '2']
 
 
+def test_a_signal_does_not_end_the_last_save(tiny_stage1, tmp_path, monkeypatch):
+  wait, signals = checkpoint._Manager.wait_until_finished, [signal.SIGTERM]
+
+  def signalled(manager):
+    if signals:
+      signal.raise_signal(signals.pop())
+    wait(manager)
+
+  def end(number, frame):  # as the command line does
+    raise SystemExit(128 + number)
+
+  monkeypatch.setattr(checkpoint._Manager, 'wait_until_finished', signalled)
+  tiny_stage1.method = STAND_IN.partition('=')[2]
+  tiny_stage1.train.steps = tiny_stage1.train.eval_every_steps = 1
+  before = signal.signal(signal.SIGTERM, end)
+  try:
+    with pytest.raises(SystemExit) as ended:
+      train(tiny_stage1, tmp_path / 'run')
+  finally:
+    signal.signal(signal.SIGTERM, before)
+  assert ended.value.code == 0  # and not 143
+  assert [f.name for f in (tmp_path / 'run' / 'checkpoints').iterdir()] == ['1']
+
+
 def test_stage_2_without_masks_is_refused(tiny_stage2, tmp_path):
   with pytest.raises(UserError, match='aavs masks'):
     train(tiny_stage2, tmp_path)

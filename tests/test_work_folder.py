@@ -120,6 +120,18 @@ def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
     work_folder.load_start(tiny_stage1, METHOD, needed=True)
 
 
+def test_other_versions_of_libraries_are_said(tiny_stage1, tmp_path, monkeypatch, capsys):
+  folder, now = epath.Path(tmp_path), work_folder._versions()
+  monkeypatch.setattr(work_folder, '_versions', lambda: now | {'grain': '0.1'})
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, None)
+  monkeypatch.setattr(work_folder, '_versions', lambda: now)
+  for _ in range(2):  # every time
+    work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4)
+    said = capsys.readouterr().out
+    assert f'begun with grain 0.1 and goes on with {now["grain"]}' in said
+    assert said.count('WARNING') == 1
+
+
 def test_frames_may_be_prepared_but_not_lossy(tiny_stage1, tmp_path):
   clips = read_index(tiny_stage1.data.root, 'train')
   prepare.prepare(
@@ -183,4 +195,4 @@ def test_what_a_start_lacks_is_named_by_its_largest_parts():
 def test_what_one_process_lacks_is_refused_on_all(here, monkeypatch):
   monkeypatch.setattr(work_folder.distributed, 'gather', lambda found: [{'start': 'digest'}, {}])
   with pytest.raises(UserError, match='process 1 finds another start than process 0'):
-    work_folder._require_same(here)
+    work_folder.distributed.require_same(here)

@@ -1,6 +1,7 @@
 """Several processes, one run: each drives its own devices and reads its own share of the input."""
 
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import os
@@ -103,6 +104,21 @@ def gather(value: Any) -> list[Any]:
   padded = np.pad(text, (0, max(sizes) - len(text)))
   rows = all_gather(padded)
   return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def require_same(facts: dict[str, Any]) -> None:
+  """UserError on every process unless all call it with the same JSON values."""
+  digests = {
+    name: hashlib.sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()
+  }
+  first, *others = gather(digests)
+  for process, found in enumerate(others, 1):
+    for name in sorted(first.keys() | found.keys()):  # one that has no start has no such fact
+      if found.get(name) != first.get(name):
+        raise UserError(
+          f'process {process} finds another {name} than process 0: give all of them the same '
+          'command, code and data, and a work folder that all see'
+        )
 
 
 def leave(status: int, patience: int = _LAST_WORDS) -> NoReturn:

@@ -26,8 +26,12 @@ _METRIC = 'miou'
 # others wait for so long, deaf to signals, before they end with an error.
 _SAVED_WITHIN = 300
 _REMOVE = 'remove it to go on from the one before, or train again'
-# How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach.
-_PASSING = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED')
+# How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach, or a
+# disk has failed: most numbers of the system's are UNKNOWN to it.
+_PASSING = (
+  'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED', 'UNKNOWN',
+  'INTERNAL',
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -74,7 +78,7 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   # Orbax has all processes meet by a collective, which is not patient.
   distributed.wait_for_all('checkpoints')
   with _readable(folder, 'look at what it holds'):
-    return _Manager(epath.Path(folder).absolute(), options=options)
+    return _Manager(_absolute(epath.Path(folder)), options=options)
 
 
 def save(
@@ -129,7 +133,7 @@ def latest_step(folder: epath.Path) -> int | None:
   options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
     _readable(folder, 'look at what it holds'),
-    ocp.CheckpointManager(folder.absolute(), options=options) as manager,
+    ocp.CheckpointManager(_absolute(folder), options=options) as manager,
   ):
     return manager.latest_step()
 
@@ -142,6 +146,16 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
     if (metrics := manager.metrics(step)) is not None
   ]
   return max(scored)[1] if scored else None
+
+
+def best(manager: ocp.CheckpointManager) -> tuple[int | None, dict[str, float] | None]:
+  """`best_step` and its metrics, as the first process finds them; all processes must call this.
+
+  The others may have listed a folder of a bucket before that one wrote metrics there.
+  """
+  step = best_step(manager)
+  step, metrics = distributed.gather([step, None if step is None else manager.metrics(step)])[0]
+  return step, metrics
 
 
 def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
@@ -163,7 +177,7 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
   options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
     _readable(folder, 'look at what it holds, or train again'),
-    ocp.CheckpointManager(folder.absolute(), options=options) as manager,
+    ocp.CheckpointManager(_absolute(folder), options=options) as manager,
   ):
     step = best_step(manager) if step is None else step
     step = manager.latest_step() if step is None else step
@@ -171,7 +185,7 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
     # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
     kinds = ('trained', 'frozen', 'statistics')
-    loaded = read_arrays(folder.absolute() / str(step) / 'state', kinds)
+    loaded = read_arrays(_absolute(folder) / str(step) / 'state', kinds)
   flat = {path: value for kind in loaded.values() for path, value in kind.items()}
   # Frozen ones may be stored in bfloat16.
   return {path: value.astype(np.float32, copy=False) for path, value in flat.items()}, step
@@ -188,6 +202,11 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   if not path.exists():
     return None
   return files.read_json(path, _CONVERTED, 'restore it or convert again')
+
+
+def _absolute(folder: epath.Path) -> epath.Path:
+  """As Orbax wants a folder. Of one in a bucket, etils would make a folder of the disk."""
+  return folder if '://' in str(folder) else folder.absolute()
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

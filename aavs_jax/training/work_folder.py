@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -49,6 +50,7 @@ _FREE_KEYS = (
 
 _CLASSES = 'classes.json'  # names of the classes of the data set
 CLIPS, BAD_CLIPS = 'clips.json', 'bad_clips.json'
+_VERSIONS = 'versions'  # in inputs.json
 _RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
 _OWN_KEYS = ('root', 'masks', 'threads', 'workers')
@@ -116,10 +118,17 @@ def claim(
     UserError: on all processes, if they do not begin with the same.
   """
   path, listing = workdir / 'config.json', workdir / CLIPS
-  found = [f'{clip.split}/{clip.subset}/{clip.uid}' for clip in clips.train + clips.val]
+  found = [clip.name for clip in clips.train + clips.val]
   common = json.loads(config_lib.to_json(config))
   common['data'] = {key: value for key, value in common['data'].items() if key not in _OWN_KEYS}
-  _require_same({'latest checkpoint': latest, 'config': common, 'list of clips': found})
+  distributed.require_same(
+    {
+      'latest checkpoint': latest,
+      'config': common,
+      'list of clips': found,
+      'set of versions': _versions(),
+    }
+  )
   if latest is None:
     if distributed.is_first():
       files.write_json(path, config.to_dict())
@@ -144,21 +153,6 @@ def claim(
     )
 
 
-def _require_same(facts: dict[str, Any]) -> None:
-  """Raises UserError on every process unless all call it with the same."""
-  digests = {
-    name: hashlib.sha256(json.dumps(fact).encode()).hexdigest() for name, fact in facts.items()
-  }
-  first, *others = distributed.gather(digests)
-  for process, found in enumerate(others, 1):
-    for name in sorted(first.keys() | found.keys()):  # one that has no start has no such fact
-      if found.get(name) != first.get(name):
-        raise UserError(
-          f'process {process} finds another {name} than process 0: give all of them the same '
-          'command, code and data, and a work folder that all see'
-        )
-
-
 def load_start(config: ml_collections.ConfigDict, method: Method, needed: bool) -> Flat | None:
   """The numbers of config.train.init; None if it names none, or none is there nor `needed`."""
   init = config.train.init
@@ -173,8 +167,8 @@ def claim_inputs(
   start: Flat | None,
   latest: int | None,
 ) -> None:
-  """Saves digests of start and masks, and whether frames are lossless; once there is a checkpoint,
-  compares with those saved.
+  """Saves digests of start and masks, whether frames are lossless, and versions of libraries; once
+  there is a checkpoint, compares with those saved.
 
   The masks are read here, and not in the middle of training.
 
@@ -192,10 +186,18 @@ def claim_inputs(
     frames = [(clip, clip.labelled_frames) for clip in clips.train]
     folder = os.path.join(config.data.masks, masks.CROSS_FITTED)
     found[f'data.masks/{masks.CROSS_FITTED}'] = _masks_digest(config, folder, frames)
-  _require_same({f'content of config.{key}': digest for key, digest in found.items()})
+  distributed.require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
   begun = latest is not None and path.exists()
   saved = files.read_json(path, dict, _RESTORE) if begun else {}
+  versions = _versions()
+  for name, version in versions.items():
+    before = saved.get(_VERSIONS, versions).get(name)
+    if before != version:
+      say(
+        f'  WARNING: {workdir} was begun with {name} {before} and goes on with {version}, which '
+        'may change the order of clips and the last bits'
+      )
   for key, content in found.items():
     if content != saved.get(key, content):
       raise UserError(
@@ -203,7 +205,13 @@ def claim_inputs(
         'folder that it began with, wherever that is now, or use another --workdir'
       )
   if distributed.is_first():
-    files.write_json(path, {**found, **saved})
+    files.write_json(path, {**found, _VERSIONS: versions, **saved})
+
+
+def _versions() -> dict[str, str]:
+  """Of the libraries that decide in which order clips come and what is computed of them."""
+  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
+  return {name: importlib.metadata.version(name) for name in names}
 
 
 def keep_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:

@@ -1,0 +1,70 @@
+"""A training in a Google bucket, for which an emulator stands: it is stopped and goes on."""
+
+import re
+import socket
+
+import pytest
+from etils import epath
+
+from aavs_jax import cli
+from tests import runs
+from tests.stand_in import STAND_IN
+
+pytest.importorskip('gcsfs')
+server = pytest.importorskip('gcp_storage_emulator.server')
+
+
+@pytest.fixture(scope='module')
+def emulated(tmp_path_factory):
+  """Makes gs://bucket of this process and of those that it starts; their environment."""
+
+  def download(request, response, storage, *args, **kwargs):
+    """With the header that TensorStore tells versions of an object by."""
+    answer(request, response, storage, *args, **kwargs)
+    if response.status.value < 300:
+      found = storage.get_file_obj(request.params['bucket_name'], request.params['object_id'])
+      response['x-goog-generation'] = found['generation']
+
+  answer = server.objects.download
+  with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
+    patch.setattr(server.objects, 'download', download)  # what server.objects.get answers by
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+    free.close()
+    address = f'http://127.0.0.1:{port}'
+    patch.setenv('STORAGE_EMULATOR_HOST', address)
+    patch.setenv('TENSORSTORE_GCS_HTTP_URL', address)
+    patch.setenv('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # nor asks what kind of bucket it is
+    patch.setenv('NO_GCE_CHECK', 'true')  # nobody to ask for an account
+    with server.create_server('127.0.0.1', port, in_memory=True, default_bucket='bucket'):
+      yield runs.environment(tmp_path_factory.mktemp('cache'))
+
+
+def test_a_run_in_a_bucket(emulated, data_root, tmp_path, capsys):
+  def train(workdir, *overrides):
+    options = ('--config.train.checkpoint_every_steps=2', STAND_IN, *overrides)
+    return runs.start(workdir, data_root, emulated, *options)
+
+  def finish(process):
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    return output
+
+  folder = epath.Path('gs://bucket/run')
+  stopped = train(folder)
+  for line in stopped.stdout:
+    if re.match(r' *step 3/12 ', line):
+      break
+  stopped.terminate()
+  assert 'stopped by a signal' in finish(stopped)
+  assert 'going on from step' in finish(train(folder))
+  finish(train(tmp_path / 'run'))
+  runs.require_same(folder, tmp_path / 'run')
+  # Of the newest and the best, no more.
+  assert len(list((folder / 'checkpoints').iterdir())) <= 2
+  # What else reads a checkpoint: the start of a training, and an evaluation.
+  begun = finish(train(tmp_path / 'begun', f'--config.train.init={folder}'))
+  assert 'NOT in the start' not in begun
+  out = tmp_path / 'scores.json'
+  assert cli.main(['eval', f'--workdir={folder}', f'--data={data_root}', f'--out={out}']) == 0
+  assert out.exists()
