@@ -20,6 +20,7 @@ from absl import logging as absl_logging
 from aavs_jax import configs
 from aavs_jax.devices.host_memory import keep_freed
 from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.signals import Ending
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
 # threads of their own, which wait in loops, took a third of the speed of reading raw files.
@@ -138,6 +139,7 @@ def _prepare(args) -> None:
   from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.input_pipeline.prepare import prepare
 
+  there = len([*Path(args.out).glob('*.array_record')])
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(
       args.root,
@@ -157,6 +159,11 @@ def _prepare(args) -> None:
     f'{len(manifest["clips"])} clips in {len(manifest["shards"])} shards of {args.out}, '
     f'{size:,.0f} MB'
   )
+  if there:
+    say(
+      f'{there} of them were there and are kept unless damaged: if the data set has changed since, '
+      'name a new folder'
+    )
   if args.jpeg:
     say(
       f'frames are stored as JPEG of quality {args.jpeg}: what the model sees is close to the raw '
@@ -813,10 +820,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   keep_freed()
 
   # So that files half written are removed; training, which saves first, has a handler of its own.
-  def end(number, frame):
-    sys.exit(128 + number)
-
-  before = signal.signal(signal.SIGTERM, end)
+  ending = Ending()
+  before = {signal.SIGTERM: signal.signal(signal.SIGTERM, ending.handle)}
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # what a shell ignores stays so
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, ending.handle)
   try:
     if several:
       from aavs_jax.devices import distributed
@@ -824,7 +831,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.start(several)
       if args.command != 'train':
         # JAX has taken the signal to tell all processes of it, for which training alone asks.
-        signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGTERM, ending.handle)
     if getattr(args, 'json', None):
       from aavs_jax.input_pipeline.files import require_place
 
@@ -857,7 +864,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       distributed.leave(status)
     return status
   finally:
-    signal.signal(signal.SIGTERM, before)
+    ending.heard()
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

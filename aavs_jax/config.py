@@ -12,7 +12,7 @@ from absl import flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from aavs_jax import methods
+from aavs_jax import configs, methods
 from aavs_jax.configs import base
 from aavs_jax.input_pipeline.clips import EVAL_ITEM_FRAMES, IGNORE, Clip
 from aavs_jax.input_pipeline.errors import UserError
@@ -134,15 +134,19 @@ def _require_pair(stage1: ml_collections.ConfigDict, stage2: ml_collections.Conf
 
 
 def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
-  if not Path(path.split(':')[0]).is_file():
-    raise UserError(f'{path} does not exist: name a config file such as configs/avss_stage1.py')
+  file, colon, argument = path.partition(':')
+  if not Path(file).is_file():
+    own = Path(configs.__file__).parent / Path(file).name  # where the program is, from anywhere
+    if Path(file).parent != Path('configs') or not own.is_file():
+      raise UserError(f'{path} does not exist: name a config file such as configs/avss_stage1.py')
+    path = f'{own}{colon}{argument}'
   values = flags.FlagValues()
   arguments = ['aavs', f'--config={path}', *overrides]
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=arguments)
   try:
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-    text = str(error)
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if 'Traceback' in text:  # of an error in the file the flag library hands on all of it
       text = text.rstrip().splitlines()[-1].removeprefix('ValueError: ')
     text = ' '.join(text.split())

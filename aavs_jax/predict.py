@@ -19,7 +19,7 @@ from PIL import Image
 from aavs_jax import methods
 from aavs_jax.console import Progress, say
 from aavs_jax.input_pipeline import audio, files
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.images import read_image, resize_frame
 from aavs_jax.input_pipeline.masks import of_scores
 from aavs_jax.media.overlay import overlay, overlay_binary
@@ -123,6 +123,7 @@ def predict_all(
     path.name not in named and not path.name.endswith(files.UNFINISHED) for path in target.iterdir()
   ):
     files.new_folder(out)  # else it is an earlier call's
+  files.require_place(target / _SUMMARY if target.is_dir() else target)
   models = _load(stage1, stage2)
   failed = []
   for name, source in named.items():
@@ -137,13 +138,15 @@ def predict_all(
         say(f'  {folder} is there: remove it to have it answered again')
         continue
       _write_results(folder, opened, models, every)
-    except UserError as error:
+    except (UserError, OSError) as error:
+      if not isinstance(error, UserError) and may_pass(error):
+        raise
       say(f'  FAILED: {error}')
       failed.append(str(source))
   if failed:
+    others = f'; the others are in {out}' if len(failed) < len(named) else ''
     raise UserError(
-      f'{len(failed)} of {len(named)} sources failed, as said above ({", ".join(failed)}); the '
-      f'others are in {out}'
+      f'{len(failed)} of {len(named)} sources failed, as said above ({", ".join(failed)}){others}'
     )
   return Path(out)
 

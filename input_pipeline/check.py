@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import cv2
 import numpy as np
 
 from . import audio, files, images, labels
-from .clips import SPLITS, Clip
+from .clips import IGNORE, SPLITS, Clip
 from .errors import UserError
 from .index import read_index
 
@@ -94,11 +94,12 @@ def check_data(
         masks with a value between the two.
       problems, notes: lists of {'kind', 'clip': 'SUBSET/UID' or None, 'text': one sentence}.
     Problems are files that are missing, unreadable or cut short, sounds too short for a single
-    example, labels with unknown colours in more than half an image, and clips of different splits
-    whose first frame and sound are the same bytes. All else that is odd is a note: sounds shorter
-    than the frames, labels of another size than their frame, unknown colours, regions that may be
-    strays of the annotation, files that are links out of their subset's folder, folders that no
-    row names, numbers of clips that are not the published ones.
+    example, labels with unknown colours in more than half an image, splits whose labels show the
+    background alone, and clips of different splits whose first frame and sound are the same bytes.
+    All else that is odd is a note: sounds shorter than the frames, labels of another size than
+    their frame, unknown colours, regions that may be strays of the annotation, files that are links
+    out of their subset's folder, folders that no row names, numbers of clips that are not the
+    published ones.
 
   Raises:
     UserError: the table is missing or bad (see index.read_index), or workers is below 1.
@@ -134,6 +135,7 @@ def check_data(
         progress(done, len(clips))
 
   problems += _duplicates(same_content.values())
+  problems += _without_targets(clips, classes)
   notes += _unlisted_folders(clips)
   rows = collections.Counter((clip.subset, clip.split) for clip in clips)
   counts = [
@@ -402,6 +404,20 @@ def _unlisted_folders(clips: list[Clip]) -> list[dict]:
         table = os.path.basename(clip.table)
         text = f'{os.path.join(parent, shown)} is a folder that no row of {table} names'
         found.append(_finding('unlisted folder', f'{clip.subset}/{shown}', text))
+  return found
+
+
+def _without_targets(clips: Sequence[Clip], classes: collections.Counter) -> list[dict]:
+  """Of splits with nothing to learn: a problem if labels were read there."""
+  found = []
+  for split in SPLITS:
+    shown = {class_id for (class_id, where), number in classes.items() if where == split and number}
+    if shown == {0}:
+      text = (
+        f'no label of {split} in {clips[0].root} shows a class: pixels of what sounds hold the id '
+        f'of its class, where {IGNORE} means that they are ignored'
+      )
+      found.append(_finding('no targets', None, text))
   return found
 
 

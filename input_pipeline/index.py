@@ -50,15 +50,17 @@ def read_index(
     tables = kind.find_tables(root)
     found = kind.read(tables)
 
-  known = found[0].data_set.subsets if found else {}
+  if not found:
+    raise UserError(f'{" and ".join(tables)}: no clip is listed there: complete the file')
+  known = found[0].data_set.subsets
   unknown = [subset for subset in subsets or () if subset not in known]
-  if found and unknown:
+  if unknown:
     raise UserError(f'{root} has no subset {unknown[0]!r}: choose from {", ".join(known)}')
   wanted = list(known) if subsets is None else subsets
   chosen = [clip for clip in found if clip.subset in wanted and split in (None, clip.split)]
   if not chosen:
     counts = collections.Counter(f'{clip.subset} {clip.split}' for clip in found)
-    there = ', '.join(f'{count} of {name}' for name, count in counts.items()) or 'none at all'
+    there = ', '.join(f'{count} of {name}' for name, count in counts.items())
     raise UserError(
       f'{" and ".join(tables)}: no clip for split {split or "any"} of {", ".join(wanted)} (found: '
       f'{there}): choose another split or subset, or complete the file'

@@ -31,11 +31,13 @@ def mask_path(root: str, clip: Clip, t: int) -> str:
 
 
 def refuse_data_set(root: str | os.PathLike) -> None:
-  """Raises UserError if maps below root would replace a data set's clips, or are in a bucket."""
+  """Raises UserError if what is written to root would come among a data set's clips or be in a
+  bucket.
+  """
   files.refuse_bucket(root)
   tables = [table for kind in index.KINDS for table in tables_in(root, kind.data_set)]
   if tables:
-    raise UserError(f'{tables[0]} says that {root} is a data set: name another folder for the maps')
+    raise UserError(f'{tables[0]} says that {root} is a data set: name another folder')
 
 
 def write_clip_masks(root: str, clip: Clip, masks: np.ndarray) -> None:

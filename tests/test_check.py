@@ -240,6 +240,17 @@ def test_ids_of_no_class_are_a_problem(root):
   assert 'class id 71' in text_of(report, 'unreadable file')
 
 
+def test_labels_that_show_no_class_are_a_problem(root):
+  """As where what sounds is 255, which means ignored."""
+  for clip in read_index(root, 'train'):
+    for t in clip.labelled_frames:
+      ids = np.array(Image.open(clip.label_ids_path(t)))
+      Image.fromarray(np.where(ids > 0, 255, 0).astype(np.uint8)).save(clip.label_ids_path(t))
+      os.remove(clip.label_rgb_path(t))
+  (problem,) = check.check_data(root)['problems']
+  assert problem['kind'] == 'no targets' and 'no label of train' in problem['text']
+
+
 def test_a_small_region_beside_a_large_one_of_its_class_is_no_speck(root):
   clip = clips_of(root, 'v1m', 'train')[0]
 

@@ -57,6 +57,7 @@ def test_an_unknown_argument_is_refused(capsys):
     ('--config.train.phase2_epoch=-1', 'config.train.phase2_epoch is -1'),
     ("--config.train.trainable=('(',)", 'not a regular expression'),
     ('--config.seed=-1', 'config.seed is -1'),
+    ('--config.optimiser.lr=1', 'is not accepted: \'optimiser\' Did you mean "optimizer"'),
   ],
 )
 def test_faults_of_a_config_are_named(override, words, capsys, data_root, tmp_path):
@@ -90,6 +91,32 @@ def test_faults_of_files_are_named(capsys, data_root, tmp_path):
   table.write_text(table.read_text().replace('label', 'lable', 1))
   assert 'label' in _train(capsys, copy, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_an_own_config_is_found_from_anywhere(capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load('configs/s4.py:paper').data.subsets
+  with pytest.raises(UserError, match=r'other/s4\.py does not exist'):
+    config_lib.load('other/s4.py')
+
+
+def test_a_training_among_the_clips_of_a_data_set_is_refused(capsys, data_root):
+  before = sorted(os.listdir(data_root))
+  assert 'is a data set: name another folder' in _train(capsys, data_root, data_root)
+  assert sorted(os.listdir(data_root)) == before
+
+
+def test_a_work_folder_that_cannot_be_made_is_named(capsys, data_root, tmp_path):
+  (tmp_path / 'file').touch()
+  assert f'{tmp_path}/file/run cannot be written' in _train(
+    capsys, data_root, tmp_path / 'file' / 'run'
+  )
+
+
+def test_a_table_without_clips_is_named(capsys, data_root, tmp_path):
+  header = (Path(data_root) / 'metadata.csv').read_text().splitlines()[0]
+  (tmp_path / 'metadata.csv').write_text(f'{header}\n')
+  assert 'metadata.csv: no clip is listed there' in _refusal(capsys, 'check-data', str(tmp_path))
 
 
 def test_a_folder_without_a_model_is_refused(capsys, data_root, tmp_path):

@@ -360,6 +360,7 @@ def test_a_killed_run_leaves_whole_clips_only(tmp_path):
     ({'clips': {'train': {'v1s': -1}}}, r"clips\['train'\]\['v1s'\] is -1"),
     ({'num_classes': 71}, 'num_classes is 71'),
     ({'size': (8, 64)}, 'size is'),
+    ({'size': (64, 100_000)}, 'size is'),
     ({'seed': -1}, 'seed is -1'),
     ({'layout': 's4'}, "layout is 's4'"),
     ({'layout': 'object'}, r"clips\['test'\]\['v2'\] is 1, but AVSBench-object has no v2"),

@@ -1,5 +1,6 @@
 """Prediction on sources of one's own: the files written, against the models called directly."""
 
+import errno
 import functools
 import gc
 import json
@@ -7,6 +8,7 @@ import os
 import re
 import signal
 import threading
+import time
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from aavs_jax import cli, methods
+from aavs_jax import predict as predict_lib
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline import audio
@@ -357,20 +360,46 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
   monkeypatch.setattr(
     'aavs_jax.predict.overlay_binary', lambda frame, mask: os.kill(os.getpid(), number)
   )
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+  assert _predict_until_a_signal(tmp_path) == status and names(tmp_path) == ['clip']
+  assert len(capsys.readouterr().err.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_heard_while_garbage_is_collected(
+  number, status, no_model, tmp_path, monkeypatch
+):
+  """Python drops what is raised in the collector's callbacks."""
+  make_clip(tmp_path / 'clip', range(2), 2)
+  sent = []
+
+  def callback(phase, info):
+    if not sent:
+      sent.append(number)
+      os.kill(os.getpid(), number)
+
+  def collect(frame, mask):
+    gc.callbacks.append(callback)
+    gc.collect()
+    gc.callbacks.remove(callback)
+    time.sleep(20)  # unless the signal comes
+
+  monkeypatch.setattr('aavs_jax.predict.overlay_binary', collect)
+  assert _predict_until_a_signal(tmp_path) == status and names(tmp_path) == ['clip']
+
+
+def _predict_until_a_signal(tmp_path):
+  # A shell's background job ignores SIGINT.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
   before = signal.getsignal(signal.SIGTERM)
-  gc.disable()  # Python loses what is raised in a collector's callback, and Hypothesis has one
   try:
-    ended = cli.main(
+    return cli.main(
       ['predict', str(tmp_path / 'clip'), '--stage1', 'any', '--out', str(tmp_path / 'out')]
     )
   except SystemExit as error:
-    ended = error.code
+    return error.code
   finally:
-    gc.enable()
-  assert ended == status and names(tmp_path) == ['clip']
-  assert len(capsys.readouterr().err.splitlines()) <= 1
-  assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_windows_are_read_answered_and_written_side_by_side(tmp_path, monkeypatch):
@@ -408,6 +437,30 @@ def test_frames_of_other_sizes_are_answered_at_their_own(no_model, tmp_path):
   out = predict(source, stage1='any', out=tmp_path / 'out')
   assert [read(out / 'masks' / f'{second}.png').shape for second in range(2)] == sizes
   assert {frame.shape[:2] for _, frame in decode(out / 'overlay.mp4')[0]} == {(48, 64)}
+
+
+def test_a_source_that_may_not_be_read_does_not_keep_others(
+  no_model, tmp_path, monkeypatch, capsys
+):
+  for name in 'ab':
+    make_clip(tmp_path / name, range(1), 1)
+  listed = predict_lib._frame_paths
+
+  def refuse(folder):
+    if folder.name in refused:
+      raise PermissionError(errno.EACCES, 'Permission denied', str(folder / 'frames'))
+    return listed(folder)
+
+  monkeypatch.setattr(predict_lib, '_frame_paths', refuse)
+  command = ['predict', str(tmp_path / 'a'), str(tmp_path / 'b'), '--stage1', 'any']
+  refused = 'ab'
+  assert cli.main([*command, '--out', str(tmp_path / 'none')]) == 2
+  assert '2 of 2 sources failed' in (said := capsys.readouterr().err) and 'others' not in said
+  refused = 'a'
+  assert cli.main([*command, '--out', str(tmp_path / 'out')]) == 2
+  told = capsys.readouterr()
+  assert 'Permission denied' in told.out and 'the others are in' in told.err
+  assert names(tmp_path / 'out') == ['b']
 
 
 def test_several_sources_are_answered_each_in_a_folder_of_its_own(no_model, tmp_path, capsys):

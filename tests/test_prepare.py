@@ -428,6 +428,7 @@ def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys)
     assert cli.main([*arguments, *options]) == 0
     said = capsys.readouterr().out
     assert '20 clips in 3 shards' in said
+    assert 'were there' not in said
     assert ('JPEG of quality 95' in said and 'not the same' in said) == (name == 'lossy')
   manifest = json.loads((tmp_path / 'lossy' / 'prepared.json').read_text())
   assert manifest['settings'] == {'image_size': 128, 'eval_size': 224, 'frames': 'jpeg 95'}
@@ -439,6 +440,8 @@ def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys)
     difference = np.abs(a.pop('frames').astype(int) - b.pop('frames'))
     assert 0 < difference.mean() < 3
     assert same(a, b)
+  assert cli.main(arguments) == 0
+  assert '3 of them were there and are kept' in capsys.readouterr().out
 
 
 def test_a_config_of_other_sizes_is_refused(pairs, tiny_stage1, tmp_path):

@@ -1,6 +1,8 @@
 """Videos as people have them: every second shows and sounds what a player would show and sound."""
 
 import gc
+import struct
+import types
 from fractions import Fraction
 
 import av
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.media import timeline
 from aavs_jax.media.timeline import Timeline
 from aavs_jax.media.video import SAMPLE_RATE, read_windows, write_overlay_video
 from tests.test_video import COLOURS, dominant_frequency, frequency, write_video
@@ -131,6 +134,69 @@ def test_sound_of_eight_channels(tmp_path):
   path = write_stamped(tmp_path / 'v.mkv', [0, 1], [(0, tone(2))], layout='7.1')
   np.testing.assert_allclose(read(path)[1].ravel(), tone(2), atol=1e-3)
   np.testing.assert_allclose(loudness(read(copy_with_overlay(path))[1]) > 0.1, True)
+
+
+def with_channels(path, count):
+  """An AVI whose header says that its sound has so many channels, without names."""
+  content = bytearray(write_stamped(path, [0, 1], [(0, tone(2))]).read_bytes())
+  at = content.index(b'strf', content.index(b'auds')) + 8
+  struct.pack_into('<HHIIHH', content, at, 1, count, RATE, RATE * 2 * count, 2 * count, 16)
+  path.write_bytes(content)
+  return path
+
+
+@pytest.mark.parametrize('count', [9, 32])
+def test_channels_without_names_are_mixed_to_one(count, tmp_path):
+  path = with_channels(tmp_path / 'v.avi', count)
+  assert Timeline(path).is_mono
+  assert loudness(read(copy_with_overlay(path))[1])[0] > 0.01
+
+
+def test_more_channels_than_ffmpeg_mixes_are_no_sound(tmp_path):
+  with pytest.raises(UserError, match='sound of which nothing can be decoded'):
+    read(with_channels(tmp_path / 'v.avi', 65))
+
+
+def test_stereo_of_six_channels_is_no_louder_than_they_are(tmp_path):
+  path = write_stamped(tmp_path / 'v.mkv', [0, 1], [(0, tone(2))], layout='5.1')
+  stereo = np.concatenate([*Timeline(path).sound(RATE, 'stereo')], 1)
+  np.testing.assert_allclose(loudness(stereo), loudness(tone(2)), rtol=0.01)
+
+
+def test_a_stream_that_comes_in_the_middle_does_not_end_the_reading(tmp_path):
+  """PyAV trips over it when it would hand out the last, empty packets."""
+
+  class Grown:
+    def demux(self, streams):
+      for packet in container.demux(streams):
+        if not packet.size:
+          raise IndexError('list index out of range')
+        yield packet
+
+  path = write_stamped(tmp_path / 'v.mkv', [0, 1], [(0, tone(2))])
+  counts = []
+  for demuxed in (None, Grown()):
+    with av.open(str(path)) as container:
+      streams = [container.streams.video[0], container.streams.audio[0]]
+      packets = list(timeline._packets(demuxed or container, streams))
+      counts.append([(p.stream.index, p.size, len(p.decode())) for p in packets])
+      for packet in packets[-2:]:
+        timeline._Clock(10.0, {}).correct(packet)
+  assert counts[0] == counts[1]
+
+
+def test_times_that_cannot_be_are_not_followed():
+  clock = timeline._Clock(10.0, {0: 0.5})
+
+  def packet(pts, duration):
+    return types.SimpleNamespace(
+      stream_index=0, time_base=Fraction(1, 1000), dts=1000, pts=pts, duration=duration
+    )
+
+  clock.correct(packet(1000, 10**9))
+  assert clock.end == 1.5
+  clock.correct(late := packet(10**9, 250))
+  assert clock.end == 1.25 and late.pts == 1000 and clock.wrong == 2
 
 
 def test_a_long_gap_of_the_sound_alone_is_no_leap_of_the_clock(tmp_path):

@@ -52,7 +52,7 @@ class StopSignal:
   def _note(self, number, frame):
     if self.received:
       if number == signal.SIGINT:
-        raise KeyboardInterrupt
+        self._before[number](number, frame)
       return
     self.received = number
     if self._several:

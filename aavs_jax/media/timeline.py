@@ -9,7 +9,7 @@ import collections
 import contextlib
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -26,6 +26,7 @@ _LEAP_SECONDS, _STILL_SECONDS = 10.0, 3600.0
 _BACK_SECONDS = _JITTER_SECONDS = 0.1
 _APART_SECONDS = 1.0  # by so much at most the streams of a piece end one before the other
 _SHORTEST_SECONDS = 1e-4  # a picture that stays for less is not seen
+_NOTHING_HEARD = 'has sound of which nothing can be decoded: convert it'
 # PyAV 19 takes tags that are not UTF-8 as they are; those before must be told to.
 _TAGS = {} if int(av.__version__.split('.')[0]) >= 19 else {'metadata_errors': 'replace'}
 
@@ -72,11 +73,10 @@ class Timeline:
       self._leap = _LEAP_SECONDS if discontinuous else _STILL_SECONDS
       self._picture, self._sound = picture.index, sound.index
       self.rate = picture.average_rate or Fraction(25)
-      # FFmpeg mixes no two of ambisonic sound; of a single channel there are none.
-      self.is_mono = sound.codec_context.channels == 1 or 'ambisonic' in sound.layout.name
+      self.is_mono = sound.codec_context.channels == 1 or not _mixes(sound.codec_context)
       aspect = picture.sample_aspect_ratio or Fraction(1)
     self._damaged = collections.Counter()  # packets, by the index of the stream
-    self._jumps, self._is_silent = 0, False
+    self._jumps, self._wrong_times, self._is_silent = 0, 0, False
     first = next(self._decoded(self._picture, self._clock()), None)
     if first is None:
       raise UserError(
@@ -102,7 +102,7 @@ class Timeline:
         yield start, time, shown
         start = time
       shown = frame
-    self._jumps = clock.jumps
+    self._jumps, self._wrong_times = clock.jumps, clock.wrong
     yield start, max(clock.end - self._origin, start + _SHORTEST_SECONDS), shown
 
   def upright(self, frame: av.VideoFrame) -> np.ndarray:
@@ -138,6 +138,8 @@ class Timeline:
         found.append(f'damaged packets of the {what} that are left out: {count}')
     if self._jumps:
       found.append(f'pieces joined where its time stamps begin anew or leap: {self._jumps}')
+    if self._wrong_times:
+      found.append(f'time stamps that cannot be, and are not followed: {self._wrong_times}')
     if self._is_silent:
       found.append('its sound track is empty, so all is silent')
     return found
@@ -160,12 +162,14 @@ class Timeline:
       streams = [container.streams[i] for i in (self._picture, self._sound)]
       streams[0].thread_type = 'AUTO'
       # The clock sees the packets of both, decoded or not.
-      for packet in container.demux(streams):
+      for packet in _packets(container, streams):
         clock.correct(packet)
-        if packet.stream_index != index:
+        if packet.stream.index != index:  # its own is 0 of an empty packet, at the end
           continue
         try:
           frames = packet.decode()
+        except av.error.EOFError:  # an empty packet has come before
+          continue
         except av.error.FFmpegError:
           self._damaged[index] += 1
           continue
@@ -173,7 +177,7 @@ class Timeline:
         yield from frames
     if index == self._sound and not count:
       if self._damaged[index]:
-        raise UserError(f'{self.path} has sound of which nothing can be decoded: convert it')
+        raise UserError(f'{self.path} {_NOTHING_HEARD}')
       self._is_silent = True
 
   def _runs(self) -> Iterator[tuple[tuple, av.AudioFrame]]:
@@ -195,17 +199,29 @@ class Timeline:
     """The sound as (number of its first sample on the time line, float32 [channels, n])."""
     # Channels are averaged here: FFmpeg's own down-mix to mono of float samples is louder by
     # sqrt(2).
-    mono = layout == 'mono'
+    mono, heard, lost = layout == 'mono', 0, 0
     for (start, *_), frames in itertools.groupby(self._runs(), operator.itemgetter(0)):
-      # Interleaved, as PyAV crashes on eight planes, which 7.1 sound has.
-      resampler = av.AudioResampler('flt', layout=None if mono else layout, rate=rate)
+      # Interleaved, as PyAV crashes on eight planes, which 7.1 sound has. Where FFmpeg adds up
+      # channels for stereo, it keeps sums of integers from being too loud, and no others.
+      kind, loudest = ('flt', 1) if mono else ('s16', 2**15)
+      resampler = av.AudioResampler(kind, layout=None if mono else layout, rate=rate)
       position = round(start * rate)
       for frame in itertools.chain((frame for _, frame in frames), [None]):  # None flushes
-        # What comes back is [None] if there is nothing.
-        for resampled in filter(None, resampler.resample(frame)):
+        try:
+          # What comes back is [None] if there is nothing.
+          pieces = [*filter(None, resampler.resample(frame))]
+        except av.error.FFmpegError:  # as of 93 channels, by one wrong byte
+          lost += 1
+          continue
+        heard += len(pieces)
+        for resampled in pieces:
           piece = resampled.to_ndarray().reshape(-1, resampled.layout.nb_channels).T
+          piece = piece.astype(np.float32) / loudest
           yield position, piece.mean(axis=0, keepdims=True) if mono else piece
           position += piece.shape[1]
+    self._damaged[self._sound] += lost
+    if lost and not heard:
+      raise UserError(f'{self.path} {_NOTHING_HEARD}')
 
 
 class _Clock:
@@ -218,6 +234,7 @@ class _Clock:
 
   Attributes:
     jumps: number of pieces after the first.
+    wrong: number of times and lengths that are further off than a clock leaps.
   """
 
   def __init__(self, leap: float, lengths: dict[int, float]):
@@ -228,7 +245,7 @@ class _Clock:
     self._own = {}  # offset of the piece that it is in
     self._time, self._due = {}, {}  # decoding time of the last packet, and of the next
     self._last = {}  # the latest packet's start, and the length of the one read last
-    self.jumps = 0
+    self.jumps = self.wrong = 0
 
   @property
   def end(self) -> float:
@@ -240,6 +257,13 @@ class _Clock:
     """Moves the time stamps of the next packet, of whichever stream, to the corrected clock."""
     index, unit = packet.stream_index, float(packet.time_base)
     length = packet.duration * unit if packet.duration else self._lengths.get(index, 0.0)
+    if length > self._leap:
+      length = self._lengths.get(index, 0.0)
+      self.wrong += 1
+    if packet.dts is not None and packet.pts is not None:
+      if abs(packet.pts - packet.dts) * unit > self._leap:
+        packet.pts = packet.dts
+        self.wrong += 1
     offset = self._own.get(index, self._offset)
     if packet.dts is not None:
       offset = self._own[index] = self._piece(index, packet.dts * unit)
@@ -267,6 +291,30 @@ class _Clock:
       self._offset = self._joint - time
       self.jumps += 1
     return self._offset
+
+
+def _packets(
+  container: av.container.InputContainer, streams: Sequence[av.stream.Stream]
+) -> Iterator[av.Packet]:
+  """All packets of the streams, and an empty one of each at the end."""
+  try:
+    yield from container.demux(streams)
+  except IndexError:  # PyAV, at the end of a file to which a stream came in the middle
+    for stream in streams:
+      packet = av.Packet()
+      packet.stream, packet.time_base = stream, stream.time_base
+      yield packet
+
+
+def _mixes(sound: av.AudioCodecContext) -> bool:
+  """Whether FFmpeg makes stereo of its channels: of ambisonic ones not, nor of many unnamed."""
+  frame = av.AudioFrame(format='s16', layout=sound.layout, samples=16)
+  frame.sample_rate = 16000
+  try:
+    av.AudioResampler('s16', layout='stereo', rate=16000).resample(frame)
+    return True
+  except (av.error.FFmpegError, ValueError):
+    return False
 
 
 def _choose_streams(path: Path, container: av.container.InputContainer) -> list:

@@ -15,7 +15,7 @@ from etils import epath
 
 from aavs_jax.console import say
 from aavs_jax.devices import distributed
-from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.errors import UserError, may_pass
 from aavs_jax.input_pipeline.files import NO_FLOCK
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
@@ -36,7 +36,7 @@ def lock(workdir: epath.Path) -> Iterator[None]:
 
   Raises:
     BlockingIOError: on all processes, another run is in the folder; it names host and process.
-    UserError: on all processes, they do not share the folder.
+    UserError: there can be no such folder; on all processes, they do not share it.
   """
   with contextlib.ExitStack() as held:
     refusal = None
@@ -46,6 +46,12 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         held.enter_context(_lease(workdir) if '://' in str(workdir) else _flock(workdir))
       except BlockingIOError as error:
         refusal = str(error)
+      except OSError as error:
+        if may_pass(error):
+          raise
+        raise UserError(
+          f'{workdir} cannot be written ({error.strerror}): name another place'
+        ) from error
     refusal, *_ = distributed.gather(refusal)
     if refusal:
       raise BlockingIOError(refusal)

@@ -28,6 +28,7 @@ from .scenes import CLASSES
 
 _VERSION = 1  # of the drawing: raise it when the same settings give other bytes
 _LAYOUTS = ('semantic', 'object')
+_LARGEST = 4096
 _OBJECT_SIZE = 224  # of frames and masks of AVSBench-object
 
 
@@ -53,7 +54,7 @@ def compose(
     root: folder to write; absent, empty, or written by an earlier call with the same settings.
     clips: number of clips by split and subset, such as {'train': {'v1s': 90, 'v1m': 60}}.
     num_classes: how many of CLASSES occur, 2 to 70; not used with sprites.
-    size: width and height of the frames in pixels, at least 32 each.
+    size: width and height of the frames in pixels, 32 to 4096 each.
     seed: a non-negative integer.
     sprites: folder with CLASS/*.png (alpha) and CLASS/*.wav, *.ogg or *.flac to use instead of
       drawn shapes and synthetic sounds; the classes are those of the folder. Of several pictures
@@ -155,8 +156,8 @@ def _check_settings(clips, num_classes, size, seed, layout) -> None:
     raise errors.UserError(f'clips is {clips}: ask for at least one clip')
   if not 2 <= num_classes <= len(CLASSES):
     raise errors.UserError(f'num_classes is {num_classes}: use a number from 2 to {len(CLASSES)}')
-  if len(size) != 2 or min(size) < 32:
-    raise errors.UserError(f'size is {size}: use a width and a height of at least 32 pixels')
+  if len(size) != 2 or not all(32 <= side <= _LARGEST for side in size):
+    raise errors.UserError(f'size is {size}: use a width and a height of 32 to {_LARGEST} pixels')
   if seed < 0:
     raise errors.UserError(f'seed is {seed}: use an integer >= 0')
   if layout not in _LAYOUTS:
