@@ -29,23 +29,30 @@ def attend_dense(
   Hat weights make the map, queries x pixels a head: no gather and no scatter, as TPUs want it.
   A frame at a time, so that its maps stay on the chip.
   """
-  return jnp.moveaxis(on_each_device(_through_maps)(list(values), x, y, weights), 1, 2)
+  maps = [value.reshape(*value.shape[:3], -1) for value in values]
+  return jnp.moveaxis(on_each_device(_through_maps)(maps, x, y, weights), 1, 2)
 
 
 @jax.custom_vjp
 def _through_maps(values, x, y, weights):
-  """From values n h w a c, x, y and weights n l p a q to n a q c."""
+  """From values n h w ac, x, y and weights n l p a q to n a q c.
+
+  Heads and channels stay one axis until a frame has its turn: 32 channels would be padded to the
+  128 of a TPU's register (of an encoder layer, forward 2.00 to 1.88 M cycles, with gradients 7.34
+  to 7.04).
+  """
 
   def one_frame(frame):
     values, x, y, weights = frame
     total = 0.0
     for level, value in enumerate(values):
+      value = _heads_first(value, x.shape[2])
       attention = _attention_map(value, x[level], y[level], weights[level])
       # Over both axes at once: then the TPU compiler makes the map inside the product.
       total = total + jnp.einsum('ahwq,ahwc->aqc', attention, value)
     return total
 
-  return jax.lax.map(one_frame, (_heads_first(values), x, y, weights))
+  return jax.lax.map(one_frame, (values, x, y, weights))
 
 
 def _attention_map(value, x, y, weights):
@@ -84,40 +91,40 @@ def _blocks(height: int, width: int, channels: int) -> _Blocks:
   return _Blocks(rows, columns, -(-height // rows), across)
 
 
-def _cut(value: Float[Array, 'n h w a c']) -> Float[Array, 'n a i j b c']:
+def _cut(value: Float[Array, 'n h w ac'], heads: int) -> Float[Array, 'n i j b ac']:
   """Blocks of a map: rows i and columns j of each."""
-  n, height, width, heads, channels = value.shape
-  rows, columns, down, across = _blocks(height, width, channels)
-  # Heads and channels are one axis here: 32 channels would be padded to the 128 of a register.
-  value = value.reshape(n, height, width, heads * channels)
+  _, height, width, all_channels = value.shape
+  rows, columns, down, across = _blocks(height, width, all_channels // heads)
   below, right = down * rows + 1 - height, across * columns + 1 - width
   value = jnp.pad(value, [(0, 0), (0, below), (0, right), (0, 0)])
   value = jnp.stack([value[:, i * rows : (i + 1) * rows + 1] for i in range(down)], 1)
   ends = [(j * columns, (j + 1) * columns + 1) for j in range(across)]
   value = jnp.stack([value[:, :, :, begin:end] for begin, end in ends], 3)
-  value = value.reshape(*value.shape[:-1], heads, channels).transpose(0, 5, 2, 4, 1, 3, 6)
-  return value.reshape(*value.shape[:4], down * across, channels)
+  value = value.transpose(0, 2, 4, 1, 3, 5)
+  return value.reshape(*value.shape[:3], down * across, all_channels)
 
 
 def _level_gradients(value, blocks, x, y, weights, g):
-  """Gradients of value a h w c, x, y and weights p a q of one level by g a c q, that of the output.
+  """Gradients of value, as a h w c, x, y and weights p a q of one level by g a c q, the output's.
 
-  What a point reads is in one block, blocks a i j b c. So for x, y and weights there is no need of
+  What a point reads is in one block, blocks i j b ac. So for x, y and weights there is no need of
   the gradient of a map, queries x pixels: that of a block is one product over channels and blocks,
   of which all but the point's are 0. It is added up over rows inside the product's operation.
   """
+  value = _heads_first(value, x.shape[1])
   _, height, width, channels = value.shape
   by_value = jnp.einsum('ahwq,acq->ahwc', _attention_map(value, x, y, weights), g)
   rows, columns, down, across = _blocks(height, width, channels)
   row, from_row = _in_block(y, height, rows, down)
   column, from_column = _in_block(x, width, columns, across)
   block = row * across + column
+  blocks = blocks.reshape(*blocks.shape[:-1], -1, channels)
   by_x, by_y, by_weight = [], [], []
   for p in range(len(x)):
     here = block[p][:, None] == jnp.arange(down * across)[:, None]  # a b q
     of_block = jnp.where(here[:, :, None], g[:, None], 0)
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    by_map = product('aijbc,abcq->aijq', blocks, of_block)
+    by_map = product('ijbac,abcq->aijq', blocks, of_block)
     distance = from_row[p][:, None] - jnp.arange(rows + 1)[:, None]
     of_rows = (by_map * hat(distance)[:, :, None]).sum(1)  # a j q
     of_slopes = (by_map * _slope(distance, height)[:, :, None]).sum(1)
@@ -151,13 +158,16 @@ def _gradients(arrays, g):
     return list(by_values), *(jnp.stack(levels) for levels in by_points)
 
   by_values, *by_points = jax.lax.map(
-    one_frame, (_heads_first(values), [_cut(value) for value in values], *points, g.swapaxes(2, 3))
+    one_frame,
+    (values, [_cut(value, g.shape[1]) for value in values], *points, g.swapaxes(2, 3)),
   )
-  return [jnp.moveaxis(by_value, 1, 3) for by_value in by_values], *by_points
+  by_values = [jnp.moveaxis(by_value, 1, 3) for by_value in by_values]
+  return [by.reshape(value.shape) for by, value in zip(by_values, values)], *by_points
 
 
-def _heads_first(values):
-  return [jnp.moveaxis(value, 3, 1) for value in values]
+def _heads_first(value, heads):
+  """From h w ac to a h w c."""
+  return jnp.moveaxis(value.reshape(*value.shape[:2], heads, -1), 2, 0)
 
 
 _through_maps.defvjp(lambda *arrays: (_through_maps(*arrays), arrays), _gradients)
