@@ -16,10 +16,11 @@ from pathlib import Path
 from shlex import quote
 
 from absl import logging as absl_logging
+from etils import epath
 
 from aavs_jax import configs
 from aavs_jax.devices.host_memory import keep_freed
-from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.errors import UserError, is_refused, may_pass
 from aavs_jax.signals import Ending
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
@@ -139,7 +140,7 @@ def _prepare(args) -> None:
   from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.input_pipeline.prepare import prepare
 
-  there = len([*Path(args.out).glob('*.array_record')])
+  there = len([*epath.Path(args.out).glob('*.array_record')])
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(
       args.root,
@@ -321,7 +322,7 @@ def _eval(args) -> None:
     subsets=args.subsets.split(',') if args.subsets is not None else None,
   )
   say(format_evaluation(result))
-  say(f'written to {args.out} and {Path(args.out).with_suffix(".md")}')
+  say(f'written to {args.out} and {epath.Path(args.out).with_suffix(".md")}')
 
 
 def _predict_arguments(sub) -> None:
@@ -884,6 +885,8 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
   """The exit status after an error and what to say of it: '' is nothing, None a fault of ours."""
   if isinstance(error, BrokenPipeError) and _output_is_closed():
     return 128 + signal.SIGPIPE, ''
+  if (fault := _of_bucket(error)) is not None:
+    return fault
   if isinstance(error, OSError) and may_pass(error):
     text = str(error)
     if error.errno == errno.ENOSPC and not error.filename:  # a write does not know its file's name
@@ -892,11 +895,6 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
     return 1, text
   if isinstance(error, (UserError, FloatingPointError, OSError)):
     return 2, str(error)
-  if type(error).__module__.startswith(('google.', 'gcsfs.')):
-    text = f'a bucket cannot be used ({_one_line(error)})'
-    if getattr(error, 'code', None) == 403:
-      return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
-    return 1, f'{text}: try again'
   if isinstance(error, RuntimeError) and re.match(r'RESOURCE_EXHAUSTED.*emory', str(error)):
     return 2, (
       f'a device has too little memory ({_one_line(error)}): use fewer frames a step '
@@ -911,6 +909,23 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
       'processes again, they go on from the last checkpoint'
     )
   return 1, text
+
+
+def _of_bucket(error: Exception) -> tuple[int, str] | None:
+  """As _fault, of what Google's and other libraries raise for a bucket; None for anything else."""
+  said = str(error)
+  if isinstance(error, ImportError) and (found := re.search(r'Install (\w+) to access', said)):
+    return 2, f'{said}: pip install {found[1]}, or name a folder that is no bucket'
+  of_google = type(error).__module__.startswith(('google.', 'gcsfs.'))
+  # TensorStore has ValueErrors for everything.
+  code = said.partition(':')[0] if type(error) is ValueError else ''
+  text = f'a bucket cannot be used ({_one_line(error)})'
+  refused = isinstance(error, OSError) and error.errno is None and is_refused(error)
+  if refused or code == 'PERMISSION_DENIED' or (of_google and getattr(error, 'code', 0) == 403):
+    return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
+  if of_google or code in ('UNAVAILABLE', 'UNAUTHENTICATED', 'DEADLINE_EXCEEDED'):
+    return 1, f'{text}: try again'
+  return None
 
 
 def _output_is_closed() -> bool:

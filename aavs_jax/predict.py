@@ -153,6 +153,7 @@ def predict_all(
 
 def expand(source: str | Path) -> list[Path]:
   """The videos in a folder that is no clip folder, without what else is there; or just itself."""
+  files.refuse_bucket(source)
   source = Path(source)
   if not source.is_dir() or (source / 'frames').exists():
     return [source]

@@ -22,7 +22,7 @@ from aavs_jax.devices.host_memory import give_back_freed
 from aavs_jax.devices.interrupt import Stopped, StopSignal
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh
 from aavs_jax.devices.profiling import Profiler
-from aavs_jax.input_pipeline import masks, pipeline
+from aavs_jax.input_pipeline import files, masks, pipeline
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import score
 from aavs_jax.scoring.predictor import Predictor
@@ -63,6 +63,7 @@ def train(
     raise UserError(f'{workdir} is a file: name a folder with --workdir')
   if '://' not in str(workdir):
     masks.refuse_data_set(workdir)
+  files.refuse_bucket(config.data.masks)
   if config.use_prior and not (config.data.masks or config.oracle_prior):
     raise UserError(
       "config.data.masks is empty: stage 2 validates with stage 1's masks, write them with "

@@ -23,7 +23,15 @@ _WRONG_NAME = (errno.ELOOP, errno.ENAMETOOLONG)
 
 def may_pass(error: OSError) -> bool:
   """Whether the next start may be spared it: a full disk or a failing network, no wrong path."""
-  return not isinstance(error, _WRONG_PATH) and error.errno not in _WRONG_NAME
+  if isinstance(error, _WRONG_PATH) or is_refused(error):
+    return False
+  return error.errno not in _WRONG_NAME
+
+
+def is_refused(error: OSError) -> bool:
+  """Whether an account lacks a permission, of which gcsfs tells in words alone."""
+  in_words = error.errno is None and str(error).startswith('Forbidden')
+  return isinstance(error, PermissionError) or in_words
 
 
 def of_disk(error: Exception) -> bool:

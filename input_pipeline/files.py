@@ -191,6 +191,14 @@ def require_place(path: str | os.PathLike) -> None:
   if '://' not in str(path):
     with _working_folder(path) as folder:
       folder.rmdir()
+    return
+  path = epath.Path(path)
+  probe = path.with_name(f'.{path.name}{UNFINISHED}')
+  try:
+    probe.write_text('')
+    probe.unlink()
+  except FileNotFoundError as error:  # of a bucket that is not there
+    raise UserError(f'{path} cannot be written ({error}): name another place') from error
 
 
 @contextlib.contextmanager

@@ -151,7 +151,8 @@ def _claim_folder(out: epath.Path, claim: dict, root: str | os.PathLike) -> None
   """Notes in the folder what it is for, or compares."""
   note = next((out / name for name in (MANIFEST, _CLAIM) if (out / name).exists()), None)
   if note is None:
-    if any(path.suffix != files.UNFINISHED for path in out.iterdir()):
+    there = out.iterdir() if out.is_dir() else ()  # a bucket has no empty folders
+    if any(path.suffix != files.UNFINISHED for path in there):
       raise UserError(
         f'{out} holds something, but no {MANIFEST}: name a new or empty folder for the shards'
       )

@@ -68,3 +68,11 @@ def test_a_run_in_a_bucket(emulated, data_root, tmp_path, capsys):
   out = tmp_path / 'scores.json'
   assert cli.main(['eval', f'--workdir={folder}', f'--data={data_root}', f'--out={out}']) == 0
   assert out.exists()
+  shards = ['--image-size=32', '--eval-size=32', '--workers=1']
+  assert cli.main(['prepare', data_root, 'gs://bucket/shards', *shards]) == 0
+  assert (epath.Path('gs://bucket/shards') / 'prepared.json').exists()
+  assert cli.main(['prepare', data_root, 'gs://bucket/shards', *shards]) == 0
+  assert '3 of them were there' in capsys.readouterr().out
+  missing = ['eval', f'--workdir={folder}', f'--data={data_root}', '--out=gs://none/scores.json']
+  assert cli.main(missing) == 2
+  assert 'gs://none/scores.json cannot be written' in capsys.readouterr().err

@@ -32,6 +32,24 @@ def test_a_damaged_one_is_named_and_may_be_removed(saved):
     checkpoint.restore(manager, 3, state)
 
 
+def test_half_a_one_is_named_by_its_step(saved):
+  _, _, folder = saved
+  (folder / 'state' / '_METADATA').unlink()
+  with pytest.raises(UserError, match=r'/3 cannot be read .*_METADATA.* remove it to go on'):
+    checkpoint.load_flat(folder.parent)
+
+
+def test_one_that_an_account_may_not_read_is_not_damaged(saved, monkeypatch):
+  manager, state, _ = saved
+
+  def fail(*args, **kwargs):
+    raise OSError('Forbidden: https://storage.googleapis.com')
+
+  monkeypatch.setattr(manager, 'restore', fail)
+  with pytest.raises(OSError, match='Forbidden'):
+    checkpoint.restore(manager, 3, state)
+
+
 def test_scores_may_come_after_the_save(saved):
   manager, state, folder = saved
   assert checkpoint.best_step(manager) is None

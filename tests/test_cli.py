@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -283,17 +284,45 @@ def test_the_published_configs_are_sound_and_differ_as_the_recipe_says():
 
 
 @pytest.mark.parametrize(
-  ('kind', 'status', 'words'),
-  [('Forbidden', 2, 'see "Permission denied on a bucket"'), ('ServiceUnavailable', 1, 'try again')],
+  ('kind', 'said', 'status', 'words'),
+  [
+    ('Forbidden', 'GET http://b/bucket', 2, 'see "Permission denied on a bucket"'),
+    ('ServiceUnavailable', 'GET http://b/bucket', 1, 'try again'),
+    (OSError, 'Forbidden: http://b/bucket\nno access', 2, 'see "Permission denied on a bucket"'),
+    (ValueError, 'PERMISSION_DENIED: http://b/bucket', 2, 'see "Permission denied on a bucket"'),
+    (ValueError, 'UNAVAILABLE: http://b/bucket', 1, 'try again'),
+    (ImportError, 'Install s3fs to access b/bucket', 2, 'pip install s3fs'),
+  ],
 )
-def test_what_a_bucket_says_is_told(kind, status, words, capsys, data_root, tmp_path, monkeypatch):
-  error = getattr(pytest.importorskip('google.api_core.exceptions'), kind)
+def test_what_a_bucket_says_is_told(
+  kind, said, status, words, capsys, data_root, tmp_path, monkeypatch
+):
+  if isinstance(kind, str):
+    kind = getattr(pytest.importorskip('google.api_core.exceptions'), kind)
 
   def fail(*args, **kwargs):
-    raise error('GET https://storage.googleapis.com/storage/v1/b/bucket')
+    raise kind(said)
 
   monkeypatch.setattr('aavs_jax.train.train', fail)
   command = ['train', '--config', 'tests/tiny.py:stage1', '--data', data_root]
   assert cli.main([*command, '--workdir', str(tmp_path)]) == status
-  said = capsys.readouterr().err
-  assert words in said and 'v1/b/bucket' in said and 'Traceback' not in said
+  (line,) = capsys.readouterr().err.splitlines()
+  assert words in line and 'b/bucket' in line
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ['export', 'run', 'gs://b/a.safetensors'],
+    ['report', 'run', '--data', 'data', '--out', 'gs://b/a.html'],
+    ['report', 'gs://b/run', '--data', 'data'],
+    ['bench', 'sweep', 'gs://b/sweep'],
+    ['predict', 'gs://b/a.mp4', '--stage1', 'run', '--out', 'out'],
+    ['convert', 'gs://b/a.pth', 'out'],
+    ['reproduce', '--workdir', 'out', '--data', 'data', '--stage2', 'gs://b/a.pth', '--masks', 'm'],
+  ],
+)
+def test_what_is_on_disks_alone_is_refused_in_a_bucket(arguments, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  line = _refusal(capsys, *arguments)
+  assert re.search('gs://b/.* is in a bucket', line) and not list(tmp_path.iterdir())

@@ -112,6 +112,7 @@ def sweep(
         f'--stage{stage} is of the {configs[stage].task} task of {configs[stage].method}: give the '
         f"config of aavs's stage {stage}"
       )
+  files.refuse_bucket(out)
   files.require_place(Path(out) / 'sweep.json')
   platform, device, count = bench.in_child(bench.where)
   kind = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}.get(platform)

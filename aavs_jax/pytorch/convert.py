@@ -92,7 +92,8 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     UserError: `out` exists; a file is damaged, of no known kind or not the one asked for; tensors
       do not make up the model.
   """
-  files.refuse_bucket(out)
+  for path in (source, vggish or '', out):
+    files.refuse_bucket(path)
   source, out = Path(source), Path(out)
   if out.exists():
     raise UserError(f'{out} exists already: name a new folder, or remove it')
@@ -376,6 +377,7 @@ def export(workdir: str | Path, out: str | Path) -> Path:
   Raises:
     UserError: the folder holds no model of a released method; `out` exists or ends otherwise.
   """
+  files.refuse_bucket(out)
   out = Path(out)
   if out.suffix not in torch_files.WRITABLE:
     raise UserError(f'{out} is not written: let it end in {" or ".join(torch_files.WRITABLE)}')

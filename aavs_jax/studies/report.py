@@ -58,6 +58,8 @@ def write_report(workdir: str | Path, data_root: str | Path, out: str | Path | N
     UserError: no such folder, or one of something else; a file of the run or of the data set that
       cannot be read.
   """
+  for path in (workdir, out or ''):
+    files.refuse_bucket(path)
   workdir = Path(workdir)
   if not workdir.is_dir():
     raise UserError(f'{workdir} is no folder: give the workdir of a run')

@@ -122,6 +122,8 @@ def reproduce(
       'stage 2'
     )
   given = {'s4': s4, 'ms3': ms3, 'stage1': stage1, 'stage2': stage2}
+  for path in (*given.values(), *(path for _, path in others)):
+    files.refuse_bucket(path or '')
   sources = {model: Path(path) for model, path in given.items() if path}
   tasks = {f'{task}_{Path(path).stem}': (task, Path(path)) for task, path in others}
   if not sources and not tasks:

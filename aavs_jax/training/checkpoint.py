@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
-from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.errors import UserError, is_refused, may_pass
 from aavs_jax.training.state import TrainState
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
@@ -43,7 +43,8 @@ def _readable(path: str | Path, advice: str):
   try:
     yield
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-    if isinstance(error, UserError) or (isinstance(error, OSError) and may_pass(error)):
+    of_disk = isinstance(error, OSError) and (may_pass(error) or is_refused(error))
+    if isinstance(error, UserError) or of_disk:
       raise
     text = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
     if isinstance(error, ValueError) and str(error).startswith(_PASSING):
@@ -185,7 +186,8 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
     # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
     kinds = ('trained', 'frozen', 'statistics')
-    loaded = read_arrays(_absolute(folder) / str(step) / 'state', kinds)
+    with _readable(folder / str(step), _REMOVE):
+      loaded = read_arrays(_absolute(folder) / str(step) / 'state', kinds)
   flat = {path: value for kind in loaded.values() for path, value in kind.items()}
   # Frozen ones may be stored in bfloat16.
   return {path: value.astype(np.float32, copy=False) for path, value in flat.items()}, step
@@ -219,7 +221,10 @@ def read_arrays(path: str | Path, names: Sequence[str] = ()) -> dict[str, Any]:
   """Numpy arrays of the state saved at a path, or of some of its fields."""
   handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
   with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
-    tree = reader.metadata(path).item_metadata.tree
+    found = reader.metadata(path).item_metadata
+    if found is None:  # Orbax keeps to itself why
+      raise ValueError(f'{len((epath.Path(path) / "_METADATA").read_bytes())} bytes of _METADATA')
+    tree = found.tree
     keep = {name: tree[name] for name in names or tree if tree.get(name)}
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), keep)
     args = ocp.args.PyTreeRestore(item=keep, restore_args=restore_args, partial_restore=True)

@@ -15,7 +15,7 @@ from etils import epath
 
 from aavs_jax.console import say
 from aavs_jax.devices import distributed
-from aavs_jax.input_pipeline.errors import UserError, may_pass
+from aavs_jax.input_pipeline.errors import UserError, is_refused, may_pass
 from aavs_jax.input_pipeline.files import NO_FLOCK
 
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
@@ -47,10 +47,10 @@ def lock(workdir: epath.Path) -> Iterator[None]:
       except BlockingIOError as error:
         refusal = str(error)
       except OSError as error:
-        if may_pass(error):
+        if may_pass(error) or (is_refused(error) and '://' in str(workdir)):
           raise
         raise UserError(
-          f'{workdir} cannot be written ({error.strerror}): name another place'
+          f'{workdir} cannot be written ({error.strerror or error}): name another place'
         ) from error
     refusal, *_ = distributed.gather(refusal)
     if refusal:
