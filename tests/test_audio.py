@@ -219,3 +219,10 @@ def test_lying_length_reads_what_is_there(tmp_path):
     assert len(waveform) == 16000
   except UserError as error:  # libsndfile may find that the frames end early
     assert str(path) in str(error)
+
+
+def test_exactly_the_longest_is_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(audio, '_MAX_SECONDS', 1)
+  path = tmp_path / 'a.wav'
+  soundfile.write(path, np.zeros(16000), 16000)
+  assert len(audio.read_wav(path)[0]) == 16000

@@ -390,3 +390,11 @@ def test_log_mel_has_an_example_a_frame(root):
 def test_missing_sound(clip):
   os.remove(clip.audio_path)
   file_error(lambda: load_log_mel(clip), clip.audio_path, 'No such file')
+
+
+def test_half_of_unknown_colours_is_not_too_much(clip):
+  os.remove(clip.label_ids_path(2))
+  rgb = np.zeros((46, 80, 3), np.uint8)
+  rgb[:23] = (100, 50, 3)
+  Image.fromarray(rgb).save(clip.label_rgb_path(2))
+  assert not load_label_ids(clip, 2).any()

@@ -286,7 +286,8 @@ def test_a_sound_of_unknown_length_is_not_truncated(root, length):
 def test_length_of_sound_is_that_after_resampling(root):
   clip = clips_of(root, 'v1m', 'val')[0]
   rate = 44100
-  write_sound(clip.audio_path, audio.samples_needed(5) * rate // 16000 + 1, rate)
+  # The fewest that give enough after resampling, which rounds up.
+  write_sound(clip.audio_path, (audio.samples_needed(5) - 1) * rate // 16000 + 1, rate)
   assert found(check.check_data(root), 'notes') == set()
   write_sound(clip.audio_path, (audio.samples_needed(5) - 1) * rate // 16000, rate)
   assert found(check.check_data(root), 'notes') == {('short sound', name(clip))}
@@ -344,3 +345,10 @@ def test_text_shows_the_counts_and_ten_of_many(root):
   assert '  missing folder (13)' in lines
   assert '    ... and 3 more' in lines
   assert 'image sizes (frames): none' in lines
+
+
+def test_ten_of_a_kind_are_all_shown(clean):
+  report = check.check_data(clean)
+  finding = {'kind': 'odd', 'clip': None, 'text': 'odd'}
+  assert ' more' not in check.format_check({**report, 'notes': [finding] * 10})
+  assert '... and 1 more' in check.format_check({**report, 'notes': [finding] * 11})

@@ -232,3 +232,9 @@ def test_peaks():
   assert flops.peak_of('cpu') is None
   assert flops.speed(2e12, None) == {'tflops_per_second': 2}
   assert flops.speed(2e12, 8e12) == {'tflops_per_second': 2, 'mfu': 0.25}
+
+
+def test_the_peak_is_that_of_all_devices(monkeypatch):
+  monkeypatch.setattr(flops, 'peak_of', lambda kind: 1e12)
+  monkeypatch.setattr(jax, 'device_count', lambda: 4)
+  assert flops.peak() == 4e12

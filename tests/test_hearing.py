@@ -112,3 +112,14 @@ def test_clips_of_which_none_can_be_read_are_said_in_one_sentence(data_root, tmp
   config.data.on_bad_clip = 'skip'
   with pytest.raises(UserError, match='no clip of train can be read'):
     hearing.hear(config, tmp_path / 'start', str(root))
+
+
+def test_a_class_that_was_not_taught_is_not_told_right(data_root, tmp_path, monkeypatch):
+  """Of three seconds the two of classes that were taught are."""
+  classes = np.eye(3, dtype=bool)
+  examples = iter([(np.zeros((2, 96, 64)), classes[:2]), (np.zeros((3, 96, 64)), classes)])
+  trained = ({'a': np.zeros(1)}, lambda _: np.eye(3, 2) > 0)
+  monkeypatch.setattr(hearing, '_examples', lambda *_: next(examples))
+  monkeypatch.setattr(hearing, '_train', lambda *_: trained)
+  right = hearing.hear(tiny.get_config('stage1'), tmp_path / 'start', data_root)
+  assert right == pytest.approx(2 / 3)

@@ -95,3 +95,31 @@ def test_tensorboard_hides_the_steps_that_are_taken_again(
   )
   Writer(epath.Path(tmp_path), resume_step)
   assert asked == [(str(tmp_path), purged)]
+
+
+def test_the_clock_counts_what_passed_since_it_was_read(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(metric_log.time, 'monotonic', lambda: now[0])
+  clock = metric_log.Clock(0)
+  for _ in range(2):
+    with clock.validating():
+      now[0] += 30
+  with clock.waiting():
+    now[0] += 2
+  now[0] += 6
+  clock.frames, clock.flops = 40, 80
+  assert clock.read(4, 10, 3) == {
+    'step_seconds': 2, 'frames_per_second': 5, 'flops_per_second': 10, 'input_wait': 0.25,
+    'eta_seconds': 2 * 6 + 3 * 30,
+  }  # fmt: skip
+  now[0] += 4
+  again = clock.read(6, 10, 0)
+  assert (again['step_seconds'], again['frames_per_second'], again['input_wait']) == (2, 0, 0)
+
+
+def test_a_line_of_a_step():
+  row = {'step': 5, 'loss': 1.25, 'loss_mask': 0.5, 'step_seconds': 2.0, 'input_wait': 0.25,
+         'frames_per_second': 5.0, 'mfu': 0.125, 'eta_seconds': 90.0}  # fmt: skip
+  line = metric_log.step_line(row, 10)
+  assert 'step 5/10  loss 1.250 (mask 0.500)' in line and '25 % waiting for input)' in line
+  assert 'MFU 12.5 %' in line

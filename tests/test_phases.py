@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from aavs_jax import methods
-from aavs_jax.configs import avss_stage1, avss_stage2, quick_stage1
+from aavs_jax.configs import avss_stage1, avss_stage2, base, quick_stage1
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.training import phases
+from aavs_jax.training.optimizer import make_optimizer
 
 
 def _params(**shapes):
@@ -100,3 +101,23 @@ def test_steps_take_the_place_of_epochs():
   assert plan == phases.Plan(5, 7, 3, 0)
   config.train.update(steps=0, eval_every_steps=0)
   assert phases.plan(config, 5.0, 10, 1) == phases.Plan(5, 500, 250, 0)
+
+
+def test_validations_are_those_that_follow():
+  for total, every, boundary in ((600, 10, 0), (7, 3, 0), (9, 3, 4), (8, 2, 4), (5, 9, 5)):
+    plan = phases.Plan(10, total, every, boundary)
+    for step in range(1, total + 1):
+      assert plan.validations(step) == sum(map(plan.validates, range(step, total + 1)))
+  plan = phases.Plan(10, 600, 7, boundary=300)
+  assert [step for step in range(295, 305) if plan.validates(step)] == [300, 301]
+  config = quick_stage1.get_config()
+  config.train.update(steps=0, epochs=2.0, phase2_epoch=2)  # at the very end: never
+  assert phases.plan(config, 5.0, 10, 1).boundary == 10
+
+
+def test_schedules():
+  config = base.get_config().optimizer
+  config.warmup_steps = 10
+  for config.schedule, rates in (('cosine', [0, 0.5, 1, 0.5, 0]), ('constant', [0, 0.5, 1, 1, 1])):
+    _, rate = make_optimizer(config, 1.0, 110)
+    assert [float(rate(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx(rates, abs=1e-6)

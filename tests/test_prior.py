@@ -418,7 +418,7 @@ class TestCrossFit:
     run = epath.Path(tmp_path / 'run')
     work_folder.claim_inputs(run, config, clips, None, None)
     assert set(json.loads((run / 'inputs.json').read_text())) == {
-      'data.root', 'train.init', 'data.masks', 'data.masks/cross_fitted',
+      'data.root', 'train.init', 'data.masks', 'data.masks/cross_fitted', 'versions',
     }  # fmt: skip
     clip = next(clip for clip in clips.train if clip.subset == 'v1m')
     root = str(folder / 'masks' / masks.CROSS_FITTED)
@@ -473,3 +473,13 @@ def test_shares_that_cannot_be_are_refused(tiny_stage2, changes, words):
   tiny_stage2.update_from_flattened_dict(changes)
   with pytest.raises(UserError, match=words):
     config_lib.check(tiny_stage2)
+
+
+def test_halves_of_a_clip_have_the_faults_of_the_whole(data_root):
+  clip = next(clip for clip in read_index(data_root, 'train') if clip.subset == 'v2')
+  task = dataclasses.replace(PLAIN, faults=Faults(missing=0.5, added=0.5, moved=0.2))
+  whole, *halves = (
+    load_training_item(clip, item, task, Lot(key=(7, 7)))['prior']
+    for item in (Item(0, 0, 10), Item(0, 0, 5), Item(0, 5, 5))
+  )
+  np.testing.assert_array_equal(np.concatenate(halves), whole)

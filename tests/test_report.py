@@ -22,7 +22,7 @@ from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.labels import ids_to_colours
-from aavs_jax.studies.report import _card, write_report
+from aavs_jax.studies.report import _card, _legend, write_report
 from tests import tiny
 
 FRAMES = {'v1s': 5, 'v1m': 5, 'v2': 10}
@@ -397,3 +397,15 @@ def test_errors_name_the_file(run, clips, tmp_path):
   (tmp_path / 'a' / 'eval' / 'stage1_true.json').write_text('{')
   with pytest.raises(UserError, match=r'stage1_true\.json'):
     write_report(tmp_path / 'a', data)
+
+
+def test_classes_are_shown_best_first(page):
+  section = page[page.index('<h2>Classes</h2>') :].split('</section>')[0]
+  widths = [float(width) for width in re.findall(r'width:([\d.]+)%', section)]
+  assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+
+
+def test_without_an_answer_nothing_is_missed():
+  labels = [np.array([[0, 1]], np.uint8)]
+  assert '(missed)' not in _legend(labels, [None], ['background', 'dog'])
+  assert '(missed)' in _legend(labels, [0 * labels[0]], ['background', 'dog'])

@@ -103,3 +103,7 @@ def test_the_markdown_of_a_semantic_evaluation_has_its_classes():
   occurring = [row for row in result['dataset']['per_class'] if row['iou'] is not None]
   assert [row[0] for row in cells] == [row['name'] for row in occurring] and len(cells) == 7
   assert cells[3][-1] == f'{100 * occurring[3]["jf"]:.1f}'
+
+
+def test_percents_have_three_digits():
+  assert [tables._percent(x) for x in (1.0, 0.9996, 0.9994)] == ['100', '100', '99.9']

@@ -92,8 +92,8 @@ def test_sound_whose_clock_drifts_stays_with_the_picture(tmp_path):
   for pace in (0.97, 1.03):  # seconds of samples in a second of time stamps
     pieces = [(0.1 * i, tone(0.1 * pace, 440 if i < 110 else 880)) for i in range(120)]
     _, waves = read(write_stamped(tmp_path / f'{pace}.mkv', np.arange(12), pieces))
-    assert dominant_frequency(waves[10][:-2400]) == pytest.approx(440, abs=10)
-    assert dominant_frequency(waves[11][2400:-2400]) == pytest.approx(880, abs=10)
+    assert dominant_frequency(waves[10][-4800:-2400]) == pytest.approx(440, abs=10)
+    assert dominant_frequency(waves[11][2400:4800]) == pytest.approx(880, abs=10)
 
 
 def test_small_errors_of_time_stamps_do_not_tear_the_sound(tmp_path):

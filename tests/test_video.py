@@ -289,3 +289,16 @@ def test_output_must_be_another_mp4(short_video, tmp_path):
     write_overlay_video(short_video, short_video, [])
   with pytest.raises(UserError, match=r'\.mp4'):
     write_overlay_video(tmp_path / 'o.avi', short_video, [])
+
+
+def test_masks_of_half_seconds_are_drawn_when_they_begin(tmp_path):
+  source, seen = write_video(tmp_path / 'v.mp4', 2), []
+
+  def draw(frame, mask):
+    seen.append(int(mask[0, 0]))
+    return frame
+
+  masks = (np.full((4, 4), i, np.uint8) for i in range(4))
+  write_overlay_video(tmp_path / 'out.mp4', source, masks, draw, every=0.5)
+  times = np.arange(len(seen)) / (len(seen) / 2)
+  assert seen == [int(time // 0.5) for time in times]

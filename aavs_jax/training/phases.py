@@ -34,11 +34,16 @@ class Plan(NamedTuple):
 
   def validates(self, step: int) -> bool:
     """Whether a validation follows a step, counted from 1."""
-    return step % self.eval_every == 0 or step in (self.total, self.boundary)
+    return step % self.eval_every == 0 or step in self._ends
 
   def validations(self, step: int) -> int:
     """How many are left after a step, its own included."""
-    return -(-(self.total - step) // self.eval_every) + (step % self.eval_every == 0)
+    regular = self.total // self.eval_every - (step - 1) // self.eval_every
+    return regular + sum(end >= step and end % self.eval_every > 0 for end in self._ends)
+
+  @property
+  def _ends(self) -> set[int]:
+    return {self.total, self.boundary or self.total}
 
   def phase_at(self, step: int) -> int:
     """1 or 2: the phase in which step number `step` (from 0) is taken."""
