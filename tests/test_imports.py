@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = (  # each imports only what stands above it here; those of one line do not know each other
-  'input_pipeline configs types console serving',
+  'input_pipeline configs types console serving signals',
   'devices media',
   'models',
   'methods',
