@@ -914,7 +914,7 @@ def _fault(error: Exception, args: argparse.Namespace) -> tuple[int, str | None]
 def _of_bucket(error: Exception) -> tuple[int, str] | None:
   """As _fault, of what Google's and other libraries raise for a bucket; None for anything else."""
   said = str(error)
-  if isinstance(error, ImportError) and (found := re.search(r'Install (\w+) to access', said)):
+  if isinstance(error, ImportError) and (found := re.search(r'[Ii]nstall (\w+) to access', said)):
     return 2, f'{said}: pip install {found[1]}, or name a folder that is no bucket'
   of_google = type(error).__module__.startswith(('google.', 'gcsfs.'))
   # TensorStore has ValueErrors for everything.

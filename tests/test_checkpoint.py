@@ -39,15 +39,19 @@ def test_half_a_one_is_named_by_its_step(saved):
     checkpoint.load_flat(folder.parent)
 
 
-def test_one_that_an_account_may_not_read_is_not_damaged(saved, monkeypatch):
+@pytest.mark.parametrize(
+  'error', [OSError('Forbidden: https://bucket'), ValueError('PERMISSION_DENIED: https://bucket')]
+)
+def test_one_that_an_account_may_not_read_is_not_damaged(error, saved, monkeypatch):
   manager, state, _ = saved
 
   def fail(*args, **kwargs):
-    raise OSError('Forbidden: https://storage.googleapis.com')
+    raise error
 
   monkeypatch.setattr(manager, 'restore', fail)
-  with pytest.raises(OSError, match='Forbidden'):
+  with pytest.raises(type(error)) as raised:
     checkpoint.restore(manager, 3, state)
+  assert raised.value is error
 
 
 def test_scores_may_come_after_the_save(saved):

@@ -292,6 +292,7 @@ def test_the_published_configs_are_sound_and_differ_as_the_recipe_says():
     (ValueError, 'PERMISSION_DENIED: http://b/bucket', 2, 'see "Permission denied on a bucket"'),
     (ValueError, 'UNAVAILABLE: http://b/bucket', 1, 'try again'),
     (ImportError, 'Install s3fs to access b/bucket', 2, 'pip install s3fs'),
+    (ImportError, 'Please install gcsfs to access b/bucket', 2, 'pip install gcsfs'),
   ],
 )
 def test_what_a_bucket_says_is_told(

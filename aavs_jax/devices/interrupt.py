@@ -52,7 +52,10 @@ class StopSignal:
   def _note(self, number, frame):
     if self.received:
       if number == signal.SIGINT:
-        self._before[number](number, frame)
+        before = self._before[number]
+        if not callable(before):  # a shell may have it ignored
+          raise KeyboardInterrupt
+        before(number, frame)
       return
     self.received = number
     if self._several:

@@ -44,7 +44,7 @@ def _readable(path: str | Path, advice: str):
     yield
   except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
     of_disk = isinstance(error, OSError) and (may_pass(error) or is_refused(error))
-    if isinstance(error, UserError) or of_disk:
+    if isinstance(error, UserError) or of_disk or str(error).startswith('PERMISSION_DENIED'):
       raise
     text = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
     if isinstance(error, ValueError) and str(error).startswith(_PASSING):
