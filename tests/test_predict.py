@@ -364,6 +364,7 @@ def test_a_run_that_is_ended_leaves_nothing_behind(
   assert len(capsys.readouterr().err.splitlines()) <= 1
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_heard_while_garbage_is_collected(
   number, status, no_model, tmp_path, monkeypatch
