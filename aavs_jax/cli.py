@@ -20,7 +20,7 @@ from etils import epath
 
 from aavs_jax import configs
 from aavs_jax.devices.host_memory import keep_freed
-from aavs_jax.input_pipeline.errors import UserError, is_refused, may_pass
+from aavs_jax.input_pipeline.errors import PASSING_CODES, UserError, is_refused, may_pass
 from aavs_jax.signals import Ending
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
@@ -923,7 +923,7 @@ def _of_bucket(error: Exception) -> tuple[int, str] | None:
   refused = isinstance(error, OSError) and error.errno is None and is_refused(error)
   if refused or code == 'PERMISSION_DENIED' or (of_google and getattr(error, 'code', 0) == 403):
     return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
-  if of_google or code in ('UNAVAILABLE', 'UNAUTHENTICATED', 'DEADLINE_EXCEEDED'):
+  if of_google or code in PASSING_CODES:
     return 1, f'{text}: try again'
   return None
 

@@ -411,7 +411,7 @@ def _without_targets(clips: Sequence[Clip], classes: collections.Counter) -> lis
   """Of splits with nothing to learn: a problem if labels were read there."""
   found = []
   for split in SPLITS:
-    shown = {class_id for (class_id, where), number in classes.items() if where == split and number}
+    shown = {class_id for class_id, where in classes if where == split}
     if shown == {0}:
       text = (
         f'no label of {split} in {clips[0].root} shows a class: pixels of what sounds hold the id '

@@ -11,6 +11,13 @@ class UserError(ValueError):
   """
 
 
+# How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach, or a
+# disk has failed: most numbers of the system's are UNKNOWN to it.
+PASSING_CODES = (
+  'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED', 'UNKNOWN',
+  'INTERNAL',
+)  # fmt: skip
+
 _WRONG_PATH = (
   FileNotFoundError,
   FileExistsError,

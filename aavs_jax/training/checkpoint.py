@@ -14,7 +14,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
-from aavs_jax.input_pipeline.errors import UserError, is_refused, may_pass
+from aavs_jax.input_pipeline.errors import PASSING_CODES, UserError, is_refused, may_pass
 from aavs_jax.training.state import TrainState
 
 CONVERTED = 'converted.json'  # in a folder of `aavs convert`
@@ -26,12 +26,6 @@ _METRIC = 'miou'
 # others wait for so long, deaf to signals, before they end with an error.
 _SAVED_WITHIN = 300
 _REMOVE = 'remove it to go on from the one before, or train again'
-# How TensorStore's errors begin, all of which are ValueErrors, when a bucket is out of reach, or a
-# disk has failed: most numbers of the system's are UNKNOWN to it.
-_PASSING = (
-  'UNAVAILABLE', 'DEADLINE_EXCEEDED', 'RESOURCE_EXHAUSTED', 'ABORTED', 'UNAUTHENTICATED', 'UNKNOWN',
-  'INTERNAL',
-)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -47,7 +41,7 @@ def _readable(path: str | Path, advice: str):
     if isinstance(error, UserError) or of_disk or str(error).startswith('PERMISSION_DENIED'):
       raise
     text = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
-    if isinstance(error, ValueError) and str(error).startswith(_PASSING):
+    if isinstance(error, ValueError) and str(error).startswith(PASSING_CODES):
       raise OSError(f'{path} cannot be reached now ({text}): try again') from error
     raise UserError(f'the checkpoint {path} cannot be read ({text}): {advice}') from error
 
