@@ -174,7 +174,7 @@ def _grey_as_stored(image: Image.Image) -> Image.Image:
   return _rgb(image)
 
 
-def _check_sums(data: bytes) -> None:
+def check_sums(data: bytes) -> None:
   """Raises ValueError if a part of a PNG is not what was written; Pillow looks at few of them."""
   place = len(_PNG) if data.startswith(_PNG) else len(data)
   while place + 12 <= len(data):
@@ -188,7 +188,7 @@ def _decode(path: str, convert: Callable[[Image.Image], Image.Image] = _rgb) -> 
   """The whole image, its size checked before `convert` decodes a pixel."""
   data = files.read_file(path, _MAX_BYTES, 'the image', 'copy or extract it again')
   try:
-    _check_sums(data)
+    check_sums(data)
     # From memory, since Pillow asks a file for as many bytes as a broken header says, gigabytes.
     with Image.open(io.BytesIO(data), formats=('JPEG', 'PNG')) as image:
       if image.width * image.height > _MAX_PIXELS:

@@ -17,9 +17,9 @@ import shutil
 import numpy as np
 from PIL import Image
 
-from . import files, index
+from . import files, images, index
 from .clips import Clip, tables_in
-from .errors import UserError, of_disk
+from .errors import UserError
 
 SOURCE = 'source.json'  # in a folder of masks: which model wrote them, and of which kind they are
 CROSS_FITTED = 'cross_fitted'
@@ -93,11 +93,12 @@ def read_mask(root: str, clip: Clip, t: int, size: int, soft: bool = False) -> n
   """
   path = mask_path(root, clip, t)
   advice = f'restore it, or write the masks again with `{_writer(root)}`'
+  if not files.is_there(path):
+    raise UserError(f'{path} is missing: {advice}')
+  data = files.read_file(path, size * size + _PNG_FRAME, 'a mask of this size', advice)
   try:
-    # From memory, since Pillow asks a file for as many bytes as a broken header says; a sound mask
-    # is smaller than its pixels and the frame of a PNG.
-    with open(path, 'rb') as file:
-      data = file.read(size * size + _PNG_FRAME)
+    images.check_sums(data)
+    # From memory, since Pillow asks a file for as many bytes as a broken header says.
     with Image.open(io.BytesIO(data), formats=('PNG',)) as image:
       if image.size != (size, size):
         raise UserError(
@@ -106,11 +107,7 @@ def read_mask(root: str, clip: Clip, t: int, size: int, soft: bool = False) -> n
       mask = np.asarray(image)
   except UserError:
     raise
-  except FileNotFoundError:
-    raise UserError(f'{path} is missing: {advice}') from None
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    if of_disk(error):
-      raise
     raise UserError(f'{path} is not a readable PNG ({error}): {advice}') from None
   if mask.ndim != 2 or mask.dtype != np.uint8 or not (soft or np.isin(mask, (0, 255)).all()):
     values = '8-bit grey' if soft else '0 and 255'

@@ -339,6 +339,15 @@ class TestMasks:
     assert str(path) in str(error.value)
     assert not masks.is_complete(root, clip, 8)
 
+  def test_a_bit_that_is_not_as_written_is_found(self, clip, written):
+    root, _ = written
+    path = pathlib.Path(masks.mask_path(root, clip, 2))
+    good = path.read_bytes()
+    for i in range(len(good)):
+      path.write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+      with pytest.raises(UserError, match='not a readable PNG'):
+        masks.read_mask(root, clip, 2, 8)
+
   def test_a_failed_write_leaves_the_old_masks(self, clip, written):
     root, maps = written
     with pytest.raises(AttributeError):
