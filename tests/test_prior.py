@@ -428,6 +428,14 @@ class TestCrossFit:
       work_folder.claim_inputs(run, config, clips, None, 4)
     masks.write_clip_masks(root, clip, before)
     work_folder.claim_inputs(run, config, clips, None, 4)
+    # A method that sees all frames reads the masks of those without a label as well.
+    config.data.all_frames = True
+    single = next(clip for clip in clips.train if clip.labelled_frames == (0,))
+    path = epath.Path(masks.mask_path(root, single, 3))
+    path.rename(run / 'away.png')
+    with pytest.raises(UserError, match=r'3\.png is missing'):
+      work_folder.claim_inputs(run, config, clips, None, None)
+    (run / 'away.png').rename(path)
     config.prior.soft = True
     with pytest.raises(UserError, match=r'holds hard masks, but config\.prior\.soft is True'):
       work_folder.claim_inputs(run, config, clips, None, 4)

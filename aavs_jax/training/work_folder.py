@@ -102,7 +102,7 @@ def _bad_clips(
   task = config_lib.task_of(config)
   bad = bad_clips.find_bad_clips(distributed.share(clips), task, config.data.threads)
   distributed.wait_for_all('bad clips found')
-  place = {f'{clip.subset}/{clip.uid}': i for i, clip in enumerate(clips)}
+  place = {clip.key: i for i, clip in enumerate(clips)}
   return sorted(itertools.chain(*distributed.gather(bad)), key=lambda row: place[row['clip']])
 
 
@@ -183,7 +183,10 @@ def claim_inputs(
     frames = [(clip, range(clip.num_frames)) for clip in clips.val]
     found['data.masks'] = _masks_digest(config, config.data.masks, frames)
   if config.prior.predicted:
-    frames = [(clip, clip.labelled_frames) for clip in clips.train]
+    frames = [
+      (clip, range(clip.num_frames) if config.data.all_frames else clip.labelled_frames)
+      for clip in clips.train
+    ]
     folder = os.path.join(config.data.masks, masks.CROSS_FITTED)
     found[f'data.masks/{masks.CROSS_FITTED}'] = _masks_digest(config, folder, frames)
   distributed.require_same({f'content of config.{key}': digest for key, digest in found.items()})
