@@ -6,6 +6,7 @@ What is written has its name only once it is complete.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
@@ -94,6 +95,12 @@ def read_file(path: str, limit: int, what: str, advice: str) -> bytes:
       raise
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path}: {what} cannot be read ({reason}): {advice}') from error
+
+
+def digest(path: str | os.PathLike) -> str:
+  """SHA-256 of a file, also in a bucket, in hexadecimal."""
+  with epath.Path(path).open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def read_json(path: os.PathLike, shape: Any, advice: str) -> Any:
