@@ -19,8 +19,8 @@ from absl import logging as absl_logging
 from etils import epath
 
 from aavs_jax import configs
-from aavs_jax.devices.host_memory import keep_freed
 from aavs_jax.input_pipeline.errors import PASSING_CODES, UserError, is_refused, may_pass
+from aavs_jax.input_pipeline.host import keep_freed
 from aavs_jax.signals import Ending
 
 # Before numpy is imported. Its products are small here, and of threads that read side by side:
@@ -612,7 +612,7 @@ def _bench_input(args) -> None:
   loading = bench.Loading(data.item_frames, data.batch_items, data.threads, data.workers)
   if not args.data:
     say('  making clips of 1280x720 ...')
-  if args.memory:
+  if args.memory is not None:
     result = bench.bench_memory(task, loading, data=args.data, clips=args.memory, say=say)
     text = bench.format_memory(result)
   else:

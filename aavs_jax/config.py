@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from aavs_jax import configs, methods
 from aavs_jax.configs import base
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.clips import EVAL_ITEM_FRAMES, IGNORE, Clip
 from aavs_jax.input_pipeline.errors import UserError
 
@@ -307,14 +308,7 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   Keys that came after it was written get the values of configs/base.py, but for the sections of
   another method than that file's.
   """
-  try:
-    plain = json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(
-      f'{path} is missing: name a work folder that `aavs train` has written'
-    ) from None
-  except ValueError as error:
-    raise UserError(f'{path} is not valid JSON ({error}): restore it or train again') from None
+  plain = files.read_json(path, dict, 'name a work folder that `aavs train` has written')
   try:
     if 'task' in plain:  # else it is no config, which `check` says
       defaults = base.get_config().to_dict()

@@ -102,7 +102,7 @@ def cross_fit(
     listing = files.read_json(folder / BAD_CLIPS, prepared.BAD_CLIPS, 'restore it')
     bad |= {row['clip'] for row in listing}
   # What has been mended since no training has seen, so all may predict it.
-  left_out = [clip for clip in clips if _name(clip) in bad]
+  left_out = [clip for clip in clips if clip.key in bad]
   still = bad_clips.find_bad_clips(left_out, task_of(config), config.data.threads)
   bad = {row['clip'] for row in still}
   source = {
@@ -116,13 +116,9 @@ def cross_fit(
   written = 0
   for k, folder in enumerate(trained):
     fold, variables, _ = load_trained(folder)
-    unseen = [clip for clip in clips if fold_of(clip, folds) == k and _name(clip) not in bad]
+    unseen = [clip for clip in clips if fold_of(clip, folds) == k and clip.key not in bad]
     written += hand_over.write_clips(fold, variables, unseen, out=target, soft=soft)
   return written
-
-
-def _name(clip: Clip) -> str:
-  return f'{clip.subset}/{clip.uid}'
 
 
 def _refuse_seen(init: str, clips: Sequence[Clip]) -> None:
@@ -130,9 +126,9 @@ def _refuse_seen(init: str, clips: Sequence[Clip]) -> None:
   if not init or not (listing := work_folder_of(init) / CLIPS).exists():
     return
   seen = set(files.read_json(listing, [str], 'restore it'))
-  both = [clip for clip in clips if f'train/{_name(clip)}' in seen]
+  both = [clip for clip in clips if f'train/{clip.key}' in seen]
   if both:
     raise UserError(
       f'config.train.init is {init}, which was trained on {len(both)} of the clips that it is not '
-      f'to have seen, such as {_name(both[0])}: begin with what that training began with'
+      f'to have seen, such as {both[0].key}: begin with what that training began with'
     )

@@ -25,7 +25,6 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.input_pipeline.labels import colour_map
 from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
 from aavs_jax.training.state import flatten, unflatten
 from aavs_jax.training.work_folder import Trained, class_names, load_stages
@@ -89,10 +88,10 @@ def export(
       'wants soft ones (config.prior.soft): name a stage 1 of another method'
     )
   sizes = [stage.config.data.image_size for stage in stages if stage]
-  if form == 'stablehlo' and len({*sizes}) > 1:
+  if len({*sizes}) > 1:
     raise UserError(
-      f'data.image_size is {sizes[0]} in {stage1} and {sizes[1]} in {workdir}, but what prepares '
-      'frames for both has one size: name stages of the same'
+      f'data.image_size is {sizes[0]} in {stage1} and {sizes[1]} in {workdir}, but frames are '
+      'prepared once, for both: name stages of the same'
     )
   names = () if binary else class_names(workdir)
   write = {'onnx': _write_onnx, 'stablehlo': _write_stablehlo}[form]
@@ -284,7 +283,6 @@ def _description(config: ml_collections.ConfigDict, stages: dict, names) -> dict
     'mask': f'{kind} where it sounds',
     'prior': 'the input `prior` of stage2 is the output `mask` of stage1 for the same frames',
     'classes': list(names),
-    'palette': colour_map(len(names)).tolist(),
     'colours': [legend_colour(i) for i in range(len(names))],
     'sounding_colour': SOUNDING_COLOUR,
   }

@@ -269,8 +269,8 @@ def _write_results(target: Path, source: _Source, models: _Models, every: float)
     )
 
 
-def read_clip_folder(folder: str | Path, seconds: int = WINDOW_FRAMES) -> Iterator[Window]:
-  """Cuts a clip folder into windows of at most `seconds` frames, as read_windows does a video.
+def read_clip_folder(folder: str | Path) -> Iterator[Window]:
+  """Cuts a clip folder into windows of at most WINDOW_FRAMES frames, as read_windows does a video.
 
   The waveform ends early where the sound does.
 
@@ -288,11 +288,11 @@ def read_clip_folder(folder: str | Path, seconds: int = WINDOW_FRAMES) -> Iterat
     )
   return (
     (
-      [read_image(path) for path in paths[start : start + seconds]],
-      waveform[start * audio.SAMPLE_RATE : (start + seconds) * audio.SAMPLE_RATE],
+      [read_image(path) for path in paths[start : start + WINDOW_FRAMES]],
+      waveform[start * audio.SAMPLE_RATE : (start + WINDOW_FRAMES) * audio.SAMPLE_RATE],
       start,
     )
-    for start in range(0, len(paths), seconds)
+    for start in range(0, len(paths), WINDOW_FRAMES)
   )
 
 

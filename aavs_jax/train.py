@@ -18,12 +18,12 @@ from aavs_jax import config as config_lib
 from aavs_jax import methods
 from aavs_jax.console import duration, say
 from aavs_jax.devices import distributed
-from aavs_jax.devices.host_memory import give_back_freed
 from aavs_jax.devices.interrupt import Stopped, StopSignal
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh
 from aavs_jax.devices.profiling import Profiler
 from aavs_jax.input_pipeline import files, masks, pipeline
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.host import give_back_freed
 from aavs_jax.scoring import score
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder

@@ -9,7 +9,6 @@ def get_config():
   config.num_classes = 71
   config.use_prior = True
   config.data.max_targets = 4
-  config.model.num_queries = 10
   config.train.steps = 240
   config.train.eval_every_steps = 240  # half way 40 clips chose a model 3 points lower
   return config

@@ -22,7 +22,7 @@ def find_bad_clips(clips: Sequence[Clip], task: items.Task, threads: int) -> lis
   """
   with concurrent.futures.ThreadPoolExecutor(threads) as executor:
     faults = zip(clips, executor.map(functools.partial(_fault, task=task), clips))
-    return [{'clip': f'{c.subset}/{c.uid}', 'text': fault} for c, fault in faults if fault]
+    return [{'clip': c.key, 'text': fault} for c, fault in faults if fault]
 
 
 def _fault(clip: Clip, task: items.Task) -> str | None:
@@ -59,7 +59,7 @@ def leave_out(clips: Sequence[Clip], bad: Sequence[dict[str, str]], limit: int) 
       f'{bad[0]["text"]}'
     )
   names = {row['clip'] for row in bad}
-  good = [clip for clip in clips if f'{clip.subset}/{clip.uid}' not in names]
+  good = [clip for clip in clips if clip.key not in names]
   if not good:
     raise UserError(f'no training clip can be used: mend the data; the first is {bad[0]["text"]}')
   return good

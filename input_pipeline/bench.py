@@ -5,6 +5,7 @@ CPU time, since what else the machine does then hardly counts.
 
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import pathlib
@@ -17,7 +18,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from . import audio, images, items, pipeline, prepare, prepared
+from . import audio, host, images, items, pipeline, prepare, prepared
 from .clips import EVAL_ITEM_FRAMES, Clip
 from .compose.dataset import compose
 from .errors import UserError
@@ -62,8 +63,11 @@ def bench_input(
     'shards' is missing where `data` has no such files.
 
   Raises:
-    UserError: faults of the data.
+    UserError: faults of the data, no clips or no time.
   """
+  _require(clips, '--clips')
+  if not 0 < seconds < math.inf:
+    raise UserError(f'--seconds is {seconds}: use a length above 0')
   result = {'machine': _machine(), 'wanted': WANTED}
   with tempfile.TemporaryDirectory() as folder:
     if data:
@@ -137,8 +141,9 @@ def bench_memory(
     'megabytes' resident after each tenth, 'growth' from the first to the last, 'clips' and 'data'.
 
   Raises:
-    UserError: the data has fewer clips.
+    UserError: the data has fewer clips, or none are asked for.
   """
+  _require(clips, '--memory')
   with tempfile.TemporaryDirectory() as folder:
     if data:
       found = read_index(data, 'train')[:clips]
@@ -168,6 +173,11 @@ def format_memory(result: dict) -> str:
     f'{result["growth"]:+.0f} MB from the first tenth to the last of {result["clips"]} clips: '
     f'{flat} (less than {FLAT_MB} MB)'
   )
+
+
+def _require(clips: int, flag: str) -> None:
+  if clips < 1:
+    raise UserError(f'{flag} is {clips}: use 1 or more')
 
 
 def _sample(clips: Sequence[Clip], count: int) -> list[Clip]:
@@ -295,4 +305,4 @@ def _machine() -> str:
     name = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
   except (OSError, StopIteration):
     name = platform.processor() or platform.machine()
-  return f'{len(os.sched_getaffinity(0))} cores, {name}'
+  return f'{host.cores()} cores, {name}'

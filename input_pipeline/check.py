@@ -6,7 +6,6 @@ Every file that training and evaluation read is read once, by the same readers, 
 import collections
 import concurrent.futures
 import dataclasses
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +45,7 @@ class _Result:
 
   @property
   def name(self) -> str:
-    return f'{self.clip.subset}/{self.clip.uid}'
+    return self.clip.key
 
   def problem(self, kind: str, text: str) -> None:
     self.problems.append(_finding(kind, self.name, text))
@@ -66,15 +65,12 @@ class _Result:
 def check_data(
   root: str | os.PathLike,
   *,
-  workers: int | None = None,
   progress: Callable[[int, int], None] | None = None,
 ) -> dict:
   """Reads a whole data set in either layout and reports on it.
 
   Args:
     root: folder of the data set.
-    workers: clips read at once, by threads (decoding releases the interpreter's lock); None for a
-      number that suits the machine.
     progress: called with (clips done, clips in all) after each clip, in the calling thread.
 
   Returns:
@@ -102,10 +98,8 @@ def check_data(
     published ones.
 
   Raises:
-    UserError: the table is missing or bad (see index.read_index), or workers is below 1.
+    UserError: the table is missing or bad (see index.read_index).
   """
-  if workers is not None and workers < 1:
-    raise UserError(f'workers is {workers}: use at least 1')
   clips = read_index(root)
   data_set = clips[0].data_set
   kinds = _KINDS[data_set.label_kind]
@@ -117,7 +111,8 @@ def check_data(
   unknown = {'pixels': 0, 'clips': 0}
   same_content = collections.defaultdict(list)
   problems, notes = [], []
-  with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+  # Decoding releases the interpreter's lock.
+  with concurrent.futures.ThreadPoolExecutor() as executor:
     for done, result in enumerate(executor.map(_check_clip, clips), 1):
       clip = result.clip
       for kind, number in result.read.items():
@@ -184,13 +179,8 @@ def _check_clip(clip: Clip) -> _Result:
   sound_is_good = _check_sound(result)
   _check_links(result)
   if 0 in frame_sizes and sound_is_good:
-    result.digest = _digest(clip.frame_path(0)) + _digest(clip.audio_path)
+    result.digest = files.digest(clip.frame_path(0)) + files.digest(clip.audio_path)
   return result
-
-
-def _digest(path: str) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _check_frames(result: _Result) -> dict[int, tuple[int, int]]:
@@ -375,7 +365,7 @@ def _duplicates(groups: Iterable[list[Clip]]) -> list[dict]:
   found = []
   for clips in groups:
     if len({clip.split for clip in clips}) > 1:
-      names = ', '.join(f'{clip.subset}/{clip.uid} ({clip.split})' for clip in clips)
+      names = ', '.join(f'{clip.key} ({clip.split})' for clip in clips)
       text = f'{names} have the same first frame and sound: keep the clip in one split'
       found.append(_finding('duplicate across splits', f'{clips[0].subset}/{clips[0].uid}', text))
   return found

@@ -83,7 +83,12 @@ class Clip:
   @property
   def name(self) -> str:
     """Unique in its data set."""
-    return f'{self.split}/{self.subset}/{self.uid}'
+    return f'{self.split}/{self.key}'
+
+  @property
+  def key(self) -> str:
+    """Unique in its split; how messages and masks name it."""
+    return f'{self.subset}/{self.uid}'
 
   @property
   def table(self) -> str:

@@ -34,7 +34,7 @@ def noise_log_mel(clip: Clip) -> np.ndarray:
 
   The waveform goes through the same log-mel as recorded sound.
   """
-  rng = np.random.default_rng(zlib.crc32(f'{clip.subset}/{clip.uid}'.encode()))
+  rng = np.random.default_rng(zlib.crc32(clip.key.encode()))
   waveform = rng.standard_normal(audio.samples_needed(clip.num_frames))
   waveform *= NOISE_RMS / np.sqrt(np.mean(waveform**2))
   return audio.log_mel_examples(waveform.astype(np.float32))
@@ -91,7 +91,7 @@ def offscreen_sounds(split: Sequence[Clip]) -> list[Clip]:
       chosen[clip] = next(fitting, None)
       if chosen[clip] is None:
         raise UserError(
-          f'{clip.subset}/{clip.uid} shows {", ".join(sorted(visible))}, and every clip of this '
+          f'{clip.key} shows {", ".join(sorted(visible))}, and every clip of this '
           'split with a sound has one of these in it, so there is no off-screen audio: add clips '
           'or choose another audio'
         )

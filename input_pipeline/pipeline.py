@@ -90,7 +90,7 @@ def _training_items(clips: Sequence[Clip], item_frames: int, batch_items: int) -
   length = packing.SLOT_FRAMES if packed else item_frames
   for clip in clips:
     if length and clip.num_frames % length:
-      unfit = f'{clip.subset}/{clip.uid}, which has {clip.num_frames}'
+      unfit = f'{clip.key}, which has {clip.num_frames}'
       if packed:
         raise UserError(
           f'config.data.batch_items is {batch_items}, which packs whole clips into slots of '
@@ -103,7 +103,7 @@ def _training_items(clips: Sequence[Clip], item_frames: int, batch_items: int) -
     if packed and clip.num_frames > length * batch_items:
       raise UserError(
         f'config.data.batch_items is {batch_items}, slots of {length} frames, which do not hold '
-        f'{clip.subset}/{clip.uid} of {clip.num_frames}: use {clip.num_frames // length} or more, '
+        f'{clip.key} of {clip.num_frames}: use {clip.num_frames // length} or more, '
         'or set data.item_frames to 1'
       )
   return make_items(clips, length)

@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
-from . import files, prepared
+from . import files, host, prepared
 from .clips import SPLITS, Clip
 from .errors import UserError
 from .index import read_index
@@ -185,7 +185,7 @@ def _plan(clips: Sequence[Clip], clips_per_shard: int) -> dict[str, list[Clip]]:
 
 def _run(write: Callable, plan: dict[str, list[Clip]], workers: int | None) -> Iterator[dict]:
   """What `write` returns for each shard, as they are done."""
-  workers = min(workers or len(os.sched_getaffinity(0)), len(plan))
+  workers = min(workers or host.cores(), len(plan))
   if workers == 1:
     yield from (write(*part) for part in plan.items())
     return
@@ -242,7 +242,7 @@ def _write_shard(
       writer.close()
     except RuntimeError as error:
       raise prepared.system_error(error, str(out / name)) from error
-    shard = {'file': name, 'bytes': file.stat().st_size, 'sha256': _digest(file)}
+    shard = {'file': name, 'bytes': file.stat().st_size, 'sha256': files.digest(file)}
   shard |= {'clips': good, 'bad_clips': bad}
   files.write_json(note, shard)
   return shard
@@ -260,12 +260,7 @@ def _read_finished(path: epath.Path, note: epath.Path, names: Sequence[str]) -> 
   if not path.exists() or path.stat().length != shard['bytes']:
     return None
   # A bucket's objects are whole, and to read them all again would take hours.
-  return shard if '://' in str(path) or _digest(path) == shard['sha256'] else None
-
-
-def _digest(path: os.PathLike) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
+  return shard if '://' in str(path) or files.digest(path) == shard['sha256'] else None
 
 
 def _contents(clips: Sequence[Clip], shards: Sequence[dict]) -> dict:

@@ -12,7 +12,6 @@ image_size and at eval_size, uint8, and the binary metric's ground truth, one bi
 image, see encode_frame.
 """
 
-import ctypes
 import dataclasses
 import errno
 import functools
@@ -31,13 +30,13 @@ from PIL import Image
 from . import audio, files
 from .clips import Clip, DataSet, check_name, check_split, check_subset
 from .errors import UserError, of_disk
+from .host import keep_records
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of the shards; to be raised when the raw path gives other pixels, ids or log-mel
 LOSSLESS = 'lossless'
 MAX_SIZE = 4096  # of a side, in pixels
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 _SHARD = r'(train|val|test)-\d{5}-of-\d{5}\.array_record'
 _FRAMES = r'lossless|jpeg ([1-9]\d?|100)'
@@ -374,22 +373,7 @@ def _decode(clip: PreparedClip, decode: Callable, data):
 
 def _damaged(clip: PreparedClip, error: Exception) -> UserError:
   reason = ' '.join(str(error).split())[:200]
-  return UserError(
-    f'{clip.shard_path}: {clip.subset}/{clip.uid} cannot be read ({reason}): {_AGAIN}'
-  )
-
-
-@functools.cache
-def _keep_freed() -> None:
-  """Lets this process keep up to 64 MB of freed memory for what it reads next.
-
-  By default glibc gives an image's memory back to the system as soon as it is freed, and the next
-  one pays for fresh pages: of a record of a shard that was 1.4 of 2.1 ms.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt is not None:  # other C libraries have none
-    mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+  return UserError(f'{clip.shard_path}: {clip.key} cannot be read ({reason}): {_AGAIN}')
 
 
 def _stamp(path: str) -> tuple[int, int, int] | None:
@@ -403,6 +387,6 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 
 @functools.lru_cache(maxsize=256)
 def _open(path: str, stamp: tuple[int, int, int] | None) -> ArrayRecordReader:
-  _keep_freed()
+  keep_records()
   # Threads may share it. Clips are read in random order: what comes after one is not wanted.
   return ArrayRecordReader(path, 'readahead_buffer_size:0')

@@ -58,7 +58,7 @@ def _of_shard(clip: prepared.PreparedClip) -> Reader:
     frame=lambda t: record(t).image(),
     label_ids=lambda t, size: record(t).label_ids[size],
     metric_target=lambda t: record(t).metric_target,
-    label_name=lambda t: f'{clip.shard_path}: frame {t} of {clip.subset}/{clip.uid}',
+    label_name=lambda t: f'{clip.shard_path}: frame {t} of {clip.key}',
   )
 
 

@@ -66,6 +66,20 @@ def test_more_clips_than_there_are_is_refused(data_root):
     bench.bench_memory(TASK, LOADING, data=data_root, clips=11, say=print)
 
 
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--clips', '0'], '--clips is 0: use 1 or more'),
+    (['--memory', '-3'], '--memory is -3: use 1 or more'),
+    (['--memory', '0'], '--memory is 0: use 1 or more'),
+    (['--seconds', 'nan'], '--seconds is nan: use a length above 0'),
+  ],
+)
+def test_nothing_to_measure_is_refused(flags, words, data_root, capsys):
+  assert cli.main(['bench', 'input', '--data', data_root, *flags]) == 2
+  assert words in capsys.readouterr().err
+
+
 def test_copies_are_clips_of_their_own(data_root, tmp_path):
   made = bench._sample(bench.read_index(data_root, 'train'), 3)
   copies = bench._multiply(made, tmp_path, 7)

@@ -77,7 +77,7 @@ def write_sound(path, samples, rate=16000):
 
 def test_clean_set_is_ok(clean):
   steps = []
-  report = check.check_data(clean, workers=2, progress=lambda *step: steps.append(step))
+  report = check.check_data(clean, progress=lambda *step: steps.append(step))
   assert report['ok'] is True
   assert report['problems'] == []
   assert found(report, 'notes') == set()
@@ -111,10 +111,10 @@ def test_classes_count_labelled_frames(clean):
   np.testing.assert_array_equal(got, want)
 
 
-def test_number_of_workers_changes_nothing(root):
+def test_the_same_data_give_the_same_report(root):
   for clip in clips_of(root, 'v1m', 'train'):
     cut(clip.frame_path(1), 200)
-  assert check.check_data(root, workers=1) == check.check_data(root, workers=4)
+  assert check.check_data(root) == check.check_data(root)
 
 
 # Faults
@@ -325,11 +325,9 @@ def test_sizes_beyond_the_commonest_are_summed(root):
 # The rest
 
 
-def test_bad_index_and_workers_raise(root, tmp_path):
+def test_bad_index_raises(root, tmp_path):
   with pytest.raises(UserError, match=r'metadata\.csv'):
     check.check_data(tmp_path / 'nothing')
-  with pytest.raises(UserError, match='workers is 0'):
-    check.check_data(root, workers=0)
 
 
 def test_text_shows_the_counts_and_ten_of_many(root):

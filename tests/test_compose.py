@@ -432,11 +432,11 @@ def test_bad_sprites(tmp_path, sprites):
   cv2.imwrite(str(sprites / 'dog' / 'a.png'), np.zeros((9, 9, 4), np.uint8))
   fails(r'a\.png is transparent')
   cv2.imwrite(str(sprites / 'dog' / 'a.png'), np.full((9, 9, 4), 255, np.uint8))
-  fails(r'a\.wav cannot be read')
+  fails(r'a\.wav is not a readable sound file')
   soundfile.write(sprites / 'dog' / 'a.wav', np.zeros(16000), 16000)
   fails(r'a\.wav is silent')
   for value in (np.nan, np.inf):
     soundfile.write(sprites / 'dog' / 'a.wav', np.full(16000, value), 16000, subtype='FLOAT')
-    fails(r'a\.wav .* has samples that are no numbers')
+    fails(r'a\.wav: sample 0 is (nan|inf)')
   soundfile.write(sprites / 'dog' / 'a.wav', np.ones(sounds.LENGTH) * 0.1, 16000)
   compose(tmp_path / 'set', clips=SMALL, sprites=sprites)

@@ -195,7 +195,7 @@ def test_its_scores_bear_its_names_in_its_order(root):
 
 
 def test_check_data_counts_by_its_subsets_and_classes(root):
-  report = check.check_data(root, workers=1)
+  report = check.check_data(root)
   assert report['ok'] and report['layout'] == 'Town' and report['notes'] == []
   rows = [(row['subset'], row['split'], row['clips'], row['frames']) for row in report['counts']]
   assert rows == [
@@ -205,7 +205,7 @@ def test_check_data_counts_by_its_subsets_and_classes(root):
   assert [row['name'] for row in report['classes']] == list(TOWN.classes)
   check.format_check(report)
   Image.fromarray(np.full((40, 48), 5, np.uint8)).save(root / 'indoor' / 'a' / '00_ids.png')
-  (problem,) = check.check_data(root, workers=1)['problems']
+  (problem,) = check.check_data(root)['problems']
   assert 'class id 5' in problem['text'] and '0 to 4' in problem['text']
 
 

@@ -37,18 +37,36 @@ def test_a_command_on_cpus_keeps_what_it_frees(platforms, kept):
   assert made < 10 if kept else made > 100
 
 
+# The same with a shard opened before, for which a process that does not keep all keeps 64 MB.
+MADE_WITH_SHARDS = MADE.replace('for _', 'host.keep_records()\nfor _').replace(
+  'from aavs_jax import cli', 'from aavs_jax import cli\nfrom aavs_jax.input_pipeline import host'
+)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='of glibc')
+def test_reading_shards_does_not_end_that():
+  run = subprocess.run(
+    [sys.executable, '-c', MADE_WITH_SHARDS],
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert int(run.stdout.split()[-1]) < 10
+
+
 # MB of memory before and after the freed half of 400 MB is handed back.
 HANDED_BACK = """
 import ctypes, resource
-from aavs_jax.devices import host_memory
+from aavs_jax.input_pipeline import host
 def resident():
   pages = int(open('/proc/self/statm').read().split()[1])
   return pages * resource.getpagesize() // 2**20
-host_memory.keep_freed()
+host.keep_freed()
 blocks = [b'1' * 100_000 for _ in range(4000)]
 del blocks[1000:3000]
 before = resident()
-host_memory.give_back_freed()
+host.give_back_freed()
 print(before - resident())
 """
 

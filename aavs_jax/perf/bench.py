@@ -14,9 +14,9 @@ import ml_collections
 import numpy as np
 
 from aavs_jax import methods
-from aavs_jax.devices.host_memory import give_back_freed, keep_freed
 from aavs_jax.devices.mesh import batch_sharding, global_batch, make_mesh, replicated
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.input_pipeline.host import give_back_freed, keep_freed
 from aavs_jax.methods import forms
 from aavs_jax.methods.method import compiled_predict, seen
 from aavs_jax.perf import peer

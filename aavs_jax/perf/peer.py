@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from aavs_jax.input_pipeline import host
 from aavs_jax.input_pipeline.errors import UserError
 
 # How the peer computes, by device, and the dtype of ours that each is compared with. On GPUs JAX
@@ -131,8 +132,7 @@ def measure(
 
   if device == 'cuda' and not torch.cuda.is_available():
     raise UserError('--peer: JAX runs on a GPU, but this PyTorch sees none: install one with CUDA')
-  if hasattr(os, 'sched_getaffinity'):
-    torch.set_num_threads(len(os.sched_getaffinity(0)))  # all that JAX takes
+  torch.set_num_threads(host.cores())  # all that JAX takes
   torch.manual_seed(0)
   exact = mode == 'float32'
   torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact

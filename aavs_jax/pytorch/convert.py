@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
@@ -410,7 +411,7 @@ def export(workdir: str | Path, out: str | Path) -> Path:
   _warn_of_what_is_lost(Path(workdir), config, tensors)
   note = checkpoint.converted(workdir)
   if note:
-    if (path := Path(workdir) / UNUSED_TENSORS).exists():
+    if (path := epath.Path(workdir) / UNUSED_TENSORS).exists():
       kept = files.read_json(path, dict, 'restore it or convert again')
       tensors |= {name: np.asarray(values, dtype) for name, (dtype, values) in kept.items()}
     names = [name for name in note['names'] if name in tensors]

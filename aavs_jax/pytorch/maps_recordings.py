@@ -154,10 +154,10 @@ def evaluate(
   return logits.transpose(0, 3, 1, 2), predictions, _as_recorded(found, recording)
 
 
-def trained_paths(recording: Recording, phase: int = 2) -> list[str]:
-  """What trains, by path."""
+def trained_paths(recording: Recording) -> list[str]:
+  """What trains in the last phase, by path."""
   config = recording.config
-  return phases.trainable_paths(config, methods.of(config), recording.begin, phase)
+  return phases.trainable_paths(config, methods.of(config), recording.begin, phase=2)
 
 
 def compiled(recording: Recording) -> Callable[[Flat], Trained]:
@@ -256,7 +256,7 @@ def take_steps(recording: Recording, train: Callable[[Flat], Trained], frozen: i
   for step in range(3):
     if step in (0, frozen):
       phase = 1 if step < frozen else 2
-      paths = phases.trainable_paths(config, method, recording.begin, phase)
+      paths = phases.trainable_paths(config, method, recording.begin, phase=2)
       optimizer, _ = phases.optimizer_of(config, method, phase, 1)
       update = jax.jit(optimizer.update)
       fresh = optimizer.init({path: flat[path] for path in paths})

@@ -6,12 +6,11 @@ from collections.abc import Container, Mapping, Sequence
 _KINDS = {'': 'all classes', '_no_background': 'no background', '_occurring': 'occurring classes'}
 
 
-def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
-  """A plain-text or Markdown table of several evaluation files.
+def format_table(results: Sequence[Mapping]) -> str:
+  """A plain-text table of several evaluation files.
 
   Args:
     results: evaluation files as dicts; a key "name" names the row, else its task does.
-    markdown: pipes between the columns, instead of two blanks.
 
   Returns:
     Lines joined by newlines. One row a file: name, audio, prior, then mIoU / F in percent over all
@@ -36,7 +35,7 @@ def format_table(results: Sequence[Mapping], *, markdown: bool = False) -> str:
     rows.append([name, result['audio'], prior, cell(result['overall'])])
     rows[-1] += [cell(result['overall'], '_occurring') for _ in occurring]
     rows[-1] += [cell(result['subsets'].get(name)) for name in subsets]
-  return aligned(rows, 3, markdown)
+  return aligned(rows, 3, markdown=False)
 
 
 def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:

@@ -219,8 +219,7 @@ def _identity(path: str | Path) -> str:
   if path.is_dir():
     return str(path.resolve())
   try:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').hexdigest()
+    return files.digest(path)
   except OSError as error:
     if may_pass(error):
       raise

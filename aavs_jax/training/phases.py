@@ -65,7 +65,7 @@ def require_whole(config: ml_collections.ConfigDict, clips: Sequence[Clip], unit
   for clip in clips:
     if clip.num_frames % unit:
       raise UserError(
-        f'{clip.subset}/{clip.uid} has {clip.num_frames} frames, but {config.method} sees {unit} '
+        f'{clip.key} has {clip.num_frames} frames, but {config.method} sees {unit} '
         'of a clip together: train on clips of a multiple of them, see config.data.subsets'
       )
 

@@ -8,11 +8,9 @@ import math
 import pathlib
 from collections.abc import Callable
 
-import librosa
 import numpy as np
-import soundfile
 
-from .. import errors
+from .. import audio, errors
 from ..audio import SAMPLE_RATE
 
 LENGTH = 9600  # samples of a sound
@@ -130,17 +128,9 @@ def load_recording(path: pathlib.Path) -> Sound:
   Raises:
     UserError: the file cannot be read, or is silent.
   """
-  try:
-    samples, rate = soundfile.read(path, dtype='float32', always_2d=True)
-  except soundfile.LibsndfileError as error:
-    raise errors.UserError(
-      f'{path} cannot be read as sound ({error.error_string}): replace or remove it'
-    ) from error
-  wave = samples.mean(1)
-  if len(wave) and rate != SAMPLE_RATE:
-    wave = librosa.resample(wave, orig_sr=rate, target_sr=SAMPLE_RATE)
-  if not len(wave) or not _MIN_RMS <= np.sqrt(np.mean(wave**2)) < np.inf:
-    raise errors.UserError(f'{path} is silent, or has samples that are no numbers: replace it')
+  wave = audio.resample(*audio.read_wav(path))
+  if np.sqrt(np.mean(wave**2)) < _MIN_RMS:
+    raise errors.UserError(f'{path} is silent: replace it')
   if len(wave) < LENGTH:
     wave = np.tile(wave, math.ceil(LENGTH / len(wave)))
   windows = [wave[i : i + LENGTH] for i in range(0, len(wave) - LENGTH + 1, LENGTH // 2)]
