@@ -916,14 +916,15 @@ def _of_bucket(error: Exception) -> tuple[int, str] | None:
   said = str(error)
   if isinstance(error, ImportError) and (found := re.search(r'[Ii]nstall (\w+) to access', said)):
     return 2, f'{said}: pip install {found[1]}, or name a folder that is no bucket'
-  of_google = type(error).__module__.startswith(('google.', 'gcsfs.'))
+  library = type(error).__module__.partition('.')[0]
+  of_google, of_amazon = library in ('google', 'gcsfs'), library == 'botocore'
   # TensorStore has ValueErrors for everything.
   code = said.partition(':')[0] if type(error) is ValueError else ''
   text = f'a bucket cannot be used ({_one_line(error)})'
   refused = isinstance(error, OSError) and error.errno is None and is_refused(error)
   if refused or code == 'PERMISSION_DENIED' or (of_google and getattr(error, 'code', 0) == 403):
     return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
-  if of_google or code in PASSING_CODES:
+  if of_google or of_amazon or code in PASSING_CODES:
     return 1, f'{text}: try again'
   return None
 

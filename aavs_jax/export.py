@@ -26,6 +26,7 @@ from aavs_jax import methods
 from aavs_jax.input_pipeline import audio, files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.media.overlay import SOUNDING_COLOUR, legend_colour
+from aavs_jax.training import checkpoint
 from aavs_jax.training.state import flatten, unflatten
 from aavs_jax.training.work_folder import Trained, class_names, load_stages
 
@@ -77,12 +78,13 @@ def export(
   lacking = [name for name in _NEEDS[form] if importlib.util.find_spec(name) is None]
   if lacking:
     raise UserError(f'{form} needs {lacking[0]}: install it as "Deploying" in README.md says')
+  checkpoint.refuse_other_bucket(workdir)
   binary = config_lib.from_json(epath.Path(workdir) / 'config.json').task == 'binary'
   if binary and stage1 is not None:
     raise UserError(f'{workdir} holds a model of stage 1 itself: leave --stage1 out')
   stages = load_stages(*((workdir, None) if binary else (stage1, workdir)))
   config = (stages[1] or stages[0]).config
-  if config.prior.soft and stages[0] and not methods.of(stages[0].config).shares:
+  if config.prior.soft and stages[0] and not methods.of(stages[0].config).nonnegative_scores:
     raise UserError(
       f'{stage1 or workdir} has scores below 0, of which no soft mask is a share, and {workdir} '
       'wants soft ones (config.prior.soft): name a stage 1 of another method'
@@ -141,7 +143,7 @@ def inputs_of(config: ml_collections.ConfigDict, count: Any) -> dict[str, jax.Sh
     'log_mel': ((count, audio.EXAMPLE_FRAMES, audio.MEL_BANDS), jnp.float32),
     'prior': ((count, side, side), jnp.uint8),
   }
-  return {name: jax.ShapeDtypeStruct(*shapes[name]) for name in methods.of(config).sees}
+  return {name: jax.ShapeDtypeStruct(*shapes[name]) for name in methods.of(config).inputs}
 
 
 def prepare(

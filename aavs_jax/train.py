@@ -57,7 +57,9 @@ def train(
     BlockingIOError: another run is in the folder.
     FloatingPointError: loss or gradient is not finite; names step, clips and last checkpoint.
   """
-  workdir = epath.Path(workdir)  # also gs:// or s3://
+  for folder in (workdir, config.train.init):
+    checkpoint.refuse_other_bucket(folder)
+  workdir = epath.Path(workdir)  # also gs://
   config_lib.check(config)
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f'{workdir} is a file: name a folder with --workdir')
@@ -242,8 +244,8 @@ class _Run:
     return compiled, work
 
   def enter_phase_2(self) -> None:
-    """From the best of phase 1, and with what has waited; or from the last, see Method.goes_on."""
-    if self.method.goes_on:
+    """From the best of phase 1 with what has waited; or from the last, by phase2_continues."""
+    if self.method.phase2_continues:
       state, self.phase = self.state, 2
       self.state = self.phase_of(2).begin(self._first, state.flat, state.opt_state, step=self.step)
       say(f'phase 2 from step {self.step}: what has waited trains too')
@@ -259,7 +261,7 @@ class _Run:
     """A row of the last step and of the pace since the last row."""
     # What goes on counts on; what begins with phase 2 counts from there.
     last = self.step - 1
-    count = last if self.method.goes_on else self.plan.step_of_phase(last)
+    count = last if self.method.phase2_continues else self.plan.step_of_phase(last)
     values = {name: float(value) for name, value in metrics.items()}
     self._watch.look()
     self.clock.flops = sum(work.result() for work in self._work)

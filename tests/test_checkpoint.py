@@ -56,10 +56,10 @@ def test_one_that_an_account_may_not_read_is_not_damaged(error, saved, monkeypat
 
 def test_scores_may_come_after_the_save(saved):
   manager, state, folder = saved
-  assert checkpoint.best_step(manager) is None
+  assert manager.best_step() is None
   (folder / 'metrics.orbax-checkpoint-tmp').mkdir()  # killed when it tried before
   checkpoint.add_metrics(manager, 3, {'miou': 0.5})
-  assert checkpoint.best_step(manager) == 3 and manager.metrics(3) == {'miou': 0.5}
+  assert manager.best_step() == 3 and manager.metrics(3) == {'miou': 0.5}
   with checkpoint.make_manager(folder.parent, 1) as later:
     assert later.metrics(3) == {'miou': 0.5}
     checkpoint.save(later, state.replace(step=4), 1, {'miou': 0.25})

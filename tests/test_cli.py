@@ -17,6 +17,7 @@ from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+TRAINING = ('--config', f'{ROOT}/tests/tiny.py:stage1', '--data', 'data')
 COMMANDS = (
   'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'demo', 'convert', 'export',
   'recipe', 'reproduce', 'report', 'bench', 'aot', 'selftest', 'quickstart', 'stepping-stones',
@@ -327,3 +328,22 @@ def test_what_is_on_disks_alone_is_refused_in_a_bucket(arguments, capsys, tmp_pa
   monkeypatch.chdir(tmp_path)
   line = _refusal(capsys, *arguments)
   assert re.search('gs://b/.* is in a bucket', line) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'arguments',
+  [
+    ['train', *TRAINING, '--workdir', 's3://b/run'],
+    ['train', *TRAINING, '--workdir', 'gcs://b/run'],
+    ['train', *TRAINING, '--workdir', 'run', '--config.train.init=s3://b/run'],
+    ['eval', '--workdir', 's3://b/run', '--data', 'data', '--out', 'scores.json'],
+    ['masks', '--workdir', 's3://b/run', '--data', 'data', '--out', 'masks'],
+    ['export', 's3://b/run', 'out', '--format', 'stablehlo'],
+    ['export', 's3://b/run', 'out.pth'],
+  ],
+)
+def test_checkpoints_are_in_no_bucket_but_googles(arguments, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  line = _refusal(capsys, *arguments)
+  assert re.search('(s3|gcs)://b/run cannot hold checkpoints', line)
+  assert not list(tmp_path.iterdir())

@@ -21,7 +21,6 @@ CONVERTED = 'converted.json'  # in a folder of `aavs convert`
 _CONVERTED = {
   'kind': str, 'source': str, 'vggish': str, 'lacking': [str], 'names': [str], 'unused': [str],
 }  # fmt: skip
-_METRIC = 'miou'
 # Seconds from a save on until all processes have ended theirs. If the disk of one is full, the
 # others wait for so long, deaf to signals, before they end with an error.
 _SAVED_WITHIN = 300
@@ -52,21 +51,29 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def refuse_other_bucket(folder: str | Path) -> None:
+  """Raises UserError for s3:// and the like: of all buckets Orbax knows Google's alone.
+
+  To be asked before epath looks there, or makes a local path of it.
+  """
+  if '://' in str(folder) and not str(folder).startswith('gs://'):
+    raise UserError(
+      f'{folder} cannot hold checkpoints, which can be in gs:// and on disks alone: name a folder '
+      'there'
+    )
+
+
 def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   """Manager that keeps the newest `keep` checkpoints and the one of best validation mIoU."""
-
-  def metric(metrics):
-    return metrics[_METRIC]
-
   policy = preservation_policy.AnyPreservationPolicy(
     [
       preservation_policy.LatestN(keep),
-      preservation_policy.BestN(get_metric_fn=metric, n=1, keep_checkpoints_without_metrics=False),
+      preservation_policy.BestN(get_metric_fn=_miou, n=1, keep_checkpoints_without_metrics=False),
     ]
   )
   options = ocp.CheckpointManagerOptions(
     preservation_policy=policy,
-    best_fn=metric,
+    best_fn=_miou,
     cleanup_tmp_directories=True,
     async_options=ocp.AsyncOptions(timeout_secs=_SAVED_WITHIN),
   )
@@ -74,6 +81,10 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   distributed.wait_for_all('checkpoints')
   with _readable(folder, 'look at what it holds'):
     return _Manager(_absolute(epath.Path(folder)), options=options)
+
+
+def _miou(metrics: dict[str, float]) -> float:
+  return metrics['miou']
 
 
 def save(
@@ -133,22 +144,13 @@ def latest_step(folder: epath.Path) -> int | None:
     return manager.latest_step()
 
 
-def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """The step of best validation mIoU, the later one of equals; None before the first validation."""
-  scored = [
-    (metrics[_METRIC], step)
-    for step in manager.all_steps()
-    if (metrics := manager.metrics(step)) is not None
-  ]
-  return max(scored)[1] if scored else None
-
-
 def best(manager: ocp.CheckpointManager) -> tuple[int | None, dict[str, float] | None]:
-  """`best_step` and its metrics, as the first process finds them; all processes must call this.
+  """The step of best validation mIoU, the later one of equals, and its metrics.
 
-  The others may have listed a folder of a bucket before that one wrote metrics there.
+  None and None before the first validation. As the first process finds them, and all processes must
+  call this: the others may have listed a folder of a bucket before that one wrote metrics there.
   """
-  step = best_step(manager)
+  step = manager.best_step()
   step, metrics = distributed.gather([step, None if step is None else manager.metrics(step)])[0]
   return step, metrics
 
@@ -169,12 +171,14 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
     folder, step = folder.parent, int(folder.name)
   if not folder.is_dir():
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
-  options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, best_fn=_miou, multiprocessing_options=_alone()
+  )
   with (
     _readable(folder, 'look at what it holds, or train again'),
     ocp.CheckpointManager(_absolute(folder), options=options) as manager,
   ):
-    step = best_step(manager) if step is None else step
+    step = manager.best_step() if step is None else step
     step = manager.latest_step() if step is None else step
     if step is None:
       raise UserError(f'{folder} holds no finished checkpoint: train first, or name another folder')
@@ -194,6 +198,7 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   the files; 'lacking', patterns of the parameters that a start for training lacks; 'names', the
   source's tensors in their order; 'unused', those of them that have no part in the model.
   """
+  refuse_other_bucket(folder)
   path = epath.Path(folder) / CONVERTED
   if not path.exists():
     return None

@@ -49,11 +49,11 @@ def require_fit(config: ml_collections.ConfigDict, method: Method) -> None:
   work_folder = work_folder_of(config.train.init)
   note = checkpoint.converted(work_folder)
   other = config_lib.from_json(work_folder / 'config.json')
-  kind, same = note['kind'] if note else '', ('method', *method.same)
+  kind, same = note['kind'] if note else '', ('method', *method.must_match)
   if kind in BACKBONES:  # that of ImageNet alone is a start for every method that has it
-    same = method.same
+    same = method.must_match
   elif kind == 'hearing':  # so is VGGish
-    same = [key for key in method.same if key.startswith('vggish.')]
+    same = [key for key in method.must_match if key.startswith('vggish.')]
   require_same_meaning(config, other, config.train.init, same)
 
 
@@ -80,6 +80,7 @@ def _of(section: ml_collections.ConfigDict, key: str) -> Any:
 
 def work_folder_of(init: str) -> epath.Path:
   """The work folder that a config.train.init is, or that the checkpoints it names belong to."""
+  checkpoint.refuse_other_bucket(init)
   start = epath.Path(init)
   folders = (start, start.parent, start.parent.parent)
   return next((folder for folder in folders if (folder / 'config.json').exists()), start)
@@ -126,13 +127,17 @@ def first(
     given = given and {path: value for path, value in given.items() if path in wanted}
   places = state_sharding(mesh, wanted)
   lacks = list(start_lacks(config))
-  waited = [path for path in given or () if matches(path, method.late) and not method.goes_on]
+  waited = [
+    path
+    for path in given or ()
+    if matches(path, method.phase2_only) and not method.phase2_continues
+  ]
   if waited and not any(given[path].any() for path in waited):
     # A start of phase 1. With zeros on both sides of its relu an adapter would never learn.
     given = {path: value for path, value in given.items() if path not in waited}
     lacks += [f'^{re.escape(path)}$' for path in waited]
   placed = jax.tree.map(phases.placed, wanted, places)
-  found, lacking = fill(placed, given, method.of_stage, lacks)
+  found, lacking = fill(placed, given, method.stage_specific, lacks)
   draw = wanted if given is None else lacking
   if not draw:
     return found, lacking, shapes
@@ -147,14 +152,14 @@ def first(
 
 
 def fill(
-  fresh: Flat, start: Flat | None, of_stage: Sequence[str], lacks: Sequence[str] = ()
+  fresh: Flat, start: Flat | None, stage_specific: Sequence[str], lacks: Sequence[str] = ()
 ) -> tuple[Flat, list[str]]:
   """The numbers of step 0: fresh ones, overwritten by those of a start, in the same places.
 
   Args:
     fresh: as initialised from the seed, or shapes of it with shardings.
     start: of a checkpoint, or None.
-    of_stage: Method.of_stage.
+    stage_specific: Method.stage_specific.
     lacks: patterns of what the start may lack besides.
 
   Returns:
@@ -170,12 +175,12 @@ def fill(
     found = start.get(path)
     if found is not None and found.shape == value.shape:
       filled[path] = _put_like(found, value)
-    elif matches(path, of_stage) or (found is None and matches(path, lacks)):
+    elif matches(path, stage_specific) or (found is None and matches(path, lacks)):
       lacking.append(path)
     else:
       shape = 'missing' if found is None else f'of shape {found.shape}'
       problems.append(f'{path} is {shape}, the model has {value.shape}')
-  extra = [path for path in start if path not in fresh and not matches(path, of_stage)]
+  extra = [path for path in start if path not in fresh and not matches(path, stage_specific)]
   problems += [f'{path} is unknown to the model' for path in extra]
   if problems:
     raise UserError(
