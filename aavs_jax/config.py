@@ -131,7 +131,7 @@ def _require_pair(stage1: ml_collections.ConfigDict, stage2: ml_collections.Conf
       'to those of stage1'
     )
   if stage2.prior.soft:
-    methods.require_shares(stage1)
+    methods.require_nonnegative_scores(stage1)
 
 
 def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:

@@ -61,7 +61,7 @@ def cross_fit(
   if config.task != 'binary':
     raise UserError("the config is of the semantic task: masks come from stage 1, a 'binary' one")
   if soft:
-    methods.require_shares(config)
+    methods.require_nonnegative_scores(config)
   if config.data.leave_out != (0, 0):
     raise UserError(
       f'config.data.leave_out is {config.data.leave_out}, but each training here leaves out a part '

@@ -48,7 +48,7 @@ def write_masks(
   if config.task != 'binary':
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
   if soft:
-    methods.require_shares(config)
+    methods.require_nonnegative_scores(config)
   clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
   config_lib.require_fit(clips, config)
   source = {

@@ -41,7 +41,7 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
 
   Args:
     config: of the stage that will start from it; its seed is used here too.
-    out: a new folder, to be named as config.train.init.
+    out: a new or empty folder, to be named as config.train.init.
     data: a data set whose labels tell classes. Its training clips are learnt from, those of val
       are tagged at the end.
 
@@ -51,9 +51,7 @@ def hear(config: ml_collections.ConfigDict, out: str | Path, data: str) -> float
   Raises:
     UserError: the data set cannot be read, its labels tell no classes, or `out` cannot be written.
   """
-  files.refuse_bucket(out)
-  if Path(out).exists():
-    raise UserError(f'{out} exists already: name a new folder, or remove it')
+  files.new_folder(out)
   if 'vggish' not in config:
     raise UserError('the config has no section vggish: no network is there to learn to hear')
   splits = {split: read_index(data, split, config.data.subsets) for split in ('train', 'val')}

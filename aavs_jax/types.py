@@ -1,6 +1,6 @@
 """Shapes and records that every module shares.
 
-Dimension letters, used in every annotation and docstring:
+Dimension letters that files share; others are of the file that has them:
 
   B clips, T frames of a clip, n = B*T frames (the batch axis of the model), s prediction sets,
   q queries, k targets of a frame (padded), c classes, h w image or map size, d hidden size,

@@ -12,7 +12,7 @@ from .errors import UserError
 from .reader import load_log_mel
 
 CHOICES = ('true', 'other', 'silence', 'noise', 'offscreen')
-SILENCE = float(np.log(0.01))  # log-mel of digital silence
+SILENCE = float(audio.log_magnitudes(0.0))  # log-mel of digital silence
 NOISE_RMS = 0.1  # of full scale
 
 Sound = Clip | str  # a clip whose audio is heard, 'silence' or 'noise'

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU can tell in nine minutes, from a bare checkout and without a network: are its numbers
 # those of the recorded runs, and how fast is it? Needs what is there of jax, flax, optax,
-# ml_collections, numpy and Pillow; with torch and transformers the peer is timed as well.
+# jaxtyping, ml_collections, numpy and Pillow; with torch and transformers the peer is timed as well.
 #
 #   bash launch/bench_gpu.sh OUT [arguments of `aavs bench sweep`]
 set -euo pipefail

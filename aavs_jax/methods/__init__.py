@@ -36,9 +36,9 @@ def of(config: ml_collections.ConfigDict) -> Method:
   return module_of(config).method(config)
 
 
-def require_shares(config: ml_collections.ConfigDict) -> None:
+def require_nonnegative_scores(config: ml_collections.ConfigDict) -> None:
   """UserError for a method that no soft masks can be made of."""
-  if not of(config).shares:
+  if not of(config).nonnegative_scores:
     raise UserError(
       f'config.method is {config.method!r}, whose scores may be below 0, so that no soft mask is a '
       'share of them: leave soft masks out (--soft, config.prior.soft)'

@@ -94,10 +94,10 @@ def method(config: ml_collections.ConfigDict) -> Method:
     totals,
     loss,
     predict,
-    sees=('frames', 'log_mel') + ('prior',) * config.use_prior,
-    late=SWIN_ADAPTERS,
-    of_stage=STAGE_SPECIFIC,
-    same=('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'),
+    inputs=('frames', 'log_mel') + ('prior',) * config.use_prior,
+    phase2_only=SWIN_ADAPTERS,
+    stage_specific=STAGE_SPECIFIC,
+    must_match=('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'),
     forms={'model.sampling': 'gather', 'model.remat': 'none'},
   )
 

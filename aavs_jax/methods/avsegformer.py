@@ -39,10 +39,10 @@ def method(config: ml_collections.ConfigDict) -> Method:
     network,
     loss,
     released_batch=2,
-    late=('^backbone/',),
-    goes_on=True,
-    of_stage=(r'avsegformer/(head|spare_attention)/conv2/',),
-    same=('model.heads', 'model.encoder_points'),
+    phase2_only=('^backbone/',),
+    phase2_continues=True,
+    stage_specific=(r'avsegformer/(head|spare_attention)/conv2/',),
+    must_match=('model.heads', 'model.encoder_points'),
     forms={'model.sampling': 'gather', 'model.remat': 'none'},
   )
 

@@ -49,7 +49,7 @@ def method(
   name: str,
   network: nn.Module,
   loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]],
-  same: tuple[str, ...] = (),
+  must_match: tuple[str, ...] = (),
   **fields: Any,
 ) -> Method:
   """The method of a network behind one of the backbones and VGGish.
@@ -59,7 +59,7 @@ def method(
     name: of the network among the parameters.
     network: called as models.tpavi.TPAVI.
     loss: Method.loss without its key, totals of `frames_total`.
-    same: more of Method.same.
+    must_match: more of Method.must_match.
     **fields: of Method.
   """
   backbone = backbone_of(config)
@@ -130,9 +130,9 @@ def method(
     totals,
     lambda outputs, batch, totals, key: loss(outputs, batch, batch['weight'] / totals),
     predict,
-    sees=('frames', 'log_mel') + ('prior',) * config.use_prior,
-    shares=False,
-    same=('vggish.final_relu', 'model.backbone.kind', *same),
+    inputs=('frames', 'log_mel') + ('prior',) * config.use_prior,
+    nonnegative_scores=False,
+    must_match=('vggish.final_relu', 'model.backbone.kind', *must_match),
     **fields,
   )
 

@@ -56,9 +56,9 @@ class Method(NamedTuple):
   predict: Callable[[Outputs], jax.Array]
   """outputs -> scores float32 [n 2 e e] (binary) or class ids uint8 [n e e] (semantic).
 
-  Soft masks are the share of the second score in both, where `shares` says that there is one.
+  Soft masks are the share of the second score in both, where no score is below 0.
   """
-  sees: tuple[str, ...]
+  inputs: tuple[str, ...]
   """Keys of a batch that apply reads; what else there is stays on the host in evaluation."""
   unit: int = 1
   """Frames of a clip that stay together: 1 or 5, as evaluation has items of five."""
@@ -67,22 +67,22 @@ class Method(NamedTuple):
 
   0: they are not. See protocols.as_released.
   """
-  late: tuple[str, ...] = ()
+  phase2_only: tuple[str, ...] = ()
   """Patterns of what is zero in phase 1 of two and trains from phase 2 on."""
-  goes_on: bool = False
+  phase2_continues: bool = False
   """Whether phase 2 goes on from the last numbers of phase 1, with its optimiser.
 
-  Then what is late is not zero before, it only does not train, and its own optimiser begins with
-  it, as PyTorch's does. Otherwise see `phases.flat_of_phase`.
+  Then what is phase2_only is not zero before, it only does not train, and its own optimiser
+  begins with it, as PyTorch's does. Otherwise see `phases.flat_of_phase`.
   """
-  of_stage: tuple[str, ...] = ()
+  stage_specific: tuple[str, ...] = ()
   """Patterns of what a start may lack or have in another shape: it differs between stages."""
-  same: tuple[str, ...] = ()
+  must_match: tuple[str, ...] = ()
   """Keys of the config in which a start must agree, though no shape shows them.
 
   Where a start has 'none' it has no such part, and fits.
   """
-  shares: bool = True
+  nonnegative_scores: bool = True
   """Whether scores are 0 or more, so that soft masks can be made of them."""
   forms: Mapping[str, Any] = {}
   """Keys of the config that say how, but not what, is computed; with the value of least FLOPs."""
@@ -110,4 +110,4 @@ def compiled_predict(method: Method, mesh: Mesh) -> jax.stages.Wrapped:
 
 def seen(method: Method, batch: Batch) -> Batch:
   """The part of a batch that a method predicts from."""
-  return {name: batch[name] for name in method.sees}
+  return {name: batch[name] for name in method.inputs}

@@ -47,7 +47,7 @@ def method(config: ml_collections.ConfigDict) -> Method:
     loss,
     unit=TOGETHER,
     released_batch=4,
-    of_stage=(r'tpavi/head/conv2/', r'tpavi/level\d/align/bias'),
+    stage_specific=(r'tpavi/head/conv2/', r'tpavi/level\d/align/bias'),
     forms={'model.remat': 'none'},
   )
 

@@ -1,1 +1,1 @@
-"""The AAVS network, one idea a file; every module is Flax Linen, pure in init and apply."""
+"""The networks of all methods, one idea a file; all is Flax Linen, pure in init and apply."""

@@ -304,7 +304,7 @@ def beside_peer(
   # Started as a measurement is, since asking here would take the device.
   platform, _, count = in_child(where)
   require_one(count)
-  device = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}.get(platform)
+  device = peer.DEVICES.get(platform)
   if not device:
     raise UserError(f'--peer: JAX runs on {platform}, where PyTorch does not; use a CPU or GPU')
   modes = peer.MODES[device]

@@ -9,7 +9,7 @@ import math
 import re
 from typing import NamedTuple
 
-import numpy as np
+from aavs_jax.training.flops import taps
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
 # Instructions that move nothing: names for parts of what others made, and ends of what has started.
@@ -258,14 +258,15 @@ def _convolution_flops(instruction: _Instruction, left: _Instruction, right: _In
     return window[name].split('x') if name in window else [default] * spatial
 
   for i in range(spatial):
-    size, stride = int(field('size', '1')[i]), int(field('stride', '1')[i])
-    low = int(field('pad', '0_0')[i].split('_')[0])
-    dilate, spread = int(field('lhs_dilate', '1')[i]), int(field('rhs_dilate', '1')[i])
-    length = lhs.dims[left_labels.index(str(i))]
-    starts = np.arange(out.dims[out_labels.index(str(i))]) * stride - low
-    at = starts[:, None] + np.arange(size) * spread
-    inside = (at >= 0) & (at <= (length - 1) * dilate) & (at % dilate == 0)
-    products *= int(np.count_nonzero(inside))
+    products *= taps(
+      lhs.dims[left_labels.index(str(i))],
+      int(field('size', '1')[i]),
+      out.dims[out_labels.index(str(i))],
+      stride=int(field('stride', '1')[i]),
+      pad=int(field('pad', '0_0')[i].split('_')[0]),
+      dilation=int(field('lhs_dilate', '1')[i]),
+      spread=int(field('rhs_dilate', '1')[i]),
+    )
   return products
 
 

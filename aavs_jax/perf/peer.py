@@ -16,6 +16,7 @@ import numpy as np
 from aavs_jax.input_pipeline import host
 from aavs_jax.input_pipeline.errors import UserError
 
+DEVICES = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}  # PyTorch's, by JAX's platform
 # How the peer computes, by device, and the dtype of ours that each is compared with. On GPUs JAX
 # itself takes TF32 for products in float32.
 MODES = {

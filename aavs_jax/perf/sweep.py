@@ -115,7 +115,7 @@ def sweep(
   files.refuse_bucket(out)
   files.require_place(Path(out) / 'sweep.json')
   platform, device, count = bench.in_child(bench.where)
-  kind = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}.get(platform)
+  kind = peer.DEVICES.get(platform)
   modes = _peer_modes(kind, progress)
   if modes:
     bench.require_one(count)

@@ -82,7 +82,7 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
       Mask2Former of the transformers library, file or folder; PVT-v2 or ResNet, as their makers
       (torchvision) or the transformers library have them; or VGGish as torchvggish has it. See
       torch_files.read_tensors.
-    out: a new folder; it appears only when all of it is written.
+    out: a new or empty folder; it appears only when all of it is written.
     vggish: the audio network, which of these AVSegFormer alone holds: torchvggish's file, or a
       folder that this function made of it.
 
@@ -90,14 +90,13 @@ def convert(source: str | Path, out: str | Path, vggish: str | Path = '') -> dic
     What OUT/converted.json holds; see checkpoint.converted.
 
   Raises:
-    UserError: `out` exists; a file is damaged, of no known kind or not the one asked for; tensors
-      do not make up the model.
+    UserError: `out` holds something; a file is damaged, of no known kind or not the one asked for;
+      tensors do not make up the model.
   """
-  for path in (source, vggish or '', out):
+  for path in (source, vggish or ''):
     files.refuse_bucket(path)
+  files.new_folder(out)
   source, out = Path(source), Path(out)
-  if out.exists():
-    raise UserError(f'{out} exists already: name a new folder, or remove it')
   tensors = maps_names.of_makers(torch_files.read_tensors(source))
   kind = _kind(source, tensors)
   if kind == 'vggish':

@@ -256,7 +256,7 @@ def take_steps(recording: Recording, train: Callable[[Flat], Trained], frozen: i
   for step in range(3):
     if step in (0, frozen):
       phase = 1 if step < frozen else 2
-      paths = phases.trainable_paths(config, method, recording.begin, phase=2)
+      paths = phases.trainable_paths(config, method, recording.begin, phase)
       optimizer, _ = phases.optimizer_of(config, method, phase, 1)
       update = jax.jit(optimizer.update)
       fresh = optimizer.init({path: flat[path] for path in paths})

@@ -78,7 +78,7 @@ def predict_clips(
   dispatched = ((predictor(variables, batch), batch) for batch in batches)
   for predictions, batch in ahead(dispatched, _AHEAD):
     predictions = np.asarray(predictions)
-    host = {name: value for name, value in batch.items() if name not in predictor.method.sees}
+    host = {name: value for name, value in batch.items() if name not in predictor.method.inputs}
     real = np.flatnonzero(batch['weight'] > 0)
     for clip in dict.fromkeys(batch['clip'][real].tolist()):
       chosen = real[batch['clip'][real] == clip]

@@ -23,6 +23,7 @@ from aavs_jax.media.overlay import overlay, overlay_binary
 from aavs_jax.stepping_stones import EVALUATIONS
 from aavs_jax.studies import html
 from aavs_jax.studies.recipes import changes
+from aavs_jax.training import work_folder
 from aavs_jax.training.metric_log import metrics_files
 
 STUDY = 'study.json'  # in the folder of a study: its data and its config
@@ -349,7 +350,7 @@ def _curves(run: _Run, stage: str) -> str:
 
 def _left_out(workdir: Path) -> str:
   """The clips that a stage was trained without, and what is wrong with each."""
-  bad = _read_json(workdir / 'bad_clips.json', prepared.BAD_CLIPS)
+  bad = _read_json(workdir / work_folder.BAD_CLIPS, prepared.BAD_CLIPS)
   if not bad:
     return ''
   rows = ''.join(f'<li>{html.text(row["clip"])}: {html.text(row["text"])}</li>' for row in bad)

@@ -113,7 +113,7 @@ def _require_starts(config: ml_collections.ConfigDict) -> None:
   """UserError where stage 2 is to begin with what stage 1 has learnt and cannot."""
   for stages in (config, *config.others.values()):
     if config.looks is None and not stages.stage2.train.init:
-      same = methods.of(stages.stage2).same
+      same = methods.of(stages.stage2).must_match
       require_same_meaning(
         stages.stage2, stages.stage1, 'stage 1, with which stage 2 begins,', same
       )

@@ -84,7 +84,10 @@ def table2(
   config_lib.require_no_data(stage2)
   if not stage2.train.init:
     require_same_meaning(
-      stage2, stage1, 'stage 1, its start without --config.train.init,', methods.of(stage2).same
+      stage2,
+      stage1,
+      'stage 1, its start without --config.train.init,',
+      methods.of(stage2).must_match,
     )
   elif epath.Path(stage2.train.init).exists():  # which runs that have begun can do without
     for config in (origin, stage1, stage2):

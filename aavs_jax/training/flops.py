@@ -152,10 +152,31 @@ def _convolution(equation: JaxprEqn) -> int:
   out = equation.outvars[0].aval.shape
   result = 2 * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
   for axis, stride in enumerate(params['window_strides']):
-    dilation, spread = params['lhs_dilation'][axis], params['rhs_dilation'][axis]
-    length = left[numbers.lhs_spec[2 + axis]]
-    starts = np.arange(out[numbers.out_spec[2 + axis]]) * stride - params['padding'][axis][0]
-    at = starts[:, None] + np.arange(kernel[numbers.rhs_spec[2 + axis]]) * spread
-    inside = (at >= 0) & (at <= (length - 1) * dilation) & (at % dilation == 0)
-    result *= int(np.count_nonzero(inside))
+    result *= taps(
+      left[numbers.lhs_spec[2 + axis]],
+      kernel[numbers.rhs_spec[2 + axis]],
+      out[numbers.out_spec[2 + axis]],
+      stride=stride,
+      pad=params['padding'][axis][0],
+      dilation=params['lhs_dilation'][axis],
+      spread=params['rhs_dilation'][axis],
+    )
   return result
+
+
+def taps(
+  length: int, size: int, out: int, *, stride: int, pad: int, dilation: int, spread: int
+) -> int:
+  """How often a convolution along an axis meets what is neither padding nor a hole of a dilation.
+
+  Args:
+    length: of the axis, `size` of the kernel, `out` of the result.
+    stride: between two results.
+    pad: pixels before the first.
+    dilation: from one pixel to the next.
+    spread: from one number of the kernel to the next.
+  """
+  starts = np.arange(out) * stride - pad
+  at = starts[:, None] + np.arange(size) * spread
+  inside = (at >= 0) & (at <= (length - 1) * dilation) & (at % dilation == 0)
+  return int(np.count_nonzero(inside))

@@ -2,7 +2,7 @@
 
 The release trains in two: at first what is new but Swin's adapters, which are zero;
 then, from the best weights of the first, those too. Other methods go on from the last weights, see
-Method.goes_on.
+Method.phase2_continues.
 """
 
 import functools
@@ -165,8 +165,8 @@ def optimizer_of(
   """See make_optimizer."""
   lr = config.optimizer.lr if phase == 1 else config.optimizer.lr_phase2
   is_late = None
-  if method.goes_on and config.train.phase2_epoch:
-    is_late = functools.partial(matches, patterns=method.late)
+  if method.phase2_continues and config.train.phase2_epoch:
+    is_late = functools.partial(matches, patterns=method.phase2_only)
   return make_optimizer(config.optimizer, lr, steps_of_phase, is_late)
 
 
@@ -191,7 +191,7 @@ def trainable_paths(
       f'paths such as {params[0]}'
     )
   first_of_two = phase == 1 and config.train.phase2_epoch
-  waiting = method.late if first_of_two else ()
+  waiting = method.phase2_only if first_of_two else ()
   paths = [path for path in params if matches(path, patterns) and not matches(path, waiting)]
   if not paths:
     raise UserError(
@@ -212,7 +212,7 @@ def flat_of_phase(
   """
   if not config.train.phase2_epoch:
     return first
-  if method.goes_on:
+  if method.phase2_continues:
     return first if phase == 1 else best
   if phase == 1:
     return {
@@ -224,11 +224,11 @@ def flat_of_phase(
 
 def needed_later(config: ml_collections.ConfigDict, method: Method, first: Flat) -> Flat:
   """The part of the first numbers that a later phase begins with."""
-  if not config.train.phase2_epoch or method.goes_on:
+  if not config.train.phase2_epoch or method.phase2_continues:
     return {}
   return {path: value for path, value in first.items() if _waits(path, method)}
 
 
 def _waits(path: str, method: Method) -> bool:
   """Whether a parameter is zero in phase 1 of two."""
-  return is_parameter(path) and matches(path, method.late)
+  return is_parameter(path) and matches(path, method.phase2_only)
