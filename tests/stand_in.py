@@ -48,4 +48,4 @@ def method(config) -> Method:
   def predict(outputs):
     return jax.nn.softmax(outputs[0]).transpose(0, 3, 1, 2)
 
-  return Method(init, apply, totals, loss, predict, sees=('frames', 'log_mel'))
+  return Method(init, apply, totals, loss, predict, inputs=('frames', 'log_mel'))

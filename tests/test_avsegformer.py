@@ -151,6 +151,7 @@ def test_resnet_computes_its_blocks_again_if_told_to():
   ('key', 'value', 'words'),
   [('model.heads', 5, 'must divide the width 32'), ('optimizer.schedule', 'cosine', 'use constant'),
    ('train.frozen_dtype', 'bfloat16', 'use float32'), ('data.image_size', 40, 'multiple of 32'),
+   ('model.head', (4,), 'give the widths of two convolutions'),
    ('model.backbone.kind', 'vgg', "use one of ('pvt_v2', 'resnet')"),
    ('model.backbone.reductions', (16, 4, 2, 1), 'use divisors of the maps, which are [8, 4,')],
 )  # fmt: skip

@@ -185,7 +185,7 @@ class TestStart:
     fresh = {
       path: jnp.full(leaf.shape, jnp.nan, leaf.dtype) for path, leaf in flat_shapes(method).items()
     }
-    params, lacking = fill(fresh, loaded, method.of_stage, start_lacks(config))
+    params, lacking = fill(fresh, loaded, method.stage_specific, start_lacks(config))
     assert lacking == [path for path, value in params.items() if np.isnan(value).all()]
     return params, lacking
 
@@ -395,9 +395,10 @@ def test_nothing_is_overwritten_nor_left_behind(files, run, tmp_path, capsys, mo
       convert(source, out, vggish)
   assert not list(tmp_path.iterdir())
   out.mkdir()
-  assert 'exists' in refused(capsys, 'convert', source, out, '--vggish', vggish)
-  assert not list(out.iterdir())
-  out.rmdir()
+  (out / 'mine').touch()
+  assert 'is not empty' in refused(capsys, 'convert', source, out, '--vggish', vggish)
+  assert [path.name for path in out.iterdir()] == ['mine']
+  shutil.rmtree(out)
 
   with monkeypatch.context() as patch:
     patch.setattr(os, 'replace', full_disk)

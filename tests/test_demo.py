@@ -71,8 +71,8 @@ def method(config) -> Method:
     kind = 1 + (frames[..., 0] > frames[..., 1])
     return jnp.where(batch['prior'] > 0, kind, 0).astype(jnp.uint8), {}
 
-  sees = ('frames', 'log_mel') + ('prior',) * config.use_prior
-  return Method(init, apply, None, None, lambda outputs: outputs, sees=sees)
+  inputs = ('frames', 'log_mel') + ('prior',) * config.use_prior
+  return Method(init, apply, None, None, lambda outputs: outputs, inputs=inputs)
 
 
 def until(condition):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from aavs_jax import config as config_lib
 from aavs_jax import evaluate, hand_over, methods
-from aavs_jax.input_pipeline import avsbench, files, labels, listening, masks
+from aavs_jax.input_pipeline import avsbench, files, labels, listening, masks, prepare
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import load_frame, load_label_rgb
 from aavs_jax.input_pipeline.index import read_index
@@ -580,3 +580,26 @@ def test_devices_and_processes_change_no_score(stage1, handed_over, data_root, t
     for name, content in _contents(folder / 'masks').items():
       assert name == 'source.json' or os.path.dirname(name) in test
       assert content == _contents(handed_over[0])[name]
+
+
+def test_numbers_that_the_config_does_not_know_are_no_model(stage1, monkeypatch):
+  flat, step = checkpoint.load_flat(stage1)
+  flat['aavs/more'] = np.ones(2, np.float32)
+  monkeypatch.setattr(checkpoint, 'load_flat', lambda _: (flat, step))
+  with pytest.raises(UserError, match=r'does not fit its config\.json \(1 parameters, .*more\)'):
+    load_trained(stage1)
+
+
+def test_masks_of_the_other_kind_are_no_prior(stage2, written, data_root, tmp_path):
+  source = written / 'source.json'
+  source.write_text(json.dumps(json.loads(source.read_text()) | {'kind': 'soft'}))
+  with pytest.raises(UserError, match=r'holds soft masks, but config\.prior\.soft is'):
+    evaluate.evaluate(stage2, data=data_root, out=tmp_path / 'r.json', mask_folder=str(written))
+
+
+def test_prepared_frames_of_another_size_give_no_masks(stage1, data_root, tmp_path):
+  shards = tmp_path / 'shards'
+  prepare.prepare(data_root, shards, image_size=64, eval_size=32, workers=1)
+  with pytest.raises(UserError, match='image_size'):
+    hand_over.write_masks(stage1, data=str(shards), out=tmp_path / 'masks')
+  assert not (tmp_path / 'masks').exists()

@@ -16,7 +16,7 @@ from PIL import Image
 from aavs_jax import cli, export, methods, serving
 from aavs_jax.configs import quick_stage1, quick_stage2
 from aavs_jax.input_pipeline import audio, files
-from aavs_jax.input_pipeline.avsbench import CLASSES, PALETTE
+from aavs_jax.input_pipeline.avsbench import CLASSES
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.images import resize_frame
 from aavs_jax.input_pipeline.masks import of_scores
@@ -158,7 +158,7 @@ def test_model_json_is_all_that_a_caller_needs(artefact):
   model = json.loads((artefact / 'model.json').read_text())
   assert set(model['versions']) == {'aavs_jax', 'jax'}
   assert (model['image_size'], model['eval_size']) == (32, 16)
-  assert model['classes'] == list(CLASSES) and model['palette'] == PALETTE.tolist()
+  assert model['classes'] == list(CLASSES)
   assert model['colours'][8] == list(legend_colour(8))
   assert model['sounding_colour'] == list(SOUNDING_COLOUR)
   assert [row['name'] for row in model['stages']['stage2']['inputs']] == [
@@ -294,7 +294,7 @@ def test_onnx_gives_the_same_maps(stages, inputs, predicted, tmp_path):
 
   def scores(stage, values):
     config, variables = stage
-    batch = {name: values[name] for name in methods.of(config).sees}
+    batch = {name: values[name] for name in methods.of(config).inputs}
     outputs, _ = jax.jit(methods.of(config).apply)(variables, batch)
     last = outputs.mask_logits[-1], outputs.class_logits[-1]
     return np.asarray(class_scores(*last, config.data.image_size, config.data.eval_size))

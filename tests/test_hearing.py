@@ -32,7 +32,9 @@ def test_training_begins_with_what_hears_and_the_rest_anew(start):
   config.train.init = str(start[0])
   method = methods.of(config)
   fresh = jax.jit(lambda key: flatten(method.init(key)))(jax.random.key(config.seed))
-  first, lacking = fill(fresh, load_start(config, method), method.of_stage, start_lacks(config))
+  first, lacking = fill(
+    fresh, load_start(config, method), method.stage_specific, start_lacks(config)
+  )
   hears = {path for path in fresh if path.startswith('vggish/')}
   assert hears and set(lacking) == fresh.keys() - hears
   assert any((first[path] != fresh[path]).any() for path in hears)
@@ -97,9 +99,10 @@ def test_labels_without_classes_are_refused(tmp_path):
 def test_where_it_cannot_be_written_is_said_before_it_learns(out, data_root, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(hearing, '_train', None)
-  with pytest.raises(UserError, match='in a bucket' if out else 'exists already'):
+  (tmp_path / 'mine').touch()
+  with pytest.raises(UserError, match='in a bucket' if out else 'is not empty'):
     hearing.hear(tiny.get_config('stage1'), out or tmp_path, data_root)
-  assert not any(tmp_path.iterdir())
+  assert [path.name for path in tmp_path.iterdir()] == ['mine']
 
 
 def test_clips_of_which_none_can_be_read_are_said_in_one_sentence(data_root, tmp_path):

@@ -125,3 +125,16 @@ def test_noise_is_white_of_fixed_power_and_a_clips_own(data_root, monkeypatch):
 def test_an_unknown_audio_is_refused(data_root):
   with pytest.raises(UserError, match="the audio 'loud' is unknown: choose one of true, other"):
     listening.choose_sounds(read_index(data_root, 'test'), 'loud')
+
+
+def test_another_sound_comes_from_the_far_side_of_the_list():
+  """Neighbours may be cut from the same video."""
+  clips = [ObjectClip('r', str(i), 'v1s', 'test', 5, 'a') for i in range(6)]
+  assert [clip.uid for clip in listening.other_sounds(clips)] == list('345012')
+
+
+def test_objects_are_known_where_labels_tell_classes(data_root):
+  found = listening.known_objects(read_index(data_root, 'train'))
+  assert all(visible >= sounding for sounding, visible in found) and any(s for s, _ in found)
+  s4, ms3 = ObjectClip('r', '0', 'v1s', 'train', 5, 'dog'), ObjectClip('r', '1', 'v1m', 'train', 5)
+  assert listening.known_objects([s4, ms3]) == [({'dog'}, {'dog'}), None]

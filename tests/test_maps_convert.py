@@ -115,7 +115,9 @@ def test_a_backbone_of_imagenet_is_a_start_for_both(backbone, vggish, tmp_path):
     config.train.init = str(tmp_path / 'run')
     method = methods.of(config)
     fresh = {p: jnp.zeros(leaf.shape, leaf.dtype) for p, leaf in flat_shapes(method).items()}
-    flat, lacking = fill(fresh, load_start(config, method), method.of_stage, start_lacks(config))
+    flat, lacking = fill(
+      fresh, load_start(config, method), method.stage_specific, start_lacks(config)
+    )
     assert {path.removeprefix('statistics/').split('/')[0] for path in lacking} <= {
       name, 'backbone',
     }  # fmt: skip

@@ -105,8 +105,8 @@ def test_stage_2_begins_with_what_stage_1_has_learnt(name):
     }
     for stage in ('stage1', 'stage2')
   )
-  of_stage = methods.of(small_maps.get_config(f'{name}_stage2')).of_stage
-  _, lacking = fill(second, first, of_stage)
+  stage_specific = methods.of(small_maps.get_config(f'{name}_stage2')).stage_specific
+  _, lacking = fill(second, first, stage_specific)
   # What has a channel for each class.
   assert lacking == [path for path in second if second[path].shape != first[path].shape]
   assert any('head/conv2' in path for path in lacking)
@@ -190,6 +190,9 @@ def test_rows_are_those_of_their_evaluations(data_root, monkeypatch, tmp_path):
   assert all(config.train.init == 'runs/start' for config, _ in trainings)
   assert [masks for _, masks in calls] == ['', 'others']
   assert calls[1][0]['high'] == ('stage2', 'true', 'masks', False, None)
+  calls.clear()
+  without = table2.table2('tpavi:resnet50', tmp_path / 'without', **options | dict(masks=''))
+  assert [masks for _, masks in calls] == [''] and without['high']['ours'] is None
   with pytest.raises(UserError, match='begun with other masks than those of changed'):
     table2.table2('tpavi:resnet50', tmp_path, **options | dict(masks='changed'))
 
@@ -266,3 +269,8 @@ def test_a_start_of_something_else_is_one_sentence(start, words, data_root, tmp_
   with pytest.raises(UserError, match=words):
     trained(config, tmp_path / 'run', data_root)
   assert checkpoint.latest_step(tmp_path / 'run' / 'checkpoints') is None
+
+
+def test_batches_of_the_metrics_of_the_release():
+  for name, batch in (('tpavi', 4), ('avsegformer', 2)):
+    assert methods.of(small_maps.get_config(name)).released_batch == batch

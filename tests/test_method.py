@@ -96,7 +96,7 @@ def method(config) -> Method:
   def predict(outputs):
     return jnp.stack([-outputs, outputs], 1)
 
-  return Method(init, apply, totals, loss, predict, sees=('frames',), unit=UNIT)
+  return Method(init, apply, totals, loss, predict, inputs=('frames',), unit=UNIT)
 
 
 @pytest.fixture

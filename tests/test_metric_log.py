@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from etils import epath
 
@@ -123,3 +124,9 @@ def test_a_line_of_a_step():
   line = metric_log.step_line(row, 10)
   assert 'step 5/10  loss 1.250 (mask 0.500)' in line and '25 % waiting for input)' in line
   assert 'MFU 12.5 %' in line
+
+
+def test_the_longest_wait_of_all_processes_is_told(monkeypatch):
+  waits = np.array([[0.25], [0.75], [0.5]], np.float32)
+  monkeypatch.setattr(metric_log.distributed, 'all_gather', lambda wait: waits)
+  assert metric_log.slowest_input(0.25) == {'input_wait': 0.75, 'input_wait_process': 1}

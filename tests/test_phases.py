@@ -121,3 +121,30 @@ def test_schedules():
   for config.schedule, rates in (('cosine', [0, 0.5, 1, 0.5, 0]), ('constant', [0, 0.5, 1, 1, 1])):
     _, rate = make_optimizer(config, 1.0, 110)
     assert [float(rate(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx(rates, abs=1e-6)
+
+
+def test_each_phase_has_its_learning_rate():
+  config = avss_stage1.get_config()
+  config.optimizer.update(lr=0.5, lr_phase2=0.25)
+  for phase, rate in ((1, 0.5), (2, 0.25)):
+    _, schedule = phases.optimizer_of(config, methods.of(config), phase, 100)
+    assert float(schedule(50)) == rate
+
+
+def test_a_phase_2_that_would_begin_before_the_first_step_is_refused():
+  config = quick_stage1.get_config()
+  config.train.update(steps=0, epochs=8.0, phase2_epoch=1)
+  with pytest.raises(UserError, match='phase2_epoch is 1, step 0 of 2: let phase 2 begin after'):
+    phases.plan(config, 0.25, 10, 1)
+
+
+def test_parts_of_a_step_that_devices_cannot_share_are_refused():
+  config = quick_stage1.get_config()
+  for config.train.accumulate, unit, words in (
+    (4, 1, 'cannot share evenly in 4 parts: '),
+    (2, 5, 'in 2 parts of whole clips, 5 frames each: '),
+  ):
+    with pytest.raises(UserError, match=words):
+      phases.plan(config, 5.0, 15, unit)
+  config.train.accumulate = 3
+  assert phases.plan(config, 5.0, 15, 5).steps_per_epoch == 5

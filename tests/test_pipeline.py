@@ -370,3 +370,29 @@ class TestMasks:
 
 def _resave(path, change):
   Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+
+def test_a_silent_clip_counts_for_methods_that_see_all_frames(data_root, tmp_path):
+  clip = read_index(data_root, 'train', ['v1m'])[0]
+  shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)
+  clip = dataclasses.replace(clip, root=str(tmp_path))
+  for t in range(5):
+    Image.fromarray(np.zeros((72, 96), np.uint8)).save(clip.label_ids_path(t))
+  task = Task(False, 2, 32, 32, 2, False, '')
+  for all_frames, weight in ((False, [0] * 5), (True, [1] * 5)):
+    batch = load_training_item(
+      clip, Item(0, 0, 5), dataclasses.replace(task, all_frames=all_frames)
+    )
+    assert batch['weight'].tolist() == weight
+
+
+def test_pixels_that_do_not_count_stay_so_in_the_binary_task(data_root, tmp_path):
+  clip = next(clip for clip in read_index(data_root, 'train') if clip.subset == 'v1m')
+  shutil.copytree(clip.folder, tmp_path / clip.subset / clip.uid)
+  clip = dataclasses.replace(clip, root=str(tmp_path))
+  ids = np.zeros((72, 96), np.uint8)
+  ids[:24], ids[48:] = 8, IGNORE
+  Image.fromarray(ids).save(clip.label_ids_path(2))
+  batch = load_training_item(clip, Item(0, 0, 5), Task(False, 2, 32, 32, 2, False, ''))
+  assert np.unique(batch['labels'][2]).tolist() == [0, 1, IGNORE]
+  assert batch['target_classes'][2].tolist() == [0, 1]

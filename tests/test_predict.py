@@ -29,7 +29,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.files import write_json
 from aavs_jax.media.overlay import SOUNDING_COLOUR, overlay
 from aavs_jax.media.video import read_windows
-from aavs_jax.predict import load_models, predict, predict_all, read_clip_folder
+from aavs_jax.predict import expand, load_models, predict, predict_all, read_clip_folder
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import create, flat_shapes
@@ -268,18 +268,6 @@ def test_clip_folder_in_numeric_order_with_stage_1_alone(stage1, tmp_path):
   t = max(range(6), key=lambda t: frames_told[t]['sounding_share'])
   distance = np.abs(read(out / 'overlays' / f'{t}.jpg').astype(int) - SOUNDING_COLOUR)
   assert distance.mean() < np.abs(frames[t].astype(int) - SOUNDING_COLOUR).mean()
-
-
-def test_short_sound_repeats_its_last_example_in_later_windows_too(stage1, tmp_path, capsys):
-  clip = tmp_path / 'clip'
-  frames = make_clip(clip, range(13), 7.5, suffix='.jpg')
-  predict(clip, stage1=stage1, out=tmp_path / 'out')
-  frames = [read(clip / 'frames' / f'{t}.jpg') for t in range(13)]
-  log_mel = audio.clip_log_mel(clip / 'audio.wav', 13)  # 7 examples, and 6 times the last
-  assert '6 s too short' in capsys.readouterr().out
-  for t, mask in enumerate(stage1_masks(stage1, frames, log_mel)):
-    written = read(tmp_path / 'out' / 'masks' / f'{t}.png')
-    np.testing.assert_array_equal(written, enlarge(mask, *frames[t].shape[:2]))
 
 
 def test_model_trained_end_to_end_needs_no_stage_1(end_to_end, tmp_path):
@@ -598,3 +586,46 @@ def test_models_must_fit_their_stages(stage1, stage2, tmp_path):
   ):
     with pytest.raises(UserError, match=words):
       load_models(first, second)
+
+
+def test_an_answer_to_other_sound_or_other_times_is_none(no_model, tmp_path):
+  clip = tmp_path / 'clip'
+  make_clip(clip, range(2), 2)
+  out = tmp_path / 'out'
+  predict_all([clip], stage1='any', out=out)
+  sound = (clip / 'audio.wav').read_bytes()
+  (clip / 'audio.wav').write_bytes(sound[:-2] + b'\1\1')
+  with pytest.raises(UserError, match='1 of 1 sources failed'):
+    predict_all([clip], stage1='any', out=out)
+  (clip / 'audio.wav').write_bytes(sound)
+  summary = json.loads((out / 'clip' / 'summary.json').read_text())
+  predict_all([clip], stage1='any', out=out)
+  (out / 'clip' / 'summary.json').write_text(json.dumps(summary | {'every': 0.5}))
+  with pytest.raises(UserError, match='1 of 1 sources failed'):
+    predict_all([clip], stage1='any', out=out)
+
+
+def test_short_sound_is_heard_to_its_last_example_in_later_windows_too(
+  tmp_path, monkeypatch, capsys
+):
+  heard = []
+
+  def listen(frames, log_mel):
+    heard.extend(log_mel)
+    return np.full((len(frames), 4, 4), 255, np.uint8), None
+
+  monkeypatch.setattr('aavs_jax.predict.load_models', lambda stage1, stage2: (listen, {}))
+  clip = tmp_path / 'clip'
+  make_clip(clip, range(13), 7.5)
+  predict(clip, stage1='any', out=tmp_path / 'out')
+  expected = audio.clip_log_mel(clip / 'audio.wav', 13)
+  assert (expected[:6] != expected[6]).any((1, 2)).all()
+  np.testing.assert_array_equal(heard, expected)
+  assert '6 s too short' in capsys.readouterr().out
+
+
+def test_videos_of_a_folder_whatever_their_suffix_looks_like(tmp_path):
+  for name in ('b.mp4', 'a.MOV', '._a.MOV', '.DS_Store', 'notes.txt'):
+    (tmp_path / name).touch()
+  assert expand(tmp_path) == [tmp_path / 'a.MOV', tmp_path / 'b.mp4']
+  assert expand(tmp_path / 'notes.txt') == [tmp_path / 'notes.txt']

@@ -9,12 +9,13 @@ import re
 import shutil
 
 import cv2
+import flax.linen as nn
 import numpy as np
 import pytest
 from etils import epath
 
 from aavs_jax import config as config_lib
-from aavs_jax import hand_over
+from aavs_jax import hand_over, methods
 from aavs_jax.cross_fit import cross_fit
 from aavs_jax.input_pipeline import listening, masks, pipeline, prior
 from aavs_jax.input_pipeline.clips import IGNORE, fold_of
@@ -26,7 +27,7 @@ from aavs_jax.input_pipeline.reader import load_log_mel
 from aavs_jax.predict import load_models
 from aavs_jax.train import train
 from aavs_jax.training import work_folder
-from tests import tiny
+from tests import small_maps, tiny
 
 PLAIN = Task(True, 71, 32, 32, 4, True, '')
 FAULTY = dataclasses.replace(
@@ -491,3 +492,46 @@ def test_halves_of_a_clip_have_the_faults_of_the_whole(data_root):
     for item in (Item(0, 0, 10), Item(0, 0, 5), Item(0, 5, 5))
   )
   np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+@pytest.mark.parametrize('name', ['aavs', 'tpavi', 'avsegformer'])
+def test_a_prior_reaches_the_network_as_a_share(name):
+  config = tiny.get_config('stage2') if name == 'aavs' else small_maps.get_config(f'{name}_stage2')
+  levels = np.array([0, 128, 255], np.uint8)[:, None, None]
+  batch = {
+    'frames': np.zeros((3, 32, 32, 3), np.uint8), 'log_mel': np.zeros((3, 96, 64)),
+    'prior': np.broadcast_to(levels, (3, 32, 32)),
+  }  # fmt: skip
+  given = []
+
+  def watched(call, arguments, options, context):
+    given.extend(x for x in arguments if getattr(x, 'shape', None) == (3, 32, 32))
+
+  with nn.intercept_methods(watched):
+    methods.of(config).apply(({name: {}, 'backbone': {}, 'vggish': {}}, {}), batch)
+  (found,) = given
+  np.testing.assert_allclose(found, batch['prior'] / 255, rtol=1e-6)
+
+
+def test_masks_grow_and_shrink_and_go_either_way():
+  ids = np.zeros((40, 40), np.uint8)
+  ids[15:25, 15:25] = 3
+  found = [disturb(ids, [], _rng(seed), Faults(moved=0.05)) > 0 for seed in range(20)]
+  sizes = [mask.sum() for mask in found]
+  assert min(sizes) < 100 < max(sizes)
+  for axis in range(2):
+    centres = [np.nonzero(mask)[axis].mean() for mask in found]
+    assert min(centres) < 19.5 < max(centres)
+
+
+def test_pixels_that_do_not_count_are_no_object_to_add():
+  ids = np.zeros((40, 40), np.uint8)
+  ids[38:] = IGNORE
+  assert not disturb(np.zeros_like(ids), [ids], _rng(), Faults(added=1.0)).any()
+
+
+def test_any_clip_that_fits_may_be_the_negative_sound(data_root):
+  split = read_index(data_root, 'train')[:3]
+  known = [({name}, {name}) for name in ('dog', 'cat', 'car')]
+  heard = {listening.negative_sound(split, 0, known, _rng(seed)) for seed in range(40)}
+  assert heard == {'silence', 'noise', *split[1:]}

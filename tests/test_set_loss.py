@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aavs_jax import methods
 from aavs_jax.configs import base
 from aavs_jax.methods import set_loss
 from aavs_jax.methods.matching import Targets, sample_targets
 from aavs_jax.methods.set_loss import PointDraws, draw_points
 from aavs_jax.models.mask_decoder import Outputs
+from tests import tiny
 
 SETS, FRAMES, QUERIES, CLASSES = 2, 3, 5, 4
 LOSS = base.get_config().loss
@@ -224,3 +226,47 @@ def test_the_null_class_weighs_as_the_config_says():
       'gather',
     )  # fmt: skip
     assert float(terms['class']) == pytest.approx(config.class_weight * 50 / found[0], rel=1e-4)
+
+
+def test_the_method_gives_the_loss_of_its_batch_and_the_terms_of_the_final_set(case):
+  outputs, targets, _ = case
+  config = tiny.get_config('stage1')
+  config.num_classes, config.model.num_queries, config.loss = CLASSES, QUERIES, LOSS
+  method, key = methods.of(config), jax.random.key(0)
+  targets = targets.replace(weight=jnp.asarray([1.0, 0.0, 1.0]), group=jnp.asarray([0, 0, 2]))
+  position = [2, 0, 1]
+  batch = {
+    'labels': targets.labels, 'target_classes': targets.classes, 'weight': targets.weight,
+    'group': targets.group, 'position': jnp.asarray(position),
+  }  # fmt: skip
+  total, terms = jax.jit(method.loss)(outputs, batch, method.totals(batch), key)
+  draws = _frames(draw_all(key, 2), position, 1)
+  expected, of_sets = run(outputs, targets, draws, sampling=config.model.sampling)
+  assert float(total) == pytest.approx(float(expected), rel=1e-5)
+  assert terms.keys() == {'class', 'mask', 'dice'}
+  for name, value in terms.items():
+    np.testing.assert_allclose(value, of_sets[name][-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('stage', ['stage1', 'stage2'])
+def test_what_is_predicted_is_the_final_set(case, stage):
+  outputs, _, _ = case
+  config = tiny.get_config(stage)
+  config.num_classes = CLASSES
+  predict = methods.of(config).predict
+  last, first = (
+    outputs.replace(
+      class_logits=outputs.class_logits[chosen], mask_embeddings=outputs.mask_embeddings[chosen]
+    )
+    for chosen in (slice(-1, None), slice(1))
+  )
+  found = np.asarray(predict(outputs))
+  np.testing.assert_array_equal(found, predict(last))
+  assert (found != predict(first)).any()
+
+
+def test_a_quarter_of_the_points_is_taken_whatever_the_mask_says():
+  draws = draw_points(jax.random.key(0), 0, jnp.arange(FRAMES), 2, LOSS)  # of 8 points
+  assert draws.extra.shape == (FRAMES, 2, 2, 2) and draws.candidates.shape == (FRAMES, 2, 24, 2)
+  flat = np.concatenate([np.ravel(points) for points in jax.tree.leaves(draws)])
+  assert len(np.unique(flat)) > 0.99 * len(flat)  # each draw is its own

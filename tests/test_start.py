@@ -68,7 +68,9 @@ def test_what_a_start_lacks_is_drawn_and_the_model_traced_once():
     given, lacking = jax.random.split(key)
     return Variables({'given': normal(given, (3,)), 'lacking': normal(lacking, (2,))}, {})
 
-  method = types.SimpleNamespace(init=init, of_stage=('lacking',), late=(), goes_on=False)
+  method = types.SimpleNamespace(
+    init=init, stage_specific=('lacking',), phase2_only=(), phase2_continues=False
+  )
   key, mesh = jax.random.key(0), make_mesh()
   flat, lacking, _ = first(config, method, mesh, key, {'given': np.ones(3)})
   assert lacking == ['lacking'] and len(traced) == 1
@@ -87,7 +89,9 @@ def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
     drawn = {'adapter': {'down': normal(key, (2,)), 'bias': jnp.zeros(1)}, 'rest': jnp.ones(3)}
     return Variables(drawn, {})
 
-  method = types.SimpleNamespace(init=init, of_stage=(), late=('^adapter/',), goes_on=False)
+  method = types.SimpleNamespace(
+    init=init, stage_specific=(), phase2_only=('^adapter/',), phase2_continues=False
+  )
   zero = {'adapter/down': np.zeros(2), 'adapter/bias': np.zeros(1), 'rest': np.full(3, 2)}
   begin = functools.partial(first, config, method, make_mesh(), jax.random.key(0))
   flat, lacking, shapes = begin(zero)
@@ -101,9 +105,9 @@ def test_what_waits_for_phase_2_is_drawn_where_the_start_is_of_phase_1():
   learnt = {**zero, 'adapter/bias': np.ones(1)}
   flat, lacking, _ = begin(learnt)
   assert lacking == [] and not flat['adapter/down'].any()
-  method.goes_on = True  # nothing is zero in its first phase
+  method.phase2_continues = True  # nothing is zero in its first phase
   assert begin(zero)[1] == []
-  method.goes_on, del_bias = False, {path: zero[path] for path in ('adapter/down', 'rest')}
+  method.phase2_continues, del_bias = False, {path: zero[path] for path in ('adapter/down', 'rest')}
   with pytest.raises(UserError, match='adapter/bias is missing'):
     begin(del_bias)
 

@@ -40,7 +40,7 @@ def linear_regression(noise=0.0) -> Method:
     totals=lambda batch: jnp.sum(batch['weight']) * batch['weight'],
     loss=loss,
     predict=lambda outputs: outputs,
-    sees=('x',),
+    inputs=('x',),
   )
 
 

@@ -385,3 +385,67 @@ def test_a_comparison_says_what_each_way_scored(tmp_path):
   page = (tmp_path / 'comparison.html').read_text()
   assert page.count('50.0 (37.5 to 62.5)') == 2 and '<svg' in page
   assert json.loads((tmp_path / 'comparison.json').read_text())['70'] == table
+
+
+def test_both_stages_have_the_seed_the_data_and_the_masks(monkeypatch, tmp_path):
+  trained = []
+  monkeypatch.setattr(
+    stepping_stones, 'train', lambda config, folder: trained.append((folder.name, config))
+  )
+  monkeypatch.setattr(stepping_stones.hand_over, 'write_masks', lambda *_, **__: 1)
+  monkeypatch.setattr(stepping_stones, 'scores', lambda *_, **__: {})
+  first, second = tiny.get_config('stage1'), tiny.get_config('stage2')
+  for second.train.init in ('', 'start'):
+    stepping_stones.stepping_stones(first, second, tmp_path, data='clips', seed=7)
+    stages = dict(trained)
+    assert list(stages) == ['stage1', 'stage2']
+    assert all((c.seed, c.data.root) == (7, 'clips') for c in stages.values())
+    assert stages['stage2'].data.masks == str(tmp_path / 'masks')
+    assert stages['stage2'].train.init == (second.train.init or str(tmp_path / 'stage1'))
+
+
+def test_all_that_a_study_trains_has_its_seed(monkeypatch, tmp_path):
+  trained = {}
+
+  def note(config, folder, *_, **__):
+    trained[folder.name] = config
+
+  for name in ('hear', 'train', 'cross_fit'):
+    monkeypatch.setattr(study, name, note)
+  monkeypatch.setattr(
+    study, 'stepping_stones', lambda *_, seed, **__: trained.update(seeds=seed) or {}
+  )
+  monkeypatch.setattr(study, 'scores', lambda *_, **__: {})
+  monkeypatch.setattr(study, '_make_clips', lambda *_, **__: None)
+  monkeypatch.setattr(study.tables, 'format_table', lambda _: '')
+  study._run_seed(compose_bench.get_config(), tmp_path, 'clips', 7)
+  assert trained.pop('seeds') == 7
+  assert set(trained) == {'start', 'looks', 'end_to_end', 'cross_fit', 'robust'}
+  assert {config.seed for config in trained.values()} == {7}
+
+
+def test_a_comparison_takes_the_means_of_avsbench_and_what_sounds_of_the_data_set():
+  row = {'miou_occurring': 0.5, 'fscore_occurring': 0.25, 'miou': 0.1}
+  other = {'miou_occurring': 0.75, 'fscore_occurring': 0.875, 'miou': 0.7, 'iou_sounding': 0.625}
+  result = {'overall': row, 'dataset': {'overall': other}}
+  table = comparison.compare([dict.fromkeys(('stage1_true', *comparison.WAYS), result)])
+  assert table.keys() == {*comparison.WAYS, 'stage1'}
+  assert table['stage2_oracle'] == {
+    'miou_occurring': [0.5], 'fscore_occurring': [0.25], 'iou_sounding': [0.625]
+  }  # fmt: skip
+  assert table['stage1'] == {'iou_sounding': [0.7]}
+
+
+def test_one_stage_trains_what_stage_1_does_for_the_epochs_of_both():
+  config = quickstart.get_config()
+  for stage, epochs in ((config.stage1, 3.0), (config.stage2, 4.0)):
+    stage.train.update(steps=0, epochs=epochs)
+  config.stage2.train.trainable = ('aavs/decoder/silent_key',)
+  single = study._end_to_end(config.stage1, config.stage2)
+  assert single.train.epochs == 7 and single.train.steps == 0
+  assert single.train.trainable == config.stage1.train.trainable != ('aavs/decoder/silent_key',)
+
+
+def test_what_a_killed_study_has_begun_to_write_is_nothing_of_others(tmp_path):
+  (tmp_path / f'.study.json{files.UNFINISHED}').write_text('{')
+  study._refuse_foreign(tmp_path)

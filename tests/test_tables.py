@@ -105,3 +105,20 @@ def test_the_markdown_of_a_semantic_evaluation_has_its_classes():
 
 def test_percents_have_three_digits():
   assert [tables._percent(x) for x in (1.0, 0.9996, 0.9994)] == ['100', '100', '99.9']
+
+
+def test_the_scores_of_the_released_code_are_said_in_percent():
+  result = _evaluation('binary', 'true') | {'released': {'miou': 0.5, 'fscore': 0.625}}
+  said = 'By the metric of the released code: miou 50.00, fscore 62.50.'
+  for markdown in (False, True):
+    assert said in tables.format_evaluation(result, markdown=markdown)
+
+
+def test_a_class_that_is_never_found_is_in_the_table_of_classes():
+  result = _evaluation('semantic', 'true')
+  for row in (result['per_class'][3], result['dataset']['per_class'][3]):
+    row.update({key: 0.0 for key in ('iou', 'fscore', 'jf') if key in row})
+  text = tables.format_evaluation(result, markdown=True)
+  name = result['per_class'][3]['name']
+  (row,) = [line for line in text.splitlines() if line.startswith(f'| {name} ')]
+  assert [cell.strip() for cell in row.split('|')[3:-1]] == ['0.0'] * 5

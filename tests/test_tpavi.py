@@ -7,7 +7,9 @@ import pytest
 
 from aavs_jax import methods
 from aavs_jax.input_pipeline.avsbench import SemanticClip
+from aavs_jax.input_pipeline.clips import IGNORE
 from aavs_jax.input_pipeline.errors import UserError
+from aavs_jax.methods import maps
 from aavs_jax.models.tpavi import ResidualUnit, Tpavi
 from aavs_jax.pytorch import maps_recordings
 from aavs_jax.training import phases
@@ -124,7 +126,7 @@ def test_frames_without_weight_count_in_no_loss():
 
 def test_a_prior_enters_the_last_features_alone():
   model, without = small_maps.model('tpavi', use_prior=True), small_maps.model('tpavi')
-  assert 'prior' in model.method.sees
+  assert 'prior' in model.method.inputs
   batch = small_maps.batch(model.config, 10)
   outputs = [
     model.outputs({**batch, 'prior': np.full_like(batch['prior'], value)}) for value in (0, 255)
@@ -142,3 +144,11 @@ def test_a_clip_that_is_not_of_whole_units_is_refused():
   with pytest.raises(UserError, match=r'v2/c7 has 7 frames, but tpavi sees 5 of a clip together'):
     phases.require_whole(config, clips, methods.of(config).unit)
   phases.require_whole(config, clips[:1], 5)
+
+
+def test_ignored_pixels_sound_nowhere_and_count_as_if_certain():
+  labels = np.array([[[0, 2], [IGNORE, 1]]], np.uint8)
+  np.testing.assert_array_equal(maps.sounding(labels), [[[0, 1], [0, 1]]])
+  # Three of four pixels are as likely to be of any of five classes.
+  logits = np.zeros((1, 2, 2, 5), np.float32)
+  assert maps.class_entropy(logits, labels) == pytest.approx(0.75 * np.log(5), rel=1e-6)

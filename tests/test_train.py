@@ -5,17 +5,20 @@ import json
 import signal
 import socket
 import time
+import types
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from aavs_jax.input_pipeline import pipeline
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.scoring import score
 from aavs_jax.train import train
 from aavs_jax.training import checkpoint
+from aavs_jax.training.watch import Watch
 from tests import runs
 from tests.stand_in import STAND_IN
 
@@ -173,7 +176,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(stand_in):
   scores = {row['step']: row['miou'] for row in runs.history(stand_in) if row['kind'] == 'val'}
   best = max(scores, key=lambda step: (scores[step], step))
   with checkpoint.make_manager(stand_in / 'checkpoints', 2) as manager:
-    assert checkpoint.best_step(manager) == best
+    assert manager.best_step() == best
     assert set(manager.all_steps()) == {best, 8, STEPS}
   assert checkpoint.load_flat(stand_in)[1] == best
 
@@ -295,3 +298,14 @@ def test_a_signal_does_not_end_the_last_save(tiny_stage1, tmp_path, monkeypatch)
 def test_stage_2_without_masks_is_refused(tiny_stage2, tmp_path):
   with pytest.raises(UserError, match='aavs masks'):
     train(tiny_stage2, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_as_well(tmp_path):
+  """It spoils the parameters, though the loss of its step is still good."""
+  manager = types.SimpleNamespace(latest_step=lambda: 2)
+  watch = Watch('abc', manager, epath.Path(tmp_path))
+  watch.add(1, np.array([0, 1]), {'loss': 0.5, 'gradient_norm': 1.0})
+  watch.add(2, np.array([2, 2, 1]), {'loss': 0.5, 'gradient_norm': np.inf})
+  words = r'loss of step 2 is 0\.5 and its gradient inf on clips c, b; .* is .*/checkpoints/2:'
+  with pytest.raises(FloatingPointError, match=words):
+    watch.look()

@@ -14,7 +14,7 @@ from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.training import checkpoint, work_folder
-from aavs_jax.training.state import in_groups
+from aavs_jax.training.state import digest, in_groups
 from tests import tiny
 
 # The keys in which a run that goes on may differ, each with another value.
@@ -196,3 +196,34 @@ def test_what_one_process_lacks_is_refused_on_all(here, monkeypatch):
   monkeypatch.setattr(work_folder.distributed, 'gather', lambda found: [{'start': 'digest'}, {}])
   with pytest.raises(UserError, match='process 1 finds another start than process 0'):
     work_folder.distributed.require_same(here)
+
+
+def test_a_run_goes_on_with_the_same_clips_alone(tmp_path):
+  folder, config = epath.Path(tmp_path), tiny.get_config()
+  one, two, three = (SemanticClip('', uid, 'v1s', 'train', 5) for uid in 'abc')
+  begun = work_folder.Clips([one], [two], [])
+  for latest in (None, 4):
+    work_folder.claim(folder, config, begun, latest)
+  for other in (begun._replace(train=[three]), begun._replace(val=[three])):
+    with pytest.raises(UserError, match='was begun with other clips than those of'):
+      work_folder.claim(folder, config, other, 4)
+
+
+def test_what_was_done_with_bad_clips_stays_in_the_kept_config(tmp_path):
+  folder, begun = epath.Path(tmp_path), tiny.get_config()
+  work_folder.claim(
+    folder, begun, work_folder.Clips([SemanticClip('', 'a', 'v1s', 'train', 5)], [], []), None
+  )
+  now = begun.copy_and_resolve_references()
+  now.data.on_bad_clip = 'skip'
+  work_folder.keep_config(folder, now)
+  saved = json.loads((folder / 'config.json').read_text())
+  assert saved['data']['on_bad_clip'] == begun.data.on_bad_clip == 'error'
+
+
+def test_a_digest_tells_any_other_numbers():
+  numbers = np.arange(100, dtype=np.float32)
+  one_more = np.append(numbers[:-1], numbers[-1] + 1)
+  models = [{'a': values, 'b': numbers} for values in (numbers, numbers[::-1], one_more)]
+  models.append({'a': numbers, 'b': one_more})
+  assert len({digest(model) for model in models}) == 4 and digest(models[0]) == digest(models[0])
