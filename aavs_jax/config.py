@@ -308,7 +308,7 @@ def from_json(path: Path) -> ml_collections.ConfigDict:
   Keys that came after it was written get the values of configs/base.py, but for the sections of
   another method than that file's.
   """
-  plain = files.read_json(path, dict, 'name a work folder that `aavs train` has written')
+  plain = files.read_json(path, dict, 'restore it, or name a work folder of `aavs train`')
   try:
     if 'task' in plain:  # else it is no config, which `check` says
       defaults = base.get_config().to_dict()

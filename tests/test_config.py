@@ -153,6 +153,15 @@ def test_a_kept_config_that_is_no_longer_accepted_is_named(tmp_path):
   assert str(path) in message and 'config.optimizer.lr is nan' in message and '\n' not in message
 
 
+@pytest.mark.parametrize('damage', ['{"task": ', '[' * 100_000, '[]', None])
+def test_a_kept_config_that_cannot_be_read_is_one_sentence(damage, tmp_path):
+  path = tmp_path / 'config.json'
+  path.mkdir() if damage is None else path.write_text(damage)
+  with pytest.raises(UserError, match=r'config\.json.*restore it, or name a work folder') as caught:
+    config_lib.from_json(path)
+  assert '\n' not in str(caught.value)
+
+
 def test_a_config_says_which_stage_it_is_of():
   configs = {'stage 1': avss_stage1, 'stage 2': avss_stage2, 'end to end': avss_end_to_end}
   for stage, module in configs.items():

@@ -204,14 +204,16 @@ def test_soft_masks_of_a_method_without_shares_are_refused(monkeypatch, tmp_path
     export.export(tmp_path / 'second', tmp_path / 'out', 'stablehlo', stage1='first')
 
 
-def test_stages_of_two_sizes_are_not_prepared_for_together(monkeypatch, tmp_path):
+@pytest.mark.parametrize('form', ['stablehlo', 'onnx'])
+def test_stages_of_two_sizes_are_not_prepared_for_together(form, monkeypatch, tmp_path):
   first, second = tiny.get_config('stage1'), tiny.get_config('stage2')
   first.data.image_size = 64
   files.write_json(tmp_path / 'second' / 'config.json', second.to_dict())
   pair = Trained(first, None), Trained(second, None)
   monkeypatch.setattr(export, 'load_stages', lambda *_: pair)
+  monkeypatch.setitem(export._NEEDS, form, ())
   with pytest.raises(UserError, match=r'image_size is 64 in first and 32 in .*second'):
-    export.export(tmp_path / 'second', tmp_path / 'out', 'stablehlo', stage1='first')
+    export.export(tmp_path / 'second', tmp_path / 'out', form, stage1='first')
 
 
 def test_frames_that_a_stage_sees_together_are_filled_up(artefact, tmp_path):

@@ -9,6 +9,19 @@ import sys
 
 import pytest
 
+
+def _megabytes(code: str, platforms: str) -> int:
+  """What a process of its own prints last."""
+  run = subprocess.run(
+    [sys.executable, '-c', code],
+    env=os.environ | {'JAX_PLATFORMS': platforms},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return int(run.stdout.split()[-1])
+
+
 # MB of pages that the kernel makes for 128 MB, the second time that they are asked for.
 MADE = """
 import ctypes, resource
@@ -26,14 +39,7 @@ print(faults * resource.getpagesize() // 2**20)
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='of glibc')
 @pytest.mark.parametrize(('platforms', 'kept'), [('cpu', True), ('cuda', False)])
 def test_a_command_on_cpus_keeps_what_it_frees(platforms, kept):
-  run = subprocess.run(
-    [sys.executable, '-c', MADE],
-    env=os.environ | {'JAX_PLATFORMS': platforms},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  made = int(run.stdout.split()[-1])
+  made = _megabytes(MADE, platforms)
   assert made < 10 if kept else made > 100
 
 
@@ -45,14 +51,7 @@ MADE_WITH_SHARDS = MADE.replace('for _', 'host.keep_records()\nfor _').replace(
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='of glibc')
 def test_reading_shards_does_not_end_that():
-  run = subprocess.run(
-    [sys.executable, '-c', MADE_WITH_SHARDS],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert int(run.stdout.split()[-1]) < 10
+  assert _megabytes(MADE_WITH_SHARDS, 'cpu') < 10
 
 
 # MB of memory before and after the freed half of 400 MB is handed back.
@@ -73,11 +72,4 @@ print(before - resident())
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'malloc_trim'), reason='of glibc')
 def test_what_is_free_is_handed_back():
-  run = subprocess.run(
-    [sys.executable, '-c', HANDED_BACK],
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert 150 < int(run.stdout) < 250
+  assert 150 < _megabytes(HANDED_BACK, 'cpu') < 250
