@@ -225,7 +225,7 @@ def _train(args) -> None:
   if args.wandb:
     wandb_run.require()
   profile = _range(args.profile) if args.profile else None
-  train(config, args.workdir, profile=profile, wandb=args.wandb)
+  train(config, args.workdir, profile=profile, wandb=args.wandb, keep_programs=True)
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from aavs_jax.scoring import score
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder
 from aavs_jax.training.lock import lock
+from aavs_jax.training.programs import Programs, compile_step, step_name
 from aavs_jax.training.watch import Watch
 
 
@@ -37,6 +38,7 @@ def train(
   *,
   profile: tuple[int, int] | None = None,
   wandb: str = '',
+  keep_programs: bool = False,
 ) -> dict[str, float]:
   """Trains one stage; called again after any interruption, goes on where it was.
 
@@ -48,6 +50,8 @@ def train(
     workdir: the run's folder, local or in a bucket.
     profile: trace the steps after the first up to the second number, into workdir/profile.
     wandb: project at Weights & Biases that takes the metrics too.
+    keep_programs: keep the compiled step beside what JAX keeps, if it keeps anything, for the next
+      start, see Programs; for a process whose code is that of its files.
 
   Returns:
     Metrics of the best validation: 'miou', 'fscore' and 'step'.
@@ -80,7 +84,7 @@ def train(
   with lock(workdir):
     run = _Run(config, workdir, clips, plan)
     if not run.is_finished:
-      run.begin(wandb)
+      run.begin(wandb, keep_programs)
       _loop(run, profiler)
     return run.result()
 
@@ -141,11 +145,13 @@ class _Run:
     self.latest = latest
     self.is_finished = latest == plan.total and not self.unscored
 
-  def begin(self, wandb: str) -> None:
+  def begin(self, wandb: str, keep_programs: bool) -> None:
     """Builds what is trained, as it was left or from its start, and says so."""
     config, workdir, plan, latest = self.config, self.workdir, self.plan, self.latest
     method, mesh = methods.of(config), make_mesh(config.mesh.fsdp)
     self.method, self.mesh = method, mesh
+    kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    self._programs = Programs(kept if keep_programs else None, workdir, config, method, mesh)
     self.key = jax.random.key(config.seed)
     self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
     # Whether a phase is still to begin, for which alone a start is needed.
@@ -154,12 +160,13 @@ class _Run:
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     if latest is not None:
       work_folder.keep_config(workdir, config)
-    first, lacking, shapes = {}, [], None
-    if begins:
-      first, lacking, shapes = start.first(
-        config, method, mesh, self.key, given, resumed=latest is not None
-      )
-    del given
+    lacking = []
+    if latest is None:
+      first, lacking, shapes = start.first(config, method, mesh, self.key, given)
+      self._programs.keep_shapes(shapes)
+    else:
+      shapes = self._programs.shapes()
+      given = given and phases.needed_later(config, method, given)
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
@@ -169,10 +176,13 @@ class _Run:
     self.phase_of = phase_of
     if latest is None:
       self.state = self.phase_of(1).begin(first)
+      later = phases.needed_later(config, method, first)
+      self._later = lambda: later
     else:
       abstract = self.phase_of(self.phase).abstract
       self.state = checkpoint.restore(self.manager, latest, abstract)
-    self._first = phases.needed_later(config, self.method, first)
+      # Drawn when its time comes, which need not be in this process.
+      self._later = lambda: start.first(config, method, mesh, self.key, given, resumed=True)[0]
     self.step = int(self.state.step)
 
     self.writer = metric_log.Writer(
@@ -229,17 +239,24 @@ class _Run:
 
   def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], Future[int]]:
     """The compiled step, and the FLOPs of the model in one run of it."""
-    phase = self.phase_of(self.phase)
+    phase, arguments = self.phase_of(self.phase), (self.state, batch, self.key)
+    name, frames, started = step_name(arguments), len(batch['weight']), time.monotonic()
     with self.clock.paused(), jax.set_mesh(self.mesh):
-      started = time.monotonic()
-      say(f'  compiling the training step for {len(batch["weight"])} frames ...')
-      lowered = phase.step.lower(self.state, batch, self.key)
-      # Seconds of Python, for which no step has to wait.
-      shapes = jax.eval_shape(lambda: batch)
-      work = self._counting.submit(flops.step_flops, self.config, phase.abstract, shapes)
-      compiled = lowered.compile()
-      give_back_freed()
-      say(f'  compiled in {duration(time.monotonic() - started)}')
+      if kept := self._programs.step(name):
+        compiled, counted = kept
+        work = self._counting.submit(int, counted)
+        say(f'  the training step for {frames} frames is as an earlier run compiled it')
+      else:
+        say(f'  compiling the training step for {frames} frames ...')
+        lowered = phase.step.lower(*arguments)
+        # Seconds of Python, for which no step has to wait.
+        shapes = jax.eval_shape(lambda: batch)
+        work = self._counting.submit(flops.step_flops, self.config, phase.abstract, shapes)
+        compiled, anew = compile_step(lowered)
+        give_back_freed()
+        say(f'  compiled in {duration(time.monotonic() - started)}')
+        if anew:
+          self._counting.submit(self._programs.keep_step, name, compiled, work)
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work
 
@@ -247,14 +264,14 @@ class _Run:
     """From the best of phase 1 with what has waited; or from the last, by phase2_continues."""
     if self.method.phase2_continues:
       state, self.phase = self.state, 2
-      self.state = self.phase_of(2).begin(self._first, state.flat, state.opt_state, step=self.step)
+      self.state = self.phase_of(2).begin({}, state.flat, state.opt_state, step=self.step)
       say(f'phase 2 from step {self.step}: what has waited trains too')
       return
     self.manager.wait_until_finished()
     step, _ = checkpoint.best(self.manager)
     best = checkpoint.restore(self.manager, step, self.phase_of(1).abstract).flat
     self.phase = 2
-    self.state = self.phase_of(2).begin(self._first, best, step=self.step)
+    self.state = self.phase_of(2).begin(self._later(), best, step=self.step)
     say(f'phase 2 from step {self.step}: the best weights so far, what waited for it anew')
 
   def log(self, metrics: Mapping[str, jax.Array]) -> None:

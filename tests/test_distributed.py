@@ -96,6 +96,19 @@ test_distributed.everything(*sys.argv[2:])
   assert _pictures(tmp_path).keys() == _pictures(alone).keys() != set()
 
 
+def test_each_process_keeps_its_step_and_finds_it(tmp_path):
+  program = """
+import sys
+from aavs_jax.devices import distributed
+distributed.start(sys.argv[1])
+from tests import test_programs
+test_programs.keep_and_find(*sys.argv[2:])
+"""
+  for when in ('first', 'later'):
+    _finish(_start(program, str(tmp_path), when, devices=2), 0, 0)
+  assert len(list(tmp_path.glob('aavs-step-*'))) == 2
+
+
 def test_the_latest_checkpoint_is_looked_for_without_the_others(alone):
   program = """
 import sys

@@ -1,0 +1,166 @@
+"""The compiled training step, kept for the next start of the same training.
+
+JAX keeps what XLA makes of a program, but finds it again only once the program has been traced and
+lowered, which of a large model takes longer than all else. Here it is found by what it was made of:
+config, arguments, devices, flags, and every Python file that was loaded.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import pickle
+import platform
+import sys
+import zlib
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from aavs_jax.console import say
+from aavs_jax.input_pipeline import files
+from aavs_jax.methods.method import Method
+from aavs_jax.training.state import Flat, flat_shapes
+
+_FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+_OF_PROCESSORS = ('model name', 'flags', 'Features')  # lines of /proc/cpuinfo
+
+_FOUND = []  # an event for each program that JAX has found in its cache
+jax.monitoring.register_event_listener(
+  lambda event, **_: event == '/jax/compilation_cache/cache_hits' and _FOUND.append(event)
+)
+
+
+class Programs:
+  """What is kept of one training. What is read there is run, as is what JAX keeps."""
+
+  def __init__(
+    self,
+    folder: str | None,
+    workdir: epath.Path,
+    config: ml_collections.ConfigDict,
+    method: Method,
+    mesh: Mesh,
+  ):
+    """Of a method's training in workdir on the devices of a mesh; in a folder, or not at all."""
+    self._folder, self._method = folder and epath.Path(folder), method
+    self._training = _short(f'{workdir} {jax.process_index()}')
+    self._devices = list(mesh.devices.flat)
+    first = self._devices[0]
+    self._made_of = {
+      'config': config.to_dict(),
+      'devices': [f'{device.id} {device.device_kind}' for device in self._devices],
+      'platform': [first.client.platform_version, first.platform == 'cpu' and _processor()],
+      'flags': [os.environ.get(name) for name in _FLAGS],
+      'jax': {name: str(value) for name, value in jax.config.values.items()},
+      'python': sys.version,
+    }
+
+  def shapes(self) -> Flat:
+    """See flat_shapes, for which the model is traced."""
+    shapes = self._read('shapes')
+    if shapes is None:
+      shapes = flat_shapes(self._method)
+      self.keep_shapes(shapes)
+    return shapes
+
+  def keep_shapes(self, shapes: Flat) -> None:
+    """Keeps those of all numbers of the model."""
+    self._write('shapes', shapes)
+
+  def step(self, name: str) -> tuple[jax.stages.Compiled, int] | None:
+    """The step that was kept under a name, see step_name, and its FLOPs; None if none was."""
+    kept = self._read(name)
+    if kept is None:
+      return None
+    *step, flops = kept
+    try:
+      load = serialize_executable.deserialize_and_load
+      return load(*step, execution_devices=self._devices), flops
+    except Exception as error:  # whatever the runtime of the devices raises
+      say(f'  the training step that was kept cannot be loaded ({" ".join(str(error).split())})')
+      return None
+
+  def keep_step(self, name: str, step: jax.stages.Compiled, flops: Future[int]) -> None:
+    """Keeps a step that was compiled anew under a name, if the devices' runtime can."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+      self._write(name, (*serialize_executable.serialize(step), flops.result()))
+
+  def _read(self, name: str) -> Any:
+    if not self._folder:
+      return None
+    try:
+      kept = zlib.decompress(self._path(name).read_bytes())
+      made_of, sources, content = pickle.loads(kept)
+      same = made_of == self._made_of and not any(map(_has_changed, sources, sources.values()))
+      return pickle.loads(content) if same else None
+    except Exception:  # not there, damaged, out of reach: it can be made anew
+      return None
+
+  def _write(self, name: str, content: Any) -> None:
+    if not self._folder:
+      return
+    kept = pickle.dumps((self._made_of, _sources(), pickle.dumps(content)))
+    try:
+      with files.writing(self._path(name)) as path:
+        path.write_bytes(zlib.compress(kept, 1))  # a seventh of it, in 0.1 s
+    except Exception as error:  # of a disk or a bucket: no reason not to train
+      say(f'  WARNING: the next start will have to compile anew ({error})')
+
+  def _path(self, name: str) -> epath.Path:
+    return self._folder / f'aavs-{name}-{self._training}'
+
+
+def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+  """The compiled step, and whether it was compiled anew, and not found by JAX.
+
+  What was found cannot be kept: on CPUs it loses functions, if it can be serialised at all.
+  """
+  before = len(_FOUND)
+  compiled = lowered.compile()
+  return compiled, len(_FOUND) == before
+
+
+def step_name(arguments: Any) -> str:
+  """What tells the steps for arguments of other shapes, types, places or structure apart."""
+  leaves, tree = jax.tree.flatten(arguments)
+  text = [str(tree), *(f'{leaf.shape} {leaf.dtype} {leaf.sharding}' for leaf in leaves)]
+  return f'step-{_short(" ".join(text))}'
+
+
+def _short(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _sources() -> dict[str, str]:
+  """Digests of the Python files that are loaded, by module."""
+  paths = {name: getattr(module, '__file__', None) for name, module in list(sys.modules.items())}
+  # Not those of zip archives, and names that a library made up.
+  return {
+    name: files.digest(path)
+    for name, path in paths.items()
+    if str(path).endswith('.py') and os.path.isfile(path)
+  }
+
+
+def _has_changed(module: str, digest: str) -> bool:
+  """Whether a module that was loaded is now, or would be, of a file of another content."""
+  path = getattr(sys.modules.get(module), '__file__', None)
+  if path is None:
+    path = importlib.util.find_spec(module).origin
+  return files.digest(path) != digest
+
+
+def _processor() -> str:
+  """Of this machine, with what it can do: programs are compiled for that."""
+  cpuinfo = Path('/proc/cpuinfo')
+  if not cpuinfo.exists():
+    return platform.processor()
+  lines = cpuinfo.read_text(encoding='utf-8').splitlines()
+  return ' '.join(sorted({line for line in lines if line.startswith(_OF_PROCESSORS)}))
