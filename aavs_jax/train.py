@@ -152,7 +152,7 @@ class _Run:
     self.method, self.mesh = method, mesh
     kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
     self._programs = Programs(kept if keep_programs else None, workdir, config, method, mesh)
-    self.key = jax.random.key(config.seed)
+    self.key = key = jax.random.key(config.seed)
     self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
     # Whether a phase is still to begin, for which alone a start is needed.
     begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
@@ -160,13 +160,17 @@ class _Run:
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     if latest is not None:
       work_folder.keep_config(workdir, config)
-    lacking = []
     if latest is None:
-      first, lacking, shapes = start.first(config, method, mesh, self.key, given)
+      first, lacking, shapes = start.first(config, method, mesh, key, given)
       self._programs.keep_shapes(shapes)
+      later = phases.needed_later(config, method, first)
+      self._later = lambda: later
     else:
-      shapes = self._programs.shapes()
-      given = given and phases.needed_later(config, method, given)
+      lacking, shapes = [], self._programs.shapes()
+      later = given and phases.needed_later(config, method, given)
+      # Drawn when its time comes, which need not be in this process.
+      self._later = lambda: start.first(config, method, mesh, key, later, resumed=True)[0]
+    del given
 
     @functools.cache
     def phase_of(number: int) -> phases.Phase:
@@ -176,13 +180,9 @@ class _Run:
     self.phase_of = phase_of
     if latest is None:
       self.state = self.phase_of(1).begin(first)
-      later = phases.needed_later(config, method, first)
-      self._later = lambda: later
     else:
       abstract = self.phase_of(self.phase).abstract
       self.state = checkpoint.restore(self.manager, latest, abstract)
-      # Drawn when its time comes, which need not be in this process.
-      self._later = lambda: start.first(config, method, mesh, self.key, given, resumed=True)[0]
     self.step = int(self.state.step)
 
     self.writer = metric_log.Writer(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import Future
 
 import jax
@@ -112,6 +113,16 @@ def test_damaged_or_out_of_reach_it_is_as_if_it_were_not_there(kept, tmp_path, c
     assert _programs(tmp_path).step(name) is None
   path.write_bytes(content)
   assert _programs(tmp_path).step(name)
+
+
+def test_nothing_is_kept_of_code_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+  """Or its next version would not be noticed."""
+  module = types.ModuleType('archived')
+  module.__file__ = str(tmp_path / 'code.zip/archived.py')
+  monkeypatch.setitem(sys.modules, 'archived', module)
+  _keep(tmp_path)
+  assert 'code.zip/archived.py' in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())
 
 
 def keep_and_find(folder, first):

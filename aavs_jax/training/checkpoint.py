@@ -80,7 +80,7 @@ def make_manager(folder: str | Path, keep: int) -> ocp.CheckpointManager:
   # Orbax has all processes meet by a collective, which is not patient.
   distributed.wait_for_all('checkpoints')
   with _readable(folder, 'look at what it holds'):
-    return _Manager(_absolute(epath.Path(folder)), options=options)
+    return _Manager(absolute(epath.Path(folder)), options=options)
 
 
 def _miou(metrics: dict[str, float]) -> float:
@@ -139,7 +139,7 @@ def latest_step(folder: epath.Path) -> int | None:
   options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
     _readable(folder, 'look at what it holds'),
-    ocp.CheckpointManager(_absolute(folder), options=options) as manager,
+    ocp.CheckpointManager(absolute(folder), options=options) as manager,
   ):
     return manager.latest_step()
 
@@ -176,7 +176,7 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
   )
   with (
     _readable(folder, 'look at what it holds, or train again'),
-    ocp.CheckpointManager(_absolute(folder), options=options) as manager,
+    ocp.CheckpointManager(absolute(folder), options=options) as manager,
   ):
     step = manager.best_step() if step is None else step
     step = manager.latest_step() if step is None else step
@@ -185,7 +185,7 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
     # Read as plain numpy, without the optimiser: the reader's mesh need not be the writer's.
     kinds = ('trained', 'frozen', 'statistics')
     with _readable(folder / str(step), _REMOVE):
-      loaded = read_arrays(_absolute(folder) / str(step) / 'state', kinds)
+      loaded = read_arrays(absolute(folder) / str(step) / 'state', kinds)
   flat = {path: value for kind in loaded.values() for path, value in kind.items()}
   # Frozen ones may be stored in bfloat16.
   return {path: value.astype(np.float32, copy=False) for path, value in flat.items()}, step
@@ -205,7 +205,7 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   return files.read_json(path, _CONVERTED, 'restore it or convert again')
 
 
-def _absolute(folder: epath.Path) -> epath.Path:
+def absolute(folder: epath.Path) -> epath.Path:
   """As Orbax wants a folder. Of one in a bucket, etils would make a folder of the disk."""
   return folder if '://' in str(folder) else folder.absolute()
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from aavs_jax.console import say
 from aavs_jax.input_pipeline import files
 from aavs_jax.methods.method import Method
+from aavs_jax.training import checkpoint
 from aavs_jax.training.state import Flat, flat_shapes
 
 _FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
@@ -50,7 +51,7 @@ class Programs:
   ):
     """Of a method's training in workdir on the devices of a mesh; in a folder, or not at all."""
     self._folder, self._method = folder and epath.Path(folder), method
-    self._training = _short(f'{workdir} {jax.process_index()}')
+    self._training = _short(f'{checkpoint.absolute(workdir)} {jax.process_index()}')
     self._devices = list(mesh.devices.flat)
     first = self._devices[0]
     self._made_of = {
@@ -106,11 +107,11 @@ class Programs:
   def _write(self, name: str, content: Any) -> None:
     if not self._folder:
       return
-    kept = pickle.dumps((self._made_of, _sources(), pickle.dumps(content)))
     try:
+      kept = pickle.dumps((self._made_of, _sources(), pickle.dumps(content)))
       with files.writing(self._path(name)) as path:
         path.write_bytes(zlib.compress(kept, 1))  # a seventh of it, in 0.1 s
-    except Exception as error:  # of a disk or a bucket: no reason not to train
+    except Exception as error:  # of a disk, a bucket: no reason not to train
       say(f'  WARNING: the next start will have to compile anew ({error})')
 
   def _path(self, name: str) -> epath.Path:
@@ -141,12 +142,9 @@ def _short(text: str) -> str:
 def _sources() -> dict[str, str]:
   """Digests of the Python files that are loaded, by module."""
   paths = {name: getattr(module, '__file__', None) for name, module in list(sys.modules.items())}
-  # Not those of zip archives, and names that a library made up.
-  return {
-    name: files.digest(path)
-    for name, path in paths.items()
-    if str(path).endswith('.py') and os.path.isfile(path)
-  }
+  # Without names that a library made up. A file in an archive cannot be read, so nothing is kept.
+  paths = {name: path for name, path in paths.items() if path and path.endswith('.py')}
+  return {name: files.digest(path) for name, path in paths.items() if os.path.isabs(path)}
 
 
 def _has_changed(module: str, digest: str) -> bool:
