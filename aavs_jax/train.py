@@ -160,16 +160,18 @@ class _Run:
     work_folder.claim_inputs(workdir, config, self.clips, given, latest)
     if latest is not None:
       work_folder.keep_config(workdir, config)
+    # Asked now, and not when phase 2 begins: the start may be gone by then.
+    lacks = start.start_lacks(config) if begins else ()
     if latest is None:
-      first, lacking, shapes = start.first(config, method, mesh, key, given)
+      first, lacking, shapes = start.first(config, method, mesh, key, given, lacks)
       self._programs.keep_shapes(shapes)
       later = phases.needed_later(config, method, first)
       self._later = lambda: later
     else:
       lacking, shapes = [], self._programs.shapes()
-      later = given and phases.needed_later(config, method, given)
+      later = phases.needed_later(config, method, given) if given and begins else None
       # Drawn when its time comes, which need not be in this process.
-      self._later = lambda: start.first(config, method, mesh, key, later, resumed=True)[0]
+      self._later = lambda: start.first(config, method, mesh, key, later, lacks, resumed=True)[0]
     del given
 
     @functools.cache
@@ -201,6 +203,7 @@ class _Run:
     self._predictor = Predictor(self.method)
     self._compiled = {}  # by phase and frames of the batch: with whole clips, v2's are longer
     self._counting, self._work = ThreadPoolExecutor(1), []  # FLOPs of each step since the last row
+    self._keeping = ThreadPoolExecutor(1)  # may wait for a bucket, for which no row is to wait
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
     self._watch = Watch([clip.uid for clip in self.clips.train], self.manager, workdir)
 
@@ -240,11 +243,12 @@ class _Run:
   def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], Future[int]]:
     """The compiled step, and the FLOPs of the model in one run of it."""
     phase, arguments = self.phase_of(self.phase), (self.state, batch, self.key)
-    name, frames, started = step_name(arguments), len(batch['weight']), time.monotonic()
+    name = step_name(self.phase, self.plan.steps_of(self.phase), arguments)
+    frames, started = len(batch['weight']), time.monotonic()
     with self.clock.paused(), jax.set_mesh(self.mesh):
       if kept := self._programs.step(name):
-        compiled, counted = kept
-        work = self._counting.submit(int, counted)
+        (compiled, counted), work = kept, Future()
+        work.set_result(counted)
         say(f'  the training step for {frames} frames is as an earlier run compiled it')
       else:
         say(f'  compiling the training step for {frames} frames ...')
@@ -256,7 +260,7 @@ class _Run:
         give_back_freed()
         say(f'  compiled in {duration(time.monotonic() - started)}')
         if anew:
-          self._counting.submit(self._programs.keep_step, name, compiled, work)
+          self._keeping.submit(self._programs.keep_step, name, compiled, work)
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work
 
@@ -271,7 +275,9 @@ class _Run:
     step, _ = checkpoint.best(self.manager)
     best = checkpoint.restore(self.manager, step, self.phase_of(1).abstract).flat
     self.phase = 2
-    self.state = self.phase_of(2).begin(self._later(), best, step=self.step)
+    with self.clock.paused():
+      later = self._later()
+    self.state = self.phase_of(2).begin(later, best, step=self.step)
     say(f'phase 2 from step {self.step}: the best weights so far, what waited for it anew')
 
   def log(self, metrics: Mapping[str, jax.Array]) -> None:

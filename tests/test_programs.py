@@ -41,7 +41,7 @@ def _keep(folder, mesh=None):
   mesh, flops = mesh or make_mesh(), Future()
   flops.set_result(42)
   arguments = _arguments(mesh)
-  name = step_name(arguments)
+  name = step_name(1, 10, arguments)
   # What JAX has kept would not be compiled here, and could not be kept.
   compiled = jax.jit(_step, donate_argnums=0).lower(*arguments).compile()
   _programs(folder, mesh).keep_step(name, compiled, flops)
@@ -65,18 +65,19 @@ def test_a_step_is_found_with_its_flops_and_takes_over_the_state(kept):
   assert state.is_deleted() and not batch.is_deleted()
 
 
-def test_a_name_tells_shapes_types_places_and_structures_apart():
+def test_a_name_tells_phases_lengths_and_arguments_apart():
   state, batch = _arguments(make_mesh())
   elsewhere = jax.device_put(batch, NamedSharding(make_mesh(), PartitionSpec()))
   names = [
-    step_name(arguments)
+    step_name(1, 10, arguments)
     for arguments in (
       (state, batch), (state, batch[:4]), (state, batch.astype(int)), (state, elsewhere),
       (state, {'frames': batch}), ((state, batch),),
     )
   ]  # fmt: skip
+  names += [step_name(2, 10, (state, batch)), step_name(1, 20, (state, batch))]
   assert len(set(names)) == len(names)
-  assert step_name(_arguments(make_mesh())) == names[0]
+  assert step_name(1, 10, _arguments(make_mesh())) == names[0]
 
 
 def test_what_a_step_was_made_of_must_be_the_same(kept, monkeypatch):
@@ -125,10 +126,30 @@ def test_nothing_is_kept_of_code_that_cannot_be_read(tmp_path, monkeypatch, caps
   assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_kept_of_code_that_was_edited_since_it_was_loaded(tmp_path, monkeypatch):
+  """Or the next process, which loads the new code, would run the old program."""
+  source = tmp_path / 'edited.py'
+  source.write_text('factor = 1')
+  module = types.ModuleType('edited')
+  module.__file__ = str(source)
+  monkeypatch.setitem(sys.modules, 'edited', module)
+  monkeypatch.setattr(programs.Programs, '_write', _edit_and_write(source, Programs._write))
+  _keep(tmp_path / 'kept')
+  assert not list(tmp_path.glob('kept/*'))
+
+
+def _edit_and_write(source, write):
+  def edited(self, name, content):
+    source.write_text('factor = 2')
+    write(self, name, content)
+
+  return edited
+
+
 def keep_and_find(folder, first):
   """Keeps a step, or finds it; also one of several processes."""
   mesh = make_mesh(fsdp=2)
-  name = _keep(folder, mesh) if first == 'first' else step_name(_arguments(mesh))
+  name = _keep(folder, mesh) if first == 'first' else step_name(1, 10, _arguments(mesh))
   step, _ = _programs(folder, mesh).step(name)
   assert float(step(*_arguments(mesh))[1]['loss']) == 11.5
 
@@ -203,3 +224,20 @@ for anew in (True, False):
   subprocess.run(
     [sys.executable, '-c', program], env=runs.environment(tmp_path), cwd=runs.ROOT, check=True
   )
+
+
+def test_each_phase_has_its_own(data_root, tmp_path):
+  """Also where the same parameters train in both, whose rate alone is another."""
+  folders = []
+  for enabled in ('true', 'false'):
+    environment = runs.environment(tmp_path / 'cache') | {'JAX_ENABLE_COMPILATION_CACHE': enabled}
+    folders.append(tmp_path / enabled)
+    process = runs.start(
+      folders[-1], data_root, environment, STAND_IN, '--config.train.phase2_epoch=1',
+      '--config.optimizer.lr_phase2=1e-2', '--config.train.trainable=(".*",)',
+    )  # fmt: skip
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert output.count('compiling the training step') == 2, output
+  runs.require_same(*folders)
+  assert len(list((tmp_path / 'cache').glob('aavs-step-*'))) == 2

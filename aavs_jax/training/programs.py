@@ -5,7 +5,6 @@ lowered, which of a large model takes longer than all else. Here it is found by 
 config, arguments, devices, flags, and every Python file that was loaded.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import os
@@ -24,12 +23,14 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from aavs_jax.console import say
+from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
 from aavs_jax.methods.method import Method
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import Flat, flat_shapes
 
 _FLAGS = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')
+_ANEW = '  WARNING: the next start will have to compile anew'
 _OF_PROCESSORS = ('model name', 'flags', 'Features')  # lines of /proc/cpuinfo
 
 _FOUND = []  # an event for each program that JAX has found in its cache
@@ -56,12 +57,17 @@ class Programs:
     first = self._devices[0]
     self._made_of = {
       'config': config.to_dict(),
-      'devices': [f'{device.id} {device.device_kind}' for device in self._devices],
+      'devices': [_describe(device) for device in self._devices],
       'platform': [first.client.platform_version, first.platform == 'cpu' and _processor()],
       'flags': [os.environ.get(name) for name in _FLAGS],
       'jax': {name: str(value) for name, value in jax.config.values.items()},
       'python': sys.version,
     }
+    try:
+      self._loaded = _sources() if folder else {}
+    except OSError as error:  # an archive
+      self._folder = None
+      say(f'{_ANEW} ({error})')
 
   def shapes(self) -> Flat:
     """See flat_shapes, for which the model is traced."""
@@ -76,9 +82,12 @@ class Programs:
     self._write('shapes', shapes)
 
   def step(self, name: str) -> tuple[jax.stages.Compiled, int] | None:
-    """The step that was kept under a name, see step_name, and its FLOPs; None if none was."""
+    """The step that was kept under a name, see step_name, and its FLOPs; None if none was.
+
+    None too if another process has none: all must call this, and all compile or none does.
+    """
     kept = self._read(name)
-    if kept is None:
+    if not all(distributed.gather(kept is not None)):
       return None
     *step, flops = kept
     try:
@@ -89,9 +98,12 @@ class Programs:
       return None
 
   def keep_step(self, name: str, step: jax.stages.Compiled, flops: Future[int]) -> None:
-    """Keeps a step that was compiled anew under a name, if the devices' runtime can."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
-      self._write(name, (*serialize_executable.serialize(step), flops.result()))
+    """Keeps a step that was compiled anew under a name, if it can be."""
+    try:
+      serialized = serialize_executable.serialize(step)
+    except Exception:  # a callback in it, or a runtime of devices that cannot
+      return
+    self._write(name, (*serialized, flops.result()))
 
   def _read(self, name: str) -> Any:
     if not self._folder:
@@ -108,11 +120,14 @@ class Programs:
     if not self._folder:
       return
     try:
-      kept = pickle.dumps((self._made_of, _sources(), pickle.dumps(content)))
+      sources = _sources()
+      if any(sources.get(name, digest) != digest for name, digest in self._loaded.items()):
+        return  # edited since: what is kept would be the old program under the new code
+      kept = pickle.dumps((self._made_of, sources, pickle.dumps(content)))
       with files.writing(self._path(name)) as path:
         path.write_bytes(zlib.compress(kept, 1))  # a seventh of it, in 0.1 s
     except Exception as error:  # of a disk, a bucket: no reason not to train
-      say(f'  WARNING: the next start will have to compile anew ({error})')
+      say(f'{_ANEW} ({error})')
 
   def _path(self, name: str) -> epath.Path:
     return self._folder / f'aavs-{name}-{self._training}'
@@ -128,11 +143,22 @@ def compile_step(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool
   return compiled, len(_FOUND) == before
 
 
-def step_name(arguments: Any) -> str:
-  """What tells the steps for arguments of other shapes, types, places or structure apart."""
+def step_name(phase: int, steps_of_phase: int, arguments: Any) -> str:
+  """What tells the steps of a training apart.
+
+  Args:
+    phase: 1 or 2.
+    steps_of_phase: that the learning rate follows.
+    arguments: of other shapes, types, places or structure for each.
+  """
   leaves, tree = jax.tree.flatten(arguments)
-  text = [str(tree), *(f'{leaf.shape} {leaf.dtype} {leaf.sharding}' for leaf in leaves)]
+  text = [f'{phase} {steps_of_phase} {tree}']
+  text += [f'{leaf.shape} {leaf.dtype} {leaf.sharding}' for leaf in leaves]
   return f'step-{_short(" ".join(text))}'
+
+
+def _describe(device: jax.Device) -> str:
+  return f'{device.id} {device.process_index} {device.device_kind} {getattr(device, "coords", "")}'
 
 
 def _short(text: str) -> str:
@@ -140,10 +166,10 @@ def _short(text: str) -> str:
 
 
 def _sources() -> dict[str, str]:
-  """Digests of the Python files that are loaded, by module."""
+  """Digests of the Python files that are loaded, by module. OSError: one is in an archive."""
   paths = {name: getattr(module, '__file__', None) for name, module in list(sys.modules.items())}
-  # Without names that a library made up. A file in an archive cannot be read, so nothing is kept.
-  paths = {name: path for name, path in paths.items() if path and path.endswith('.py')}
+  # Without names that a library made up.
+  paths = {name: path for name, path in paths.items() if path and path.endswith(('.py', '.pyc'))}
   return {name: files.digest(path) for name, path in paths.items() if os.path.isabs(path)}
 
 

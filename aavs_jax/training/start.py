@@ -101,16 +101,18 @@ def first(
   mesh: Mesh,
   key: jax.Array,
   given: Flat | None,
+  lacks: Sequence[str] = (),
   resumed: bool = False,
 ) -> tuple[Flat, list[str], Flat]:
   """The numbers of step 0, where they will be.
 
   Args:
-    config: names the start.
+    config: the recipe.
     method: of the config.
     mesh: of the training.
     key: of what is initialised.
     given: what the start holds, see load_start, or None.
+    lacks: see start_lacks.
     resumed: past step 0, those alone with which a later phase begins.
 
   Returns:
@@ -126,7 +128,7 @@ def first(
     wanted = phases.needed_later(config, method, shapes)
     given = given and {path: value for path, value in given.items() if path in wanted}
   places = state_sharding(mesh, wanted)
-  lacks = list(start_lacks(config))
+  lacks = list(lacks)
   waited = [
     path
     for path in given or ()
