@@ -116,6 +116,10 @@ def test_damaged_or_out_of_reach_it_is_as_if_it_were_not_there(kept, tmp_path, c
   assert _programs(tmp_path).step(name)
 
 
+def test_it_is_kept_in_a_bucket_too(bucket):
+  assert _programs(bucket).step(_keep(bucket))
+
+
 def test_nothing_is_kept_of_code_that_cannot_be_read(tmp_path, monkeypatch, capsys):
   """Or its next version would not be noticed."""
   module = types.ModuleType('archived')
