@@ -85,9 +85,8 @@ def test_what_a_step_was_made_of_must_be_the_same(kept, monkeypatch):
   config = quick_stage1.get_config()
   config.loss.dice = 3.0
   assert _programs(folder, config=config).step(name) is None
-  assert Programs(None, epath.Path('work'), quick_stage1.get_config(), None, make_mesh()).step(
-    name
-  ) is None  # fmt: skip
+  nowhere = Programs(None, epath.Path('work'), quick_stage1.get_config(), None, make_mesh())
+  assert nowhere.step(name) is None
   with jax.numpy_dtype_promotion('strict'):
     assert _programs(folder).step(name) is None
   for place, value in (('_processor', lambda: 'another'), ('_FLAGS', ('PATH',))):
