@@ -149,12 +149,15 @@ def _edit_and_write(source, write):
   return edited
 
 
-def keep_and_find(folder, first):
-  """Keeps a step, or finds it; also one of several processes."""
+def keep_and_find(folder, when):
+  """Keeps a step, or finds it, in one of several processes; 'without': of which one has none."""
   mesh = make_mesh(fsdp=2)
-  name = _keep(folder, mesh) if first == 'first' else step_name(1, 10, _arguments(mesh))
-  step, _ = _programs(folder, mesh).step(name)
-  assert float(step(*_arguments(mesh))[1]['loss']) == 11.5
+  name = _keep(folder, mesh) if when == 'first' else step_name(1, 10, _arguments(mesh))
+  kept = _programs(folder, mesh).step(name)
+  if when == 'without':
+    assert kept is None
+  else:
+    assert float(kept[0](*_arguments(mesh))[1]['loss']) == 11.5
 
 
 # Its last argument is the step after which it is stopped.

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import shutil
+import signal
 import types
 
 import jax
@@ -16,10 +19,13 @@ from aavs_jax import methods
 from aavs_jax.configs import quick_stage1
 from aavs_jax.devices.mesh import make_mesh
 from aavs_jax.input_pipeline.errors import UserError
-from aavs_jax.training import checkpoint
+from aavs_jax.train import train
+from aavs_jax.training import checkpoint, metric_log
 from aavs_jax.training.start import fill, first, load_start, start_lacks
 from aavs_jax.training.state import create
+from aavs_jax.training.work_folder import write_converted
 from aavs_jax.types import Variables
+from tests import runs, stand_in
 
 
 @pytest.fixture(scope='module')
@@ -134,3 +140,38 @@ class TestStart:
   def test_anything_else_is_refused_by_name(self, start, words):
     with pytest.raises(UserError, match=words):
       fill(self.fresh(), start, ['aavs/queries/'])
+
+
+def test_what_a_start_lacks_is_drawn_for_phase_2_of_a_resumed_run_too(
+  tiny_stage1, monkeypatch, tmp_path
+):
+  """With the same bits, and though the start has gone since that run began."""
+  config, plain, line = tiny_stage1, stand_in.method, metric_log.step_line
+  config.method, config.train.init = 'tests.stand_in', str(tmp_path / 'init')
+  config.train.epochs, config.train.phase2_epoch, config.train.trainable = 2, 1, ('.*',)
+  config.train.log_every_steps = 1
+  waiting = 'aavs/queries/positions'
+  monkeypatch.setattr(
+    stand_in, 'method', lambda config: plain(config)._replace(phase2_only=(waiting,))
+  )
+  features = {'aavs/queries/features': np.ones((4, 2), np.float32)}
+  note = {'kind': 'hearing', 'source': '', 'vggish': '', 'lacking': [waiting], 'names': [],
+          'unused': []}  # fmt: skip
+  write_converted(config.train.init, config, features, note)
+  train(config, tmp_path / 'whole')
+
+  def stop(row, total):
+    if row['step'] == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return line(row, total)
+
+  def remove(row, total):
+    shutil.rmtree(config.train.init, ignore_errors=True)
+    return line(row, total)
+
+  monkeypatch.setattr(metric_log, 'step_line', stop)
+  with pytest.raises(SystemExit):
+    train(config, tmp_path / 'resumed')
+  monkeypatch.setattr(metric_log, 'step_line', remove)
+  train(config, tmp_path / 'resumed')
+  runs.require_same(tmp_path / 'resumed', tmp_path / 'whole')

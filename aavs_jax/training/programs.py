@@ -86,8 +86,12 @@ class Programs:
 
     None too if another process has none: all must call this, and all compile or none does.
     """
+    kept = self._load(name)
+    return kept if all(distributed.gather(kept is not None)) else None
+
+  def _load(self, name: str) -> tuple[jax.stages.Compiled, int] | None:
     kept = self._read(name)
-    if not all(distributed.gather(kept is not None)):
+    if kept is None:
       return None
     *step, flops = kept
     try:
@@ -111,7 +115,7 @@ class Programs:
     try:
       kept = zlib.decompress(self._path(name).read_bytes())
       made_of, sources, content = pickle.loads(kept)
-      same = made_of == self._made_of and not any(map(_has_changed, sources, sources.values()))
+      same = made_of == self._made_of and sources == {name: self._digest(name) for name in sources}
       return pickle.loads(content) if same else None
     except Exception:  # not there, damaged, out of reach: it can be made anew
       return None
@@ -128,6 +132,11 @@ class Programs:
         path.write_bytes(zlib.compress(kept, 1))  # a seventh of it, in 0.1 s
     except Exception as error:  # of a disk, a bucket: no reason not to train
       say(f'{_ANEW} ({error})')
+
+  def _digest(self, module: str) -> str:
+    """Of the file from which a module was loaded, or would be."""
+    known = self._loaded.get(module)
+    return known or files.digest(importlib.util.find_spec(module).origin)
 
   def _path(self, name: str) -> epath.Path:
     return self._folder / f'aavs-{name}-{self._training}'
@@ -171,14 +180,6 @@ def _sources() -> dict[str, str]:
   # Without names that a library made up.
   paths = {name: path for name, path in paths.items() if path and path.endswith(('.py', '.pyc'))}
   return {name: files.digest(path) for name, path in paths.items() if os.path.isabs(path)}
-
-
-def _has_changed(module: str, digest: str) -> bool:
-  """Whether a module that was loaded is now, or would be, of a file of another content."""
-  path = getattr(sys.modules.get(module), '__file__', None)
-  if path is None:
-    path = importlib.util.find_spec(module).origin
-  return files.digest(path) != digest
 
 
 def _processor() -> str:
