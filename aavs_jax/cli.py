@@ -925,7 +925,12 @@ def _of_bucket(error: Exception) -> tuple[int, str] | None:
   if refused or code == 'PERMISSION_DENIED' or (of_google and getattr(error, 'code', 0) == 403):
     return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'
   if of_google or of_amazon or code in PASSING_CODES:
-    return 1, f'{text}: try again'
+    advice = 'try again'
+    if 'Credentials' in type(error).__name__:
+      # These may come by themselves: in the cloud, a moment after a machine's start.
+      command = 'gcloud auth application-default login' if of_google else 'aws configure'
+      advice = f'give this machine some, as with `{command}`, and try again'
+    return 1, f'{text}: {advice}'
   return None
 
 

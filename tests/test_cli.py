@@ -17,7 +17,10 @@ from aavs_jax import config as config_lib
 from aavs_jax.input_pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-AMAZON = type('EndpointConnectionError', (Exception,), {'__module__': 'botocore.exceptions'})
+AMAZON, NOBODY = (
+  type(name, (Exception,), {'__module__': 'botocore.exceptions'})
+  for name in ('EndpointConnectionError', 'NoCredentialsError')
+)
 TRAINING = ('--config', f'{ROOT}/tests/tiny.py:stage1', '--data', 'data')
 COMMANDS = (
   'compose', 'check-data', 'train', 'masks', 'eval', 'predict', 'demo', 'convert', 'export',
@@ -293,7 +296,8 @@ def test_the_published_configs_are_sound_and_differ_as_the_recipe_says():
     (OSError, 'Forbidden: http://b/bucket\nno access', 2, 'see "Permission denied on a bucket"'),
     (ValueError, 'PERMISSION_DENIED: http://b/bucket', 2, 'see "Permission denied on a bucket"'),
     (ValueError, 'UNAVAILABLE: http://b/bucket', 1, 'try again'),
-    (AMAZON, 'Could not connect to http://b/bucket', 1, 'try again'),
+    (AMAZON, 'Could not connect to http://b/bucket', 1, 'bucket): try again'),
+    (NOBODY, 'Unable to locate credentials, b/bucket', 1, '`aws configure`, and try again'),
     (ImportError, 'Install s3fs to access b/bucket', 2, 'pip install s3fs'),
     (ImportError, 'Please install gcsfs to access b/bucket', 2, 'pip install gcsfs'),
   ],
