@@ -11,6 +11,16 @@ from aavs_jax.models.vggish import VGGish
 from aavs_jax.pytorch.names import released_name, released_order, to_released_layout
 from aavs_jax.training.state import flatten
 from aavs_jax.types import Variables
+from tests import tiny
+
+
+def small(stage='stage1'):
+  """A config of a released model smaller still, and with a VGGish such as torchvggish's."""
+  config = tiny.get_config(stage)
+  config.vggish.dense_widths = (16, 16)
+  # 'replace' and 'after' as in the release.
+  config.model.adapter_variant = 'after' if config.use_prior else 'replace'
+  return config
 
 
 def random_released(config: ml_collections.ConfigDict, seed: int) -> dict[str, np.ndarray]:

@@ -2,12 +2,17 @@
 
 import re
 import socket
+from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import load_file, save_file
 
 from aavs_jax import cli
+from aavs_jax.pytorch.convert import convert, export
 from tests import runs
+from tests.released import random_released, random_vggish, small
 from tests.stand_in import STAND_IN
 
 pytest.importorskip('gcsfs')
@@ -76,3 +81,18 @@ def test_a_run_in_a_bucket(emulated, data_root, tmp_path, capsys):
   missing = ['eval', f'--workdir={folder}', f'--data={data_root}', '--out=gs://none/scores.json']
   assert cli.main(missing) == 2
   assert 'gs://none/scores.json cannot be written' in capsys.readouterr().err
+
+
+def test_an_export_from_a_bucket_holds_what_has_no_part_in_the_model(emulated, tmp_path):
+  source = random_released(small(), 1)
+  unused = 'model.model.pixel_level_module.encoder.layernorm.weight'
+  source[unused] = np.arange(32, dtype=np.float32)
+  save_file(source, tmp_path / 'source.safetensors')
+  save_file(random_vggish(small(), 1), tmp_path / 'vggish.safetensors')
+  convert(tmp_path / 'source.safetensors', tmp_path / 'run', tmp_path / 'vggish.safetensors')
+  for path in filter(Path.is_file, (tmp_path / 'run').rglob('*')):
+    name = path.relative_to(tmp_path).as_posix()
+    (epath.Path('gs://bucket/converted') / name).write_bytes(path.read_bytes())
+  found = load_file(export('gs://bucket/converted/run', tmp_path / 'back.safetensors'))
+  assert found.keys() == source.keys()
+  np.testing.assert_array_equal(found[unused], source[unused])

@@ -22,8 +22,8 @@ from aavs_jax.training import checkpoint
 from aavs_jax.training.start import fill, load_start, start_lacks
 from aavs_jax.training.state import flat_shapes, flatten, in_groups
 from aavs_jax.training.work_folder import load_trained
-from tests import parity, tiny
-from tests.released import random_released, random_vggish
+from tests import parity
+from tests.released import random_released, random_vggish, small
 
 STAGES = pytest.mark.parametrize('stage', (1, 2))
 
@@ -38,15 +38,6 @@ def released(stage):
       constant[-1] = 0.1
       tensors['model.criterion.empty_weight'] = constant
   return tensors
-
-
-def small(stage='stage1'):
-  """A config of a released model smaller still, and with a VGGish such as torchvggish's."""
-  config = tiny.get_config(stage)
-  config.vggish.dense_widths = (16, 16)
-  # 'replace' and 'after' as in the release.
-  config.model.adapter_variant = 'after' if config.use_prior else 'replace'
-  return config
 
 
 def mask2former(config, seed=0):
