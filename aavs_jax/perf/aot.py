@@ -23,7 +23,7 @@ from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import compiled_predict, seen
 from aavs_jax.perf.bench import format_forms, random_batch
 from aavs_jax.perf.hlo import Work, work
-from aavs_jax.training import phases
+from aavs_jax.training import flops, phases
 from aavs_jax.training.phases import placed
 from aavs_jax.training.state import TrainState, count
 
@@ -35,7 +35,7 @@ HOP_SECONDS = 1e-6  # from one chip to the next
 class Chip(NamedTuple):
   """A TPU generation, as Cloud TPU's documentation describes a chip of it."""
 
-  tflops: float  # peak in bfloat16
+  kind: str  # of device, as JAX names it
   hbm_gb_s: float
   ici_gb_s: float  # of all links of a chip together, one way
   hbm_gib: float  # that the compiler grants programs, out of 32, 16, 95, 32 and 192
@@ -44,13 +44,18 @@ class Chip(NamedTuple):
   devices: int = 1  # that JAX sees in a chip
   config: str = 'default'  # libtpu's: two cores are one device ('megacore') or not
 
+  @property
+  def tflops(self) -> float:
+    """Peak in bfloat16."""
+    return flops.peak_of(self.kind) * self.devices / 1e12
+
 
 CHIPS = {
-  'v4': Chip(275, 1200, 300, 30.75, axes=3, cores=2, config='megacore'),
-  'v5e': Chip(197, 819, 200, 15.75, axes=2, cores=1),
-  'v5p': Chip(459, 2765, 600, 95.73, axes=3, cores=2, config='megacore'),
-  'v6e': Chip(918, 1638, 400, 31.24, axes=2, cores=1),
-  'tpu7x': Chip(2307, 7380, 600, 189.48, axes=3, cores=2, devices=2),
+  'v4': Chip('TPU v4', 1200, 300, 30.75, axes=3, cores=2, config='megacore'),
+  'v5e': Chip('TPU v5 lite', 819, 200, 15.75, axes=2, cores=1),
+  'v5p': Chip('TPU v5', 2765, 600, 95.73, axes=3, cores=2, config='megacore'),
+  'v6e': Chip('TPU v6 lite', 1638, 400, 31.24, axes=2, cores=1),
+  'tpu7x': Chip('TPU7x', 7380, 600, 189.48, axes=3, cores=2, devices=2),
 }
 
 
