@@ -19,6 +19,7 @@ from aavs_jax.scoring.score import score
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import class_names, load_trained
 
+PROTOCOL = 2  # to be raised where scores come out otherwise, so that older files are not reused
 SHAPE = {  # of an evaluation as it is written, see files.read_json
   'split': str,
   'clips': int,
@@ -124,6 +125,7 @@ def evaluate(
     'checkpoint_step': step,
     'checkpoint_digest': own_digest,
     'masks_digest': masks.source_digest(config.data.masks) if prior == 'stage1' else None,
+    'protocol': PROTOCOL,
     'clips': len(clips),
     'frames': sum(len(clip.labelled_frames) for clip in clips),
     **summary,
@@ -148,6 +150,7 @@ def reusable(path: Path, origin: Mapping, clips: Collection[Clip]) -> dict | Non
 
   That labels or frames of these clips have changed since is not seen.
   """
+  origin = {**origin, 'protocol': PROTOCOL}
   try:
     result = files.read_json(path, {**SHAPE, 'dataset': dict}, 'evaluate again')
   except UserError:

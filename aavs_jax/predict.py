@@ -288,7 +288,7 @@ def read_clip_folder(folder: str | Path) -> Iterator[Window]:
     )
   return (
     (
-      [read_image(path) for path in paths[start : start + WINDOW_FRAMES]],
+      [read_image(path, upright=True) for path in paths[start : start + WINDOW_FRAMES]],
       waveform[start * audio.SAMPLE_RATE : (start + WINDOW_FRAMES) * audio.SAMPLE_RATE],
       start,
     )

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from . import files, labels
 from .clips import IGNORE, Clip
@@ -43,9 +43,17 @@ def resize_frame(image: Image.Image, size: int) -> np.ndarray:
   return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-  """A JPEG or PNG file, uint8 [H, W, 3] RGB. Raises UserError as `load_frame`."""
-  return np.array(_decode(os.fspath(path), _rgb_frame))
+def read_image(path: str | os.PathLike, *, upright: bool = False) -> np.ndarray:
+  """A JPEG or PNG file, uint8 [H, W, 3] RGB. Raises UserError as `load_frame`.
+
+  upright: turned as a phone's mark in the file says. The release knows nothing of such marks, so
+  frames of data sets stay as they are stored.
+  """
+
+  def pixels(image):
+    return _rgb_frame(ImageOps.exif_transpose(image) if upright else image)
+
+  return np.array(_decode(os.fspath(path), pixels))
 
 
 def label_path(clip: Clip, t: int) -> str:

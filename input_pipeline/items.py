@@ -28,6 +28,7 @@ class Task:
   all_frames: bool = False  # see load_training_item
   soft: bool = False  # these are probabilities, see masks.py
   no_prior: bool = False  # in evaluation: prior.UNKNOWN is all of it
+  dilated: bool = False  # the binary metrics' truth, see Method.dilated_truth
   # Of training, shares of the items: whose prior stage 1 has predicted, who have none, and who hear
   # what none of their pixels makes. And the faults of the prior of all others.
   predicted: float = 0.0
@@ -215,6 +216,8 @@ def load_eval_item(
 ) -> dict[str, np.ndarray]:
   """One item of evaluation: as in training, but with the metric's ground truth `target`.
 
+  In the semantic task that is `ids`, the classes at eval_size.
+
   The prior is prior.UNKNOWN if task.no_prior, or else stage 1's masks from task.masks, or the
   ground truth if that is ''. Frames without a label (v1s/train) have weight 0, and zeros for what
   would come from the label.
@@ -224,30 +227,31 @@ def load_eval_item(
   """
   reader = read_clip(clip, task.image_size, task.eval_size)
   times, frames = _times(item), _empty_frames(item, task)
-  targets, priors = [], []
+  ids, targets, priors = [], [], []
   nothing = np.zeros((task.eval_size, task.eval_size), np.uint8)
   for i, t in enumerate(times):
     frames[i] = reader.frame(t)
     labelled = t in clip.labelled_frames
-    if not labelled:
-      targets.append(nothing)
-    elif task.semantic:
+    ids.append(reader.label_ids(t, task.eval_size) if labelled else nothing)
+    if labelled and task.semantic:
       require_classes([clip])
-      targets.append(reader.label_ids(t, task.eval_size))
-      classes_of(reader, t, targets[-1], task)
+      classes_of(reader, t, ids[-1], task)
+    if task.semantic:
+      targets.append(ids[-1])
+    elif labelled and task.dilated:
+      targets.append(reader.metric_target(t))
     else:
-      targets.append(reader.metric_target(t).astype(np.uint8))
+      targets.append(prior.truth(ids[-1]) > 0)
     if task.use_prior and task.no_prior:
       priors.append(np.full_like(nothing, prior.UNKNOWN))
     elif task.use_prior and task.masks:
       priors.append(masks.read_mask(task.masks, clip, t, task.eval_size, task.soft))
-    elif task.use_prior and labelled:
-      priors.append(prior.truth(reader.label_ids(t, task.eval_size)))
     elif task.use_prior:
-      priors.append(nothing)
+      priors.append(prior.truth(ids[-1]))
   batch = {
     'frames': frames,
     'log_mel': _log_mel(clip, sound, item),
+    'ids': np.stack(ids),
     'target': np.stack(targets),
     'weight': np.isin(times, clip.labelled_frames).astype(np.float32),
     'clip': np.full(item.frames, item.clip, np.int32),

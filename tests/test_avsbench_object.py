@@ -1,5 +1,6 @@
 """The AVSBench-object layout: a small set written path by path, read, and then damaged."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -306,16 +307,19 @@ def test_training_and_evaluation_items(root):
   item = Item(0, 0, 5)
   training = load_training_item(clip, item, task)
   evaluation = load_eval_item(clip, clip, item, task)
+  dilated = load_eval_item(clip, clip, item, dataclasses.replace(task, dilated=True))
   for t in range(5):
     np.testing.assert_array_equal(training['labels'][t], mask_pixels(t + 1))
     assert training['target_classes'][t].tolist() == [0, 1]
     twice = mask_pixels(t + 1).repeat(2, 0).repeat(2, 1)
     np.testing.assert_array_equal(training['prior'][t], twice * 255)
-    # As in the other layout the metric's truth is resized softly, so it is dilated a little.
-    assert (evaluation['target'][t] >= twice).all()
+    np.testing.assert_array_equal(evaluation['target'][t], twice)
+    # As in the other layout AAVS's truth is resized softly, so it is dilated a little.
+    assert (dilated['target'][t] >= twice).all()
     colours = np.stack([mask_pixels(t + 1) * np.uint8(255)] * 3, -1)
     want = labels.binary_metric_target(colours, 64)
-    np.testing.assert_array_equal(evaluation['target'][t], want)
+    np.testing.assert_array_equal(dilated['target'][t], want)
+    assert (evaluation['ids'][t] == twice).all() and (dilated['ids'][t] == twice).all()
   assert evaluation['weight'].tolist() == [1] * 5
 
 

@@ -56,6 +56,15 @@ def test_binary_clip_equals_release(k):
   np.testing.assert_allclose(record['scores'], expected, atol=1e-6)
 
 
+def test_what_sounds_is_counted_by_the_ids_and_without_ignored_pixels():
+  scores = np.zeros((1, 2, 2, 3), np.float32)
+  scores[0, 1, 0] = 1  # the first row is predicted to sound
+  ids = np.array([[[5, 0, 255], [0, 7, 255]]], np.uint8)
+  record = metrics.binary_record(scores, np.ones((1, 2, 3), bool), ids)
+  assert record['sounding'].tolist() == [1, 2, 2]
+  assert record['pixels'][:, 1].tolist() == [3, 3, 6]
+
+
 @pytest.mark.parametrize('k', range(3))
 def test_semantic_clip_sums_equal_release(k):
   pred, target = GOLDENS[f'semantic/{k}/pred'], GOLDENS[f'semantic/{k}/target']

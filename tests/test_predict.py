@@ -270,6 +270,15 @@ def test_clip_folder_in_numeric_order_with_stage_1_alone(stage1, tmp_path):
   assert distance.mean() < np.abs(frames[t].astype(int) - SOUNDING_COLOUR).mean()
 
 
+def test_frames_of_a_clip_folder_are_turned_as_a_phone_marks_them(tmp_path):
+  (stored,) = make_clip(tmp_path, [0], 1)
+  mark = Image.Exif()
+  mark[0x0112] = 6  # orientation: its first row is at the right
+  Image.fromarray(stored).save(tmp_path / 'frames' / '0.png', exif=mark)
+  (((frame,), _, _),) = read_clip_folder(tmp_path)
+  np.testing.assert_array_equal(frame, np.rot90(stored, -1))
+
+
 def test_model_trained_end_to_end_needs_no_stage_1(end_to_end, tmp_path):
   frames = make_clip(tmp_path / 'clip', [0], 1)
   out = predict(tmp_path / 'clip', stage1=None, stage2=end_to_end, out=tmp_path / 'out')

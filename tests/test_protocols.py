@@ -263,11 +263,14 @@ def test_clip_without_a_pixel_that_counts_scores_0():
 def test_binary_summary_per_subset():
   records = np.zeros(2, metrics.record_type('binary', 2))
   records['scores'] = [(0.5, 0.0), (1.0, 0.5)]
+  records['sounding'] = [(1, 3, 2), (3, 4, 3)]
   summary = protocols.summarise([_clip('v1m', 'a'), _clip('v1s', 'a')], records)
   assert (summary['overall']['miou'], summary['overall']['fscore']) == (0.75, 0.25)
   assert list(summary['subsets']) == ['v1s', 'v1m']
   v1m = summary['subsets']['v1m']
   assert (v1m['clips'], v1m['miou'], v1m['fscore']) == (1, 0.5, 0.0)
+  located = [summary['dataset']['subsets'][name]['iou_sounding'] for name in ('v1m', 'v1s')]
+  assert [*located, summary['dataset']['overall']['iou_sounding']] == [1 / 4, 3 / 4, 4 / 8]
   assert summary['per_clip'][1] == {'uid': 'a', 'subset': 'v1m', 'miou': 0.5, 'fscore': 0.0}
 
 

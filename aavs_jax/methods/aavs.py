@@ -95,6 +95,7 @@ def method(config: ml_collections.ConfigDict) -> Method:
     loss,
     predict,
     inputs=('frames', 'log_mel') + ('prior',) * config.use_prior,
+    dilated_truth=True,
     phase2_only=SWIN_ADAPTERS,
     stage_specific=STAGE_SPECIFIC,
     must_match=('model.adapter_variant', 'model.heads', 'model.swin.heads', 'vggish.final_relu'),

@@ -67,6 +67,11 @@ class Method(NamedTuple):
 
   0: they are not. See protocols.as_released.
   """
+  dilated_truth: bool = False
+  """Whether the release's binary metrics enlarge what sounds, see labels.binary_metric_target.
+
+  Else their truth is that of training, by the nearest neighbour.
+  """
   phase2_only: tuple[str, ...] = ()
   """Patterns of what is zero in phase 1 of two and trains from phase 2 on."""
   phase2_continues: bool = False

@@ -25,6 +25,8 @@ def record_type(task: str, num_classes: int) -> np.dtype:
     scores [2], binary task: mIoU and F-measure of the clip as published.
     ranks [2, 256], binary task: pixels that are silent (0) or sound (1) in truth, by the number
       of thresholds that their probability reaches. `f_curve` makes F-measures of them.
+    sounding [3], binary task: pixels predicted to sound that do, all of these, all that sound; by
+      the labels of the semantic task, ignored ones left out as there.
     curve [256], binary task: sums over the frames in which something sounds of their F-measure at
       each of 255 thresholds, and the number of these frames.
     frames [3, c], semantic task: sums over the clip's frames of each class's IoU and F-measure, and
@@ -33,12 +35,15 @@ def record_type(task: str, num_classes: int) -> np.dtype:
   pixels = ('pixels', np.float64, (3, num_classes))
   if task == 'binary':
     scores, ranks = ('scores', np.float64, (2,)), ('ranks', np.float64, (2, 256))
-    return np.dtype([pixels, scores, ranks, ('curve', np.float64, (256,))])
+    curve, sounding = ('curve', np.float64, (256,)), ('sounding', np.float64, (3,))
+    return np.dtype([pixels, scores, ranks, curve, sounding])
   return np.dtype([pixels, ('frames', np.float64, (3, num_classes))])
 
 
 def binary_record(
-  scores: Float[np.ndarray, 'T 2 H W'], target: Bool[np.ndarray, 'T H W']
+  scores: Float[np.ndarray, 'T 2 H W'],
+  target: Bool[np.ndarray, 'T H W'],
+  ids: UInt8[np.ndarray, 'T H W'] | None = None,
 ) -> np.ndarray:
   """The record of one clip of the binary task (stage 1).
 
@@ -50,7 +55,8 @@ def binary_record(
 
   Args:
     scores: float32, the scores of "background" and "sounding" per pixel, before any softmax.
-    target: True where a pixel sounds.
+    target: True where a pixel sounds, for all but `sounding`.
+    ids: class ids, 0 is silence, 255 neither; for `sounding`. By default what sounds by `target`.
 
   Returns:
     One value of `record_type`.
@@ -76,7 +82,10 @@ def binary_record(
     [np.count_nonzero(~predicted), np.count_nonzero(predicted)],
     [np.count_nonzero(~target), np.count_nonzero(target)],
   ]
-  record = (pixels, (iou.mean(), fscore), ranks.sum(axis=0), curve)
+  ids = target if ids is None else ids
+  found, true = predicted & (ids != IGNORE), (ids > 0) & (ids != IGNORE)
+  sounding = [np.count_nonzero(pixels) for pixels in (found & true, found, true)]
+  record = (pixels, (iou.mean(), fscore), ranks.sum(axis=0), curve, sounding)
   return np.array(record, record_type('binary', 2))
 
 

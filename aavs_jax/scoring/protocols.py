@@ -54,8 +54,9 @@ def summarise(clips: Sequence[Clip], records: np.ndarray, *, audio: str = 'true'
     per_class (semantic): iou and fscore of the AVSBench protocol, None if the class never occurs.
     per_clip: miou and fscore; in the semantic task means over the classes that occur in the clip.
     dataset: overall, subsets and per_class of the data-set protocol, with jf, J&F, for each pair of
-      miou and fscore; fscore_best (binary); and iou_sounding (semantic), the IoU of what sounds,
-      whatever its class, which in the binary task is miou.
+      miou and fscore; fscore_best (binary); and iou_sounding, the IoU of what sounds, whatever its
+      class, in both tasks by the labels of the semantic one. That is miou in the binary task, but
+      for a method whose truth is dilated there.
   """
   data_set = clips[0].data_set
   ranks = {subset: rank for rank, subset in enumerate(data_set.subsets)}
@@ -184,14 +185,20 @@ def _dataset(sums: Sums, whole: Sums) -> Scores:
     sounding = {'miou': np.nan_to_num(iou[..., 1]), 'fscore': np.nan_to_num(f[..., 1])}
     best = f_curve(sums['ranks']).max(axis=-1)
     jf = (sounding['miou'] + sounding['fscore']) / 2
-    return sounding | {'jf': jf, 'fscore_best': best}
+    located = _iou(*np.moveaxis(sums['sounding'], -1, 0))
+    return sounding | {'jf': jf, 'fscore_best': best, 'iou_sounding': located}
   means = _class_means(iou, f)
   for kind in ('', '_no_background', '_occurring'):
     means[f'jf{kind}'] = (means[f'miou{kind}'] + means[f'fscore{kind}']) / 2
   both, predicted, true = (sums['pixels'][..., i, :] for i in range(3))
   everything = predicted.sum(axis=-1)
-  sounding = everything - predicted[..., 0] - true[..., 0] + both[..., 0]
-  return means | {'iou_sounding': sounding / np.maximum(everything - both[..., 0], 1)}
+  found, there = everything - predicted[..., 0], everything - true[..., 0]
+  shared = everything - predicted[..., 0] - true[..., 0] + both[..., 0]
+  return means | {'iou_sounding': _iou(shared, found, there)}
+
+
+def _iou(both: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+  return both / np.maximum(predicted + true - both, 1)
 
 
 def _class_values(values: Callable, field: str, sums: Sums, whole: Sums) -> list[np.ndarray]:

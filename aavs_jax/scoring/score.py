@@ -49,7 +49,9 @@ def score(
       uint8 [T, e, e].
     title: of the line that shows the progress.
   """
-  task = dataclasses.replace(config_lib.task_of(config), no_prior=no_prior)
+  task = dataclasses.replace(
+    config_lib.task_of(config), no_prior=no_prior, dilated=predictor.method.dilated_truth
+  )
   files.refuse_bucket(task.masks)
   if task.use_prior and not (task.masks or config.oracle_prior or no_prior):
     raise UserError(
@@ -67,17 +69,17 @@ def score(
   )
   records = np.zeros(len(mine), metrics.record_type(config.task, config.num_classes))
 
-  def look(predictions, target):
+  def look(predictions, target, ids):
     if config.task == 'binary':
       masks.require_finite(predictions)
-      record = metrics.binary_record(predictions, target.astype(bool))
+      record = metrics.binary_record(predictions, target, ids)
       return record, np.argmax(predictions, 1).astype(np.uint8)
     return metrics.semantic_record(predictions, target, config.num_classes), predictions
 
   threads = config.data.threads
   with Progress(title, len(mine), 'clips') as progress, ThreadPoolExecutor(threads) as pool:
     looks = (
-      (index, pool.submit(look, predictions, extra['target']))
+      (index, pool.submit(look, predictions, extra['target'], extra['ids']))
       for index, predictions, extra in predict_clips(
         predictor, variables, progress.waiting_for(batches)
       )

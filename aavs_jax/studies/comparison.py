@@ -37,7 +37,7 @@ def compare(results: Sequence[Mapping[str, Mapping]]) -> Table:
   for name in (way for way in WAYS if way in results[0]):
     rows = [{**r[name]['dataset']['overall'], **r[name]['overall']} for r in results]
     table[name] = {score: [row[score] for row in rows] for score in _SCORES}
-  heard = [r['stage1_true']['dataset']['overall']['miou'] for r in results]
+  heard = [r['stage1_true']['dataset']['overall']['iou_sounding'] for r in results]
   table['stage1'] = {'iou_sounding': heard}
   return table
 
