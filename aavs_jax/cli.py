@@ -917,10 +917,10 @@ def _of_bucket(error: Exception) -> tuple[int, str] | None:
   if isinstance(error, ImportError) and (found := re.search(r'[Ii]nstall (\w+) to access', said)):
     return 2, f'{said}: pip install {found[1]}, or name a folder that is no bucket'
   library = type(error).__module__.partition('.')[0]
-  of_google, of_amazon = library in ('google', 'gcsfs'), library == 'botocore'
+  of_google, of_amazon = library in ('google', 'gcsfs', 'requests'), library == 'botocore'
   # TensorStore has ValueErrors for everything.
   code = said.partition(':')[0] if type(error) is ValueError else ''
-  text = f'a bucket cannot be used ({_one_line(error)})'
+  text = f'a bucket cannot be used ({_one_line(error) or type(error).__name__})'
   refused = isinstance(error, OSError) and error.errno is None and is_refused(error)
   if refused or code == 'PERMISSION_DENIED' or (of_google and getattr(error, 'code', 0) == 403):
     return 2, f'{text}: see "Permission denied on a bucket" in launch/README.md'

@@ -29,6 +29,7 @@ from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.training import checkpoint, flops, metric_log, phases, start, wandb_run, work_folder
 from aavs_jax.training.lock import lock
 from aavs_jax.training.programs import Programs, compile_step, step_name
+from aavs_jax.training.state import Flat
 from aavs_jax.training.watch import Watch
 
 
@@ -83,7 +84,9 @@ def train(
   profiler = Profiler(profile, workdir / 'profile', plan.total)
   with lock(workdir):
     run = _Run(config, workdir, clips, plan)
-    if not run.is_finished:
+    if run.is_finished:
+      run.claim_inputs()
+    else:
       run.begin(wandb, keep_programs)
       _loop(run, profiler)
     return run.result()
@@ -138,12 +141,30 @@ class _Run:
     latest = checkpoint.latest_step(workdir / 'checkpoints')
     work_folder.claim(workdir, config, clips, latest)
     self.manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+    if self.manager.latest_step() != latest:  # it would go on from another than is compared below
+      raise OSError(f'{workdir / "checkpoints"} cannot be read reliably now: try again')
     # Stopped before the end of its validation, which then comes first.
     self.unscored = (
       latest is not None and plan.validates(latest) and self.manager.metrics(latest) is None
     )
     self.latest = latest
+    self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
+    # Whether a phase is still to begin, for which alone a start is needed.
+    self.begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
     self.is_finished = latest == plan.total and not self.unscored
+
+  def claim_inputs(self) -> Flat | None:
+    """The start, once it and the masks are what the run began with.
+
+    Of a finished run as well: its result would be taken for one of other inputs.
+    """
+    given = work_folder.load_start(self.config, methods.of(self.config), needed=self.begins)
+    work_folder.claim_inputs(
+      self.workdir, self.config, self.clips, given, self.latest, goes_on=not self.is_finished
+    )
+    if self.latest is not None:
+      work_folder.keep_config(self.workdir, self.config)
+    return given
 
   def begin(self, wandb: str, keep_programs: bool) -> None:
     """Builds what is trained, as it was left or from its start, and says so."""
@@ -153,15 +174,9 @@ class _Run:
     kept = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
     self._programs = Programs(kept if keep_programs else None, workdir, config, method, mesh)
     self.key = key = jax.random.key(config.seed)
-    self.phase = 1 if latest is None else checkpoint.saved_phase(self.manager, latest)
-    # Whether a phase is still to begin, for which alone a start is needed.
-    begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
-    given = work_folder.load_start(config, method, needed=begins)
-    work_folder.claim_inputs(workdir, config, self.clips, given, latest)
-    if latest is not None:
-      work_folder.keep_config(workdir, config)
+    given = self.claim_inputs()
     # Asked now, and not when phase 2 begins: the start may be gone by then.
-    lacks = start.start_lacks(config) if begins else ()
+    lacks = start.start_lacks(config) if self.begins else ()
     if latest is None:
       first, lacking, shapes = start.first(config, method, mesh, key, given, lacks)
       self._programs.keep_shapes(shapes)
@@ -169,7 +184,7 @@ class _Run:
       self._later = lambda: later
     else:
       lacking, shapes = [], self._programs.shapes()
-      later = phases.needed_later(config, method, given) if given and begins else None
+      later = phases.needed_later(config, method, given) if given and self.begins else None
       # Drawn when its time comes, which need not be in this process.
       self._later = lambda: start.first(config, method, mesh, key, later, lacks, resumed=True)[0]
     del given

@@ -34,11 +34,12 @@ _TYPES = {
 
 
 def is_there(path: str | os.PathLike) -> bool:
-  """As os.path.exists, which takes every file for missing while the disk fails."""
+  """As os.path.exists, which takes every file for missing while disk or bucket fail."""
+  in_bucket = '://' in str(path)
   try:
-    os.stat(path)
+    epath.Path(path).stat() if in_bucket else os.stat(path)
   except (OSError, ValueError) as error:  # ValueError: no file has such a name
-    if of_disk(error):
+    if of_disk(error) or (in_bucket and not isinstance(error, FileNotFoundError)):
       raise
     return False
   return True
@@ -117,11 +118,12 @@ def read_json(path: os.PathLike, shape: Any, advice: str) -> Any:
   """
   try:
     content = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise UserError(f'{path} is missing: {advice}') from None
   except (OSError, ValueError, RecursionError) as error:
-    if of_disk(error):
+    # What libraries for buckets raise has no number of the system's.
+    if isinstance(error, OSError) and (may_pass(error) or error.errno is None):
       raise
-    if isinstance(error, FileNotFoundError):
-      raise UserError(f'{path} is missing: {advice}') from None
     reason = getattr(error, 'strerror', None) or error
     raise UserError(f'{path} is not valid JSON ({reason}): {advice}') from error
   require_shape(path, content, shape, advice)

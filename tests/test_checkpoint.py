@@ -1,6 +1,7 @@
 """What is said of a checkpoint that cannot be read."""
 
 import errno
+import os
 
 import jax.numpy as jnp
 import optax
@@ -52,6 +53,22 @@ def test_one_that_an_account_may_not_read_is_not_damaged(error, saved, monkeypat
   with pytest.raises(type(error)) as raised:
     checkpoint.restore(manager, 3, state)
   assert raised.value is error
+
+
+def test_no_checkpoint_is_taken_for_missing_while_the_disk_fails(saved, monkeypatch):
+  folder, stat = epath.Path(saved[2].parent), os.stat
+
+  def fail(path, *args, **kwargs):
+    if str(path) == str(folder):
+      raise OSError(errno.EIO, 'Input/output error', str(path))
+    return stat(path, *args, **kwargs)
+
+  assert checkpoint.latest_step(folder) == 3
+  monkeypatch.setattr(os, 'stat', fail)
+  with pytest.raises(OSError, match='Input/output error'):  # and a training would begin at step 0
+    checkpoint.latest_step(folder)
+  monkeypatch.undo()
+  assert checkpoint.latest_step(folder / 'none') is None
 
 
 def test_scores_may_come_after_the_save(saved):

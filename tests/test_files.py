@@ -138,3 +138,22 @@ def test_a_folder_goes_whole(tmp_path):
       (path / 'a' / 'b').touch()
     files.remove_folder(folder)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize('error', [TimeoutError(), OSError('Forbidden: no access'), OSError('502')])
+def test_a_bucket_that_cannot_be_asked_holds_nothing_missing_or_damaged(error, bucket, monkeypatch):
+  files.write_json(bucket / 'a.json', [1])
+  assert files.is_there(bucket) and files.is_there(bucket / 'a.json')
+  assert not files.is_there(bucket / 'none.json')
+  with pytest.raises(UserError, match=r'none\.json is missing: restore it'):
+    files.read_json(bucket / 'none.json', [int], 'restore it')
+
+  def fail(*args, **kwargs):
+    raise error
+
+  for name in ('stat', 'read_text'):
+    monkeypatch.setattr(type(bucket), name, fail)
+  for ask in (files.is_there, lambda path: files.read_json(path, [int], '')):
+    with pytest.raises(OSError) as raised:
+      ask(bucket / 'a.json')
+    assert raised.value is error

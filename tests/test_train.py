@@ -159,6 +159,15 @@ def test_a_finished_run_is_not_trained_again(start, stand_in):
   assert (stand_in / 'metrics.jsonl').read_text() == before
 
 
+def test_a_finished_run_is_no_run_from_another_start(start, stand_in):
+  before = (stand_in / 'config.json').read_text()
+  process = start(stand_in, f'--config.train.init={stand_in}', STAND_IN)
+  output = process.communicate()[0]
+  assert process.returncode == 2, output
+  assert 'was begun with another content of config.train.init' in output
+  assert (stand_in / 'config.json').read_text() == before
+
+
 def test_sigterm_saves_and_ends_well(start, tmp_path):
   process = start(tmp_path, '--config.data.workers=1', '--config.train.epochs=1e3', STAND_IN)
   _wait(process, lambda: runs.logged(tmp_path) >= 2)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +59,8 @@ def test_a_run_goes_on_with_another_value_of_free_keys_alone(key, tmp_path):
   folder = epath.Path(tmp_path)
   begun, now = tiny.get_config(), tiny.get_config()
   work_folder.claim(folder, begun, ONE_CLIP, None)
-  now.update_from_flattened_dict({key: FREE.get(key, _other(dict(_keys(begun))[key]))})
+  others = {'method': 'tpavi', **FREE}
+  now.update_from_flattened_dict({key: others.get(key, _other(dict(_keys(begun))[key]))})
   if key in FREE:
     work_folder.claim(folder, now, ONE_CLIP, 4)
     assert json.loads((folder / 'config.json').read_text()) == json.loads(begun.to_json())
@@ -121,15 +123,32 @@ def test_the_start_may_move_but_not_change(tiny_stage1, tmp_path):
 
 
 def test_other_versions_of_libraries_are_said(tiny_stage1, tmp_path, monkeypatch, capsys):
-  folder, now = epath.Path(tmp_path), work_folder._versions()
-  monkeypatch.setattr(work_folder, '_versions', lambda: now | {'grain': '0.1'})
+  folder, now = epath.Path(tmp_path), work_folder._versions(tiny_stage1)
+  monkeypatch.setattr(work_folder, '_versions', lambda _: now | {'grain': '0.1'})
   work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, None)
-  monkeypatch.setattr(work_folder, '_versions', lambda: now)
+  monkeypatch.setattr(work_folder, '_versions', lambda _: now)
   for _ in range(2):  # every time
     work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4)
     said = capsys.readouterr().out
     assert f'begun with grain 0.1 and goes on with {now["grain"]}' in said
     assert said.count('WARNING') == 1
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4, goes_on=False)
+  assert 'WARNING' not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('edited', ['training/loss.py', 'own_method.py'])
+def test_code_has_a_version_of_its_own(edited, tiny_stage1, tmp_path, monkeypatch):
+  code, method = tmp_path / 'aavs_jax', tmp_path / 'own_method.py'
+  (code / 'training').mkdir(parents=True)
+  for path in (code / 'training' / 'work_folder.py', code / 'training' / 'loss.py', method):
+    path.write_text('')
+  monkeypatch.setattr(work_folder, '__file__', str(code / 'training' / 'work_folder.py'))
+  monkeypatch.setattr(work_folder.methods, 'module_of', lambda _: SimpleNamespace(__file__=method))
+  before = work_folder._versions(tiny_stage1)
+  assert work_folder._versions(tiny_stage1) == before
+  (tmp_path if edited == method.name else code).joinpath(edited).write_text('x = 1')
+  after = work_folder._versions(tiny_stage1)
+  assert after['aavs_jax'] != before['aavs_jax'] and after['jax'] == before['jax']
 
 
 def test_frames_may_be_prepared_but_not_lossy(tiny_stage1, tmp_path):

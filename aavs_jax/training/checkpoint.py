@@ -134,7 +134,7 @@ def latest_step(folder: epath.Path) -> int | None:
 
   Each process looks by itself: one may see another folder, which is found out only afterwards.
   """
-  if not folder.is_dir():
+  if not files.is_there(folder):  # is_dir would say so too of one that cannot be looked at now
     return None
   options = ocp.CheckpointManagerOptions(read_only=True, multiprocessing_options=_alone())
   with (
@@ -165,9 +165,9 @@ def load_flat(source: str | Path) -> tuple[dict[str, np.ndarray], int]:
     UserError: there is no checkpoint, or it cannot be read.
   """
   folder, step = epath.Path(source), None
-  if (folder / 'checkpoints').is_dir():
+  if files.is_there(folder / 'checkpoints'):
     folder = folder / 'checkpoints'
-  elif folder.name.isdigit() and (folder / 'state').is_dir():
+  elif folder.name.isdigit() and files.is_there(folder / 'state'):
     folder, step = folder.parent, int(folder.name)
   if not folder.is_dir():
     raise UserError(f'{source} holds no checkpoint: name a folder that `aavs train` has written')
@@ -200,7 +200,7 @@ def converted(folder: str | Path) -> dict[str, Any] | None:
   """
   refuse_other_bucket(folder)
   path = epath.Path(folder) / CONVERTED
-  if not path.exists():
+  if not files.is_there(path):
     return None
   return files.read_json(path, _CONVERTED, 'restore it or convert again')
 

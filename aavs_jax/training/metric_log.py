@@ -210,4 +210,4 @@ def metrics_files(folder: epath.PathLike) -> list[epath.Path]:
   """The files of a work folder that hold its metrics, in the order of their rows."""
   folder = epath.Path(folder)
   whole = folder / 'metrics.jsonl'
-  return [whole] * whole.exists() + sorted(folder.glob('metrics-*.jsonl'))
+  return [whole] * files.is_there(whole) + sorted(folder.glob('metrics-*.jsonl'))

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from aavs_jax import config as config_lib
 from aavs_jax.devices.mesh import compiled_to_run_once, state_sharding
+from aavs_jax.input_pipeline import files
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.methods.method import Method
 from aavs_jax.training import checkpoint, phases
@@ -83,7 +84,7 @@ def work_folder_of(init: str) -> epath.Path:
   checkpoint.refuse_other_bucket(init)
   start = epath.Path(init)
   folders = (start, start.parent, start.parent.parent)
-  return next((folder for folder in folders if (folder / 'config.json').exists()), start)
+  return next((folder for folder in folders if files.is_there(folder / 'config.json')), start)
 
 
 def start_lacks(config: ml_collections.ConfigDict) -> Sequence[str]:

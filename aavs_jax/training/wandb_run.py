@@ -81,7 +81,7 @@ class WandbRun:
 def _run_id(folder: epath.Path, project: str) -> str:
   """The id that the folder's run has in a project, a new one if it has none."""
   path = folder / 'wandb.json'
-  known = files.read_json(path, {...: str}, 'remove it') if path.exists() else {}
+  known = files.read_json(path, {...: str}, 'remove it') if files.is_there(path) else {}
   if project not in known:
     known[project] = secrets.token_hex(8)
     files.write_text(path, json.dumps(known))

@@ -90,7 +90,7 @@ def _bad_clips(
 ) -> list[dict[str, str]]:
   """Those noted when the run began, which has a checkpoint; else all are read to find them."""
   listing = workdir / BAD_CLIPS
-  begun = listing.exists() and checkpoint.latest_step(workdir / 'checkpoints') is not None
+  begun = files.is_there(listing) and checkpoint.latest_step(workdir / 'checkpoints') is not None
   if any(distributed.gather(begun)):
     if config_lib.from_json(workdir / 'config.json').data.on_bad_clip == 'error':
       say(
@@ -126,7 +126,7 @@ def claim(
       'latest checkpoint': latest,
       'config': common,
       'list of clips': found,
-      'set of versions': _versions(),
+      'set of versions': _versions(config),
     }
   )
   if latest is None:
@@ -156,7 +156,7 @@ def claim(
 def load_start(config: ml_collections.ConfigDict, method: Method, needed: bool) -> Flat | None:
   """The numbers of config.train.init; None if it names none, or none is there nor `needed`."""
   init = config.train.init
-  there = init and (needed or epath.Path(init).exists())
+  there = init and (needed or files.is_there(init))
   return start_lib.load_start(config, method) if there else None
 
 
@@ -166,11 +166,13 @@ def claim_inputs(
   clips: Clips,
   start: Flat | None,
   latest: int | None,
+  goes_on: bool = True,
 ) -> None:
-  """Saves digests of start and masks, whether frames are lossless, and versions of libraries; once
-  there is a checkpoint, compares with those saved.
+  """Saves digests of start and masks, whether frames are lossless, and versions of code; once there
+  is a checkpoint, compares with those saved.
 
-  The masks are read here, and not in the middle of training.
+  The masks are read here, and not in the middle of training. Other versions are said of a run that
+  goes on, and not of one that is finished.
 
   Raises:
     UserError: on all processes, if they or this and an earlier start do not find the same.
@@ -191,15 +193,15 @@ def claim_inputs(
     found[f'data.masks/{masks.CROSS_FITTED}'] = _masks_digest(config, folder, frames)
   distributed.require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
-  begun = latest is not None and path.exists()
+  begun = latest is not None and files.is_there(path)
   saved = files.read_json(path, dict, _RESTORE) if begun else {}
-  versions = _versions()
+  versions = _versions(config)
   for name, version in versions.items():
     before = saved.get(_VERSIONS, versions).get(name)
-    if before != version:
+    if before != version and goes_on:
       say(
         f'  WARNING: {workdir} was begun with {name} {before} and goes on with {version}, which '
-        'may change the order of clips and the last bits'
+        'may change the order of clips and what is computed'
       )
   for key, content in found.items():
     if content != saved.get(key, content):
@@ -211,10 +213,15 @@ def claim_inputs(
     files.write_json(path, {**found, _VERSIONS: versions, **saved})
 
 
-def _versions() -> dict[str, str]:
-  """Of the libraries that decide in which order clips come and what is computed of them."""
+def _versions(config: ml_collections.ConfigDict) -> dict[str, str]:
+  """Of what decides in which order clips come and what is computed of them: libraries and code."""
   names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-  return {name: importlib.metadata.version(name) for name in names}
+  paths = {Path(methods.module_of(config).__file__)}  # which may be somebody else's
+  for folder in (Path(__file__).parents[1], Path(files.__file__).parent):
+    paths |= set(folder.rglob('*.py'))
+  digests = ' '.join(sorted(files.digest(path) for path in paths))
+  code = hashlib.sha256(digests.encode()).hexdigest()[:16]
+  return {'aavs_jax': code, **{name: importlib.metadata.version(name) for name in names}}
 
 
 def keep_config(workdir: epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -381,7 +388,7 @@ def class_names(workdir: str | Path) -> Sequence[str]:
     UserError: it has more classes than there are names.
   """
   path = epath.Path(workdir) / _CLASSES
-  names = files.read_json(path, [str], _RESTORE) if path.exists() else list(avsbench.CLASSES)
+  names = files.read_json(path, [str], _RESTORE) if files.is_there(path) else list(avsbench.CLASSES)
   count = config_lib.from_json(epath.Path(workdir) / 'config.json').num_classes
   if count > len(names):
     raise UserError(
