@@ -19,9 +19,8 @@ from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.train import train
-from aavs_jax.training.start import work_folder_of
 from aavs_jax.training.state import digest
-from aavs_jax.training.work_folder import BAD_CLIPS, CLIPS, load_trained
+from aavs_jax.training.work_folder import BAD_CLIPS, load_trained, seen_by
 
 
 def cross_fit(
@@ -123,12 +122,11 @@ def cross_fit(
 
 def _refuse_seen(init: str, clips: Sequence[Clip]) -> None:
   """UserError for a start that was itself trained on clips that are to be predicted unseen."""
-  if not init or not (listing := work_folder_of(init) / CLIPS).exists():
-    return
-  seen = set(files.read_json(listing, [str], 'restore it'))
-  both = [clip for clip in clips if f'train/{clip.key}' in seen]
+  seen = seen_by(init)
+  both = [clip for clip in clips if clip.name in seen]
   if both:
     raise UserError(
       f'config.train.init is {init}, which was trained on {len(both)} of the clips that it is not '
-      f'to have seen, such as {both[0].key}: begin with what that training began with'
+      f'to have seen, such as {both[0].key}, or began with what was: begin with what the first of '
+      'these trainings began with'
     )

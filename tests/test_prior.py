@@ -18,6 +18,7 @@ from aavs_jax import config as config_lib
 from aavs_jax import hand_over, methods
 from aavs_jax.cross_fit import cross_fit
 from aavs_jax.input_pipeline import listening, masks, pipeline, prior
+from aavs_jax.input_pipeline.avsbench import SemanticClip
 from aavs_jax.input_pipeline.clips import IGNORE, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
@@ -379,8 +380,12 @@ class TestCrossFit:
 
   def test_a_start_that_has_seen_the_clips_is_refused(self, fitted, data_root, tmp_path):
     config = _stand_in(data_root)
-    seen = fitted[0] / 'runs' / 'fold0'
-    for config.train.init in (str(seen), str(seen / 'checkpoints' / '1')):
+    seen, later = fitted[0] / 'runs' / 'fold0', tmp_path / 'later'
+    # Trained on others, but from there.
+    config.train.init = str(seen)
+    others = work_folder.Clips([SemanticClip('', 'new', 'v1s', 'train', 5)], [], [])
+    work_folder.claim(epath.Path(later), config, others, None)
+    for config.train.init in (str(seen), str(seen / 'checkpoints' / '1'), str(later)):
       with pytest.raises(UserError, match=r'which was trained on .* not to have seen'):
         cross_fit(config, tmp_path / 'runs', data=data_root, out=tmp_path / 'masks', folds=2)
 

@@ -50,6 +50,7 @@ _FREE_KEYS = (
 
 _CLASSES = 'classes.json'  # names of the classes of the data set
 CLIPS, BAD_CLIPS = 'clips.json', 'bad_clips.json'
+_SEEN = 'seen.json'  # names of training clips, its own and those of what it began with
 _VERSIONS = 'versions'  # in inputs.json
 _RESTORE = 'restore it, or name a folder that `aavs train` has written'
 # Of config.data: what may differ between processes, each of which may have a disk of its own.
@@ -135,6 +136,8 @@ def claim(
       files.write_json(listing, found)
       files.write_json(workdir / BAD_CLIPS, clips.bad)
       files.write_json(workdir / _CLASSES, clips.train[0].data_set.classes)
+      seen = seen_by(config.train.init) | {clip.name for clip in clips.train}
+      files.write_json(workdir / _SEEN, sorted(seen))
     return
   if files.read_json(listing, [str], _RESTORE) != found:
     raise UserError(
@@ -151,6 +154,15 @@ def claim(
       f'{workdir} was begun with another config ({"; ".join(changed[:3])}): '
       'use the same values or another --workdir'
     )
+
+
+def seen_by(init: str) -> set[str]:
+  """Names of the training clips of a config.train.init, and of all that it began with."""
+  folder = start_lib.work_folder_of(init)
+  for name in (_SEEN, CLIPS) if init else ():  # folders of earlier versions have the latter alone
+    if files.is_there(folder / name):
+      return set(files.read_json(folder / name, [str], _RESTORE))
+  return set()
 
 
 def load_start(config: ml_collections.ConfigDict, method: Method, needed: bool) -> Flat | None:
