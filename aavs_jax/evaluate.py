@@ -13,6 +13,7 @@ from aavs_jax.input_pipeline import files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, DataSet
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reader import label_digest
 from aavs_jax.scoring import tables
 from aavs_jax.scoring.predictor import Predictor
 from aavs_jax.scoring.score import score
@@ -92,8 +93,13 @@ def evaluate(
   if config.task == 'semantic':
     _require_same_classes(class_names(workdir), clips[0].data_set, workdir)
   own_digest = digest(variables)
+  labels = label_digest(clips, config.data.image_size, config.data.eval_size)
   distributed.require_same(
-    {'checkpoint': own_digest, 'list of clips': [clip.name for clip in clips]}
+    {
+      'checkpoint': own_digest,
+      'list of clips': [clip.name for clip in clips],
+      'data set': labels,
+    }
   )
   on_clip = None
   if maps is not None:
@@ -125,6 +131,7 @@ def evaluate(
     'checkpoint_step': step,
     'checkpoint_digest': own_digest,
     'masks_digest': masks.source_digest(config.data.masks) if prior == 'stage1' else None,
+    'labels_digest': labels,
     'protocol': PROTOCOL,
     'clips': len(clips),
     'frames': sum(len(clip.labelled_frames) for clip in clips),
@@ -148,7 +155,7 @@ def _require_same_classes(names: Sequence[str], data_set: DataSet, workdir: str 
 def reusable(path: Path, origin: Mapping, clips: Collection[Clip]) -> dict | None:
   """The evaluation in a file; None if it is missing, damaged or of another origin or other clips.
 
-  That labels or frames of these clips have changed since is not seen.
+  That frames of these clips have changed since is not seen, and that labels have in a sample.
   """
   origin = {**origin, 'protocol': PROTOCOL}
   try:

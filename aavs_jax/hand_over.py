@@ -15,6 +15,7 @@ from aavs_jax.input_pipeline import files, items, masks
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reader import label_digest
 from aavs_jax.scoring.predictor import Predictor, ahead, predict_clips
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import load_trained
@@ -49,16 +50,23 @@ def write_masks(
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
   if soft:
     methods.require_nonnegative_scores(config)
-  clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
+  of_splits = {split: read_index(data, split, config.data.subsets) for split in splits}
+  clips = [clip for found in of_splits.values() for clip in found]
   config_lib.require_fit(clips, config)
+  sizes = config.data.image_size, config.data.eval_size
   source = {
     'checkpoint': str(workdir),
     'step': step,
     'digest': digest(variables),
     'kind': masks.kind_of(soft),
+    'labels': {split: label_digest(found, *sizes) for split, found in of_splits.items()},
   }
   distributed.require_same(
-    {'checkpoint': source['digest'], 'list of clips': [clip.name for clip in clips]}
+    {
+      'checkpoint': source['digest'],
+      'list of clips': [clip.name for clip in clips],
+      'data set': source['labels'],
+    }
   )
   claim_masks(Path(out), source, clips[0].data_set.subsets)
   return write_clips(config, variables, clips, out=out, soft=soft)
@@ -100,7 +108,11 @@ def write_clips(
 
 
 def claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
-  """Notes in the folder which checkpoint its masks come from; UserError if it is another one's."""
+  """Notes in the folder which checkpoint its masks come from, and what tells its data set.
+
+  Raises:
+    UserError: they come from another one, or are of other clips of the same names.
+  """
   found = masks.read_source(folder)
   if found is not None:
     if found['digest'] != source['digest']:
@@ -113,6 +125,16 @@ def claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
         f'{folder} holds {found["kind"]} masks, and these are {source["kind"]}: remove it or name '
         'another folder'
       )
+    known = found.get('labels', {})
+    for split, labels in source['labels'].items():
+      if known.get(split, labels) != labels:
+        raise UserError(
+          f'{folder} holds masks of another data set, whose {split} clips have the same names and '
+          'other labels: remove it or name another folder'
+        )
+    both = {**found, 'labels': known | source['labels']}
+    if both != found and distributed.is_first():
+      files.write_json(folder / masks.SOURCE, both)
     return
   for subset in subsets:
     if (folder / subset).exists():

@@ -21,6 +21,7 @@ from aavs_jax.console import say
 from aavs_jax.cross_fit import cross_fit
 from aavs_jax.input_pipeline.index import read_index
 from aavs_jax.input_pipeline.masks import source_digest
+from aavs_jax.input_pipeline.reader import label_digest
 from aavs_jax.train import train
 from aavs_jax.training import checkpoint
 from aavs_jax.training.state import digest, unflatten
@@ -112,7 +113,7 @@ def scores(
     flat, step = checkpoint.load_flat(folder / stage)
     config = config_lib.from_json(epath.Path(folder / stage / 'config.json'))
     of = {'checkpoint_step': step, 'checkpoint_digest': digest(unflatten(flat)), 'split': 'test'}
-    return of, config.data.subsets
+    return of, config.data
 
   results = {}
   for name, (stage, audio, prior, maps, subsets) in evaluations.items():
@@ -120,8 +121,11 @@ def scores(
     of_masks = source_digest(masks) if prior == 'masks' else None
     of, usual = model(stage)
     given = {'masks': 'stage1', '': None}.get(prior, prior)
-    origin = {**of, 'masks_digest': of_masks, 'audio': audio, 'prior': given}
-    clips = read_index(data, 'test', subsets or usual)
+    clips = read_index(data, 'test', subsets or usual.subsets)
+    labels = label_digest(clips, usual.image_size, usual.eval_size)
+    origin = {
+      **of, 'masks_digest': of_masks, 'audio': audio, 'prior': given, 'labels_digest': labels,
+    }  # fmt: skip
     results[name] = evaluate.reusable(out, origin, clips) or evaluate.evaluate(
       folder / stage,
       data=data,

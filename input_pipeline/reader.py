@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from . import audio, images, labels, prepared
 from .clips import Clip
+from .errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,22 @@ def _of_shard(clip: prepared.PreparedClip) -> Reader:
     metric_target=lambda t: record(t).metric_target,
     label_name=lambda t: f'{clip.shard_path}: frame {t} of {clip.key}',
   )
+
+
+def label_digest(clips: Sequence[Clip], image_size: int, eval_size: int) -> str:
+  """What tells clips from others of the same names: a digest of labels of at most 64 of them.
+
+  Of files and of shards it is the same. A label that cannot be read is one of its own kind, since
+  not all that asks for this reads labels. Raises OSError: the disk fails.
+  """
+  total = hashlib.sha256()
+  for i in np.unique(np.linspace(0, len(clips) - 1, min(len(clips), 64)).astype(int)):
+    try:
+      reader = read_clip(clips[i], image_size, eval_size)
+      total.update(reader.label_ids(clips[i].labelled_frames[0], eval_size).tobytes())
+    except UserError:
+      total.update(b'unreadable')
+  return total.hexdigest()[:16]
 
 
 def load_log_mel(clip: Clip) -> np.ndarray:

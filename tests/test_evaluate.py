@@ -475,6 +475,21 @@ class TestWriteMasks:
       hand_over.write_masks(other, data=data_root, out=written)
     assert _contents(written) == {k: v for k, v in before.items() if k != 'source.json'}
 
+  def test_masks_of_two_data_sets_are_not_mixed(self, stage1, written, data_root, tmp_path):
+    root = shutil.copytree(data_root, tmp_path / 'data')
+    before = _contents(written)
+    assert set(json.loads(before['source.json'])['labels']) == {'val', 'test'}
+    clip = read_index(root, 'test')[-1]
+    Image.fromarray(np.full((40, 60), 7, np.uint8)).save(clip.label_ids_path(0))
+    with pytest.raises(
+      UserError, match='masks of another data set, whose test clips have the same'
+    ):
+      hand_over.write_masks(stage1, data=str(root), out=written)
+    # Of other splits nothing is known yet.
+    hand_over.write_masks(stage1, data=str(root), out=written, splits=('train',))
+    found = json.loads((written / 'source.json').read_text())
+    assert set(found['labels']) == {'val', 'test', 'train'}
+
   def test_what_is_no_mask_is_not_replaced(self, stage1, written, data_root, clips):
     clip = clips[0]
     folder = written / clip.subset / clip.uid

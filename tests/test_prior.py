@@ -424,7 +424,8 @@ class TestCrossFit:
     run = epath.Path(tmp_path / 'run')
     work_folder.claim_inputs(run, config, clips, None, None)
     assert set(json.loads((run / 'inputs.json').read_text())) == {
-      'data.root', 'train.init', 'data.masks', 'data.masks/cross_fitted', 'versions',
+      'data.root', 'data.root/labels', 'train.init', 'data.masks', 'data.masks/cross_fitted',
+      'versions',
     }  # fmt: skip
     clip = next(clip for clip in clips.train if clip.subset == 'v1m')
     root = str(folder / 'masks' / masks.CROSS_FITTED)

@@ -127,13 +127,14 @@ def test_an_evaluation_of_what_the_model_heard_otherwise_is_made_anew(
   (tmp_path / 'stage1' / 'config.json').write_text(tiny.get_config('stage1').to_json())
   monkeypatch.setattr(stepping_stones.checkpoint, 'load_flat', lambda _: ({}, 4))
   monkeypatch.setattr(stepping_stones, 'digest', lambda _: 'a')
-  made = []
+  made, labels = [], ['of these clips']
+  monkeypatch.setattr(stepping_stones, 'label_digest', lambda *_: labels[0])
 
   def make(folder, *, data, out, audio, subsets, **_):
     result = {
       'checkpoint_step': 4, 'checkpoint_digest': 'a', 'masks_digest': None, 'split': 'test',
       'audio': audio, 'prior': None, 'clips': 2, 'frames': 10, 'dataset': {},
-      'protocol': evaluate.PROTOCOL,
+      'protocol': evaluate.PROTOCOL, 'labels_digest': labels[0],
       'overall': {'miou': 0.5, 'fscore': 1},
       'per_clip': [
         {'subset': clip.subset, 'uid': clip.uid}
@@ -150,6 +151,9 @@ def test_an_evaluation_of_what_the_model_heard_otherwise_is_made_anew(
     found = stepping_stones.scores(asked, tmp_path, data=data_root, masks='')
     assert found['one']['audio'] == audio
   assert made == ['true', 'silence', 'silence']
+  labels[0] = 'of others of the same names'
+  stepping_stones.scores(asked, tmp_path, data=data_root, masks='')
+  assert made == ['true', 'silence', 'silence', 'silence']
 
 
 @pytest.mark.parametrize('change, message', [

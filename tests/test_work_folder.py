@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from aavs_jax import methods
 from aavs_jax.configs import base
@@ -166,6 +168,27 @@ def test_frames_may_be_prepared_but_not_lossy(tiny_stage1, tmp_path):
   claim(read_index(tmp_path / 'same', 'train'), 4)
   with pytest.raises(UserError, match=r'begun with another content of config\.data\.root'):
     claim(read_index(tmp_path / 'shards', 'train'), 4)
+
+
+def test_other_labels_of_the_same_clips_are_another_data_set(tiny_stage1, tmp_path):
+  root = shutil.copytree(tiny_stage1.data.root, tmp_path / 'data')
+  folder = epath.Path(tmp_path / 'run')
+
+  def claim(latest):
+    clips = work_folder.Clips(read_index(root, 'train'), read_index(root, 'val'), [])
+    work_folder.claim_inputs(folder, tiny_stage1, clips, None, latest)
+    return clips
+
+  clips = claim(None)
+  claim(4)
+  for clip in (clips.train[0], clips.val[-1]):
+    path = Path(clip.label_ids_path(0))
+    before = path.read_bytes()
+    Image.fromarray(np.full((40, 60), 7, np.uint8)).save(path)
+    with pytest.raises(UserError, match=r'begun with another content of config\.data\.root/labels'):
+      claim(4)
+    path.write_bytes(before)
+  claim(4)
 
 
 def test_a_folder_without_digests_goes_on_and_has_them_from_then_on(tiny_stage1, tmp_path):

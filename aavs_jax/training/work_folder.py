@@ -24,6 +24,7 @@ from aavs_jax.input_pipeline import avsbench, bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
+from aavs_jax.input_pipeline.reader import label_digest
 from aavs_jax.methods.method import Method
 from aavs_jax.scoring.predictor import local_variables
 from aavs_jax.training import checkpoint
@@ -41,7 +42,8 @@ from aavs_jax.training.state import (
 from aavs_jax.types import Variables
 
 # Keys in which a restarted run may differ from its beginning: they change no weight, given that the
-# clips are compared one by one, and what train.init and data.masks hold by digests (claim_inputs).
+# names of clips are compared, and what train.init, data.masks and data.root hold by digests, the
+# last of a sample (claim_inputs).
 _FREE_KEYS = (
   'train.log_every_steps', 'train.keep_checkpoints', 'train.checkpoint_every_steps', 'train.init',
   'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
@@ -180,8 +182,8 @@ def claim_inputs(
   latest: int | None,
   goes_on: bool = True,
 ) -> None:
-  """Saves digests of start and masks, whether frames are lossless, and versions of code; once there
-  is a checkpoint, compares with those saved.
+  """Saves digests of start, masks and some labels, whether frames are lossless, versions of code;
+  once there is a checkpoint, compares with those saved.
 
   The masks are read here, and not in the middle of training. Other versions are said of a run that
   goes on, and not of one that is finished.
@@ -190,7 +192,11 @@ def claim_inputs(
     UserError: on all processes, if they or this and an earlier start do not find the same.
   """
   frames = {prepared.frames_of(clip) for clip in clips.train + clips.val}
-  found = {'data.root': ', '.join(sorted(frames))}
+  sizes = config.data.image_size, config.data.eval_size
+  found = {
+    'data.root': ', '.join(sorted(frames)),
+    'data.root/labels': label_digest([*clips.train, *clips.val], *sizes),
+  }
   if start is not None or not config.train.init:
     found['train.init'] = None if start is None else digest(start)
   if config.use_prior and not config.oracle_prior:
