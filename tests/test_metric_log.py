@@ -1,6 +1,9 @@
 """Rows of metrics: each once, in order, whatever was interrupted, on a disk and in a bucket."""
 
+import errno
 import json
+import struct
+import threading
 
 import numpy as np
 import pytest
@@ -80,22 +83,102 @@ def test_a_bucket_out_of_reach_is_said_once_and_rows_come_later(bucket, monkeypa
     for step in (2, 3):
       writer.write('train', step=step, loss=0.5)
   out = capsys.readouterr().out
-  assert out.count('WARNING') == 1 and 'no network' in out
+  assert out.count('cannot be written') == 1 and 'no network' in out
   assert _rows(bucket) == [('train', 1)]
   writer.close()
   assert _rows(bucket) == [('train', 1), ('train', 2), ('train', 3)]
 
 
+class _Events:
+  """A stand-in for tensorboardX's writer of events, which need not be installed."""
+
+  def __init__(self, path):
+    self.written = []
+
+  def write_event(self, event):
+    self.written.append(event)
+
+  def flush(self):
+    pass
+
+  def close(self):
+    self.flush()
+
+
+@pytest.fixture
+def events(monkeypatch):
+  """The stand-in in the library's place."""
+  monkeypatch.setattr(metric_log, 'EventsWriter', _Events)
+  monkeypatch.setattr(metric_log, 'Event', dict, raising=False)
+  return _Events
+
+
 @pytest.mark.parametrize(('resume_step', 'purged'), [(0, 0), (6, 7)])
 def test_tensorboard_hides_the_steps_that_are_taken_again(
-  resume_step, purged, tmp_path, monkeypatch
+  resume_step, purged, events, tmp_path, monkeypatch
 ):
-  asked = []
-  monkeypatch.setattr(
-    metric_log, 'SummaryWriter', lambda folder, purge_step: asked.append((folder, purge_step))
-  )
-  Writer(epath.Path(tmp_path), resume_step)
-  assert asked == [(str(tmp_path), purged)]
+  begun = {}
+  monkeypatch.setattr(metric_log, 'EventsWriter', lambda path: begun.setdefault(path, events(path)))
+  _write(epath.Path(tmp_path), resume_step, [8])
+  first, *others = begun[f'{tmp_path}/events'].written
+  assert first['step'] == purged and first['session_log'] == {'status': 'START'}
+  assert [event['step'] for event in others] == [8, 8]
+
+
+def _within(seconds, function):
+  """AssertionError if the function takes longer."""
+  thread = threading.Thread(target=function, daemon=True)
+  thread.start()
+  thread.join(seconds)
+  assert not thread.is_alive()
+
+
+@pytest.mark.parametrize('where', ['__init__', 'write_event', 'flush', 'close'])
+def test_a_board_that_fails_is_said_once_and_stops_nothing(
+  where, events, tmp_path, monkeypatch, capsys
+):
+  faults, works = [OSError(errno.ENOSPC, 'No space\n left')], getattr(events, where)
+
+  def fail_once(*arguments):
+    if faults:
+      raise faults.pop()
+    return works(*arguments)
+
+  monkeypatch.setattr(events, where, fail_once)
+  _within(20, lambda: _write(epath.Path(tmp_path), 0, range(1, 31)))
+  out = capsys.readouterr().out
+  assert out.count('WARNING') == 1 and 'No space left' in out
+  assert len(_rows(tmp_path)) == 37
+
+
+@pytest.mark.parametrize(('rows', 'words'), [(30, '10 rows wait'), (5, 'not written within 0.2 s')])
+def test_a_board_that_is_stuck_keeps_nobody_waiting(
+  rows, words, events, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setattr(metric_log, '_BOARD_ROWS', 10)
+  monkeypatch.setattr(metric_log, '_BOARD_PATIENCE', 0.2)
+  released = threading.Event()
+  monkeypatch.setattr(events, 'flush', lambda self: released.wait(60))
+  _within(20, lambda: _write(epath.Path(tmp_path), 0, range(1, rows + 1)))
+  released.set()
+  out = capsys.readouterr().out
+  assert out.count('WARNING') == 1 and words in out
+  assert len(_rows(tmp_path)) == rows + rows // 4
+
+
+def test_tensorboards_files_hold_the_rows(tmp_path):
+  library = pytest.importorskip('tensorboardX.proto.event_pb2')
+  _write(epath.Path(tmp_path), 6, [8])
+  (path,) = tmp_path.glob('events.out.tfevents.*')
+  left, found = path.read_bytes(), []
+  while left:  # length, its checksum, so many bytes, their checksum
+    (length,) = struct.unpack('<Q', left[:8])
+    found.append(library.Event.FromString(left[12 : 12 + length]))
+    left = left[16 + length :]
+  assert [event.step for event in found] == [0, 7, 8, 8]
+  assert found[1].session_log.status == library.SessionLog.START
+  values = [{value.tag: value.simple_value for value in e.summary.value} for e in found[2:]]
+  assert values == [{'train/step': 8, 'train/loss': 0.5}, {'val/step': 8, 'val/miou': 0.5}]
 
 
 def test_the_clock_counts_what_passed_since_it_was_read(monkeypatch):

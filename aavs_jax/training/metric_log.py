@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import math
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,10 @@ from aavs_jax.devices import distributed
 from aavs_jax.input_pipeline import files
 
 try:
-  from tensorboardX import SummaryWriter
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event
 except ImportError:
-  SummaryWriter = None
+  EventsWriter = None
 
 
 class Clock:
@@ -130,7 +134,6 @@ class Writer:
     others: Sequence[Any] = (),
   ):
     self._silent = silent
-    self._others = others
     if silent:
       return
 
@@ -154,7 +157,7 @@ class Writer:
     self._failing = False
     # TensorBoard hides what a killed run has written of the steps that are taken again.
     again = resume_step + 1 if resume_step else 0
-    self._board = _board(folder, again)
+    self._others = [*others, *([_Board(folder, again)] if EventsWriter else [])]
 
   def write(self, kind: str, **values: Any) -> None:
     if self._silent:
@@ -166,9 +169,6 @@ class Writer:
     else:
       with (self._folder / 'metrics.jsonl').open('a') as file:
         file.write(line)
-    if self._board:
-      for name, value in values.items():
-        self._board.add_scalar(f'{kind}/{name}', value, values['step'])
     for other in self._others:
       other.write(kind, values)
 
@@ -191,19 +191,72 @@ class Writer:
       return
     if self._failing:
       self._write_part()
-    if self._board:
-      self._board.close()
     for other in self._others:
       other.close()
 
 
-def _board(folder: epath.Path, purge_step: int) -> Any:
-  """What writes TensorBoard's files; None where it is not installed, or not for such a bucket."""
-  try:
-    return SummaryWriter(str(folder), purge_step=purge_step) if SummaryWriter else None
-  except ImportError as error:
-    say(f"  no files of TensorBoard's in {folder}: {error}")
-    return None
+_BOARD_ROWS = 1000  # that may wait to be written
+_BOARD_FLUSH = 120  # seconds; each sends a bucket all of the file again
+_BOARD_PATIENCE = 30  # seconds, at the end, for what is left
+
+
+class _Board:
+  """TensorBoard's files, written by a thread: whatever fails there costs the rest of them alone.
+
+  tensorboardX has such a thread too, which the first fault ends. Whoever then hands it rows or
+  closes it waits for ever, and so does the end of the process.
+
+  Args:
+    folder: where the files are.
+    purge_step: what earlier files have of this step and later ones is hidden.
+  """
+
+  def __init__(self, folder: epath.Path, purge_step: int):
+    self._folder, self._failed = folder, False
+    self._rows = queue.Queue(_BOARD_ROWS)
+    self._thread = threading.Thread(target=self._run, args=(purge_step,), daemon=True)
+    self._thread.start()
+
+  def write(self, kind: str, values: Mapping[str, Any]) -> None:
+    self._put((time.time(), kind, values))
+
+  def close(self) -> None:
+    self._put(None)
+    self._thread.join(0 if self._failed else _BOARD_PATIENCE)
+    if self._thread.is_alive():
+      self._give_up(f'not written within {_BOARD_PATIENCE} s')
+
+  def _put(self, row: tuple[float, str, Mapping[str, Any]] | None) -> None:
+    if self._failed:
+      return
+    try:
+      self._rows.put_nowait(row)
+    except queue.Full:
+      self._give_up(f'{_BOARD_ROWS} rows wait to be written')
+
+  def _run(self, purge_step: int) -> None:
+    try:
+      writer, flushed = EventsWriter(f'{self._folder}/events'), -math.inf
+      start = {'status': 'START'}
+      writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+      for moment, kind, values in iter(self._rows.get, None):
+        row = [{'tag': f'{kind}/{name}', 'simple_value': v} for name, v in values.items()]
+        writer.write_event(Event(wall_time=moment, step=values['step'], summary={'value': row}))
+        if time.monotonic() - flushed > _BOARD_FLUSH:
+          writer.flush()
+          flushed = time.monotonic()
+      writer.close()
+    except Exception as error:  # of whatever kind: training matters more
+      self._give_up(error)
+
+  def _give_up(self, reason: Exception | str) -> None:
+    if not self._failed:
+      self._failed = True
+      text = ' '.join(str(reason).split())[:200] or type(reason).__name__
+      say(
+        f"  WARNING: TensorBoard's files in {self._folder} get no more rows ({text}); training "
+        'goes on'
+      )
 
 
 def metrics_files(folder: epath.PathLike) -> list[epath.Path]:
