@@ -26,8 +26,8 @@ _MAY_BE_ZERO = (
   'seed', 'data.item_frames', 'data.workers', 'data.max_bad_clips', 'optimizer.lr',
   'optimizer.lr_phase2', 'optimizer.weight_decay', 'optimizer.clip_norm',
   'optimizer.warmup_steps', 'train.phase2_epoch', 'train.steps', 'train.eval_every_steps',
-  'data.leave_out', 'data.negative_sound', 'prior.predicted', 'prior.none', 'prior.missing',
-  'prior.added', 'prior.moved', 'prior.wrong',
+  'train.stuck_after', 'data.leave_out', 'data.negative_sound', 'prior.predicted', 'prior.none',
+  'prior.missing', 'prior.added', 'prior.moved', 'prior.wrong',
 )  # fmt: skip
 
 _OF_METHOD = ('model', 'vggish', 'loss')  # sections that are another method's own affair

@@ -31,6 +31,7 @@ from aavs_jax.training.lock import lock
 from aavs_jax.training.programs import Programs, compile_step, step_name
 from aavs_jax.training.state import Flat
 from aavs_jax.training.watch import Watch
+from aavs_jax.training.watchdog import Watchdog
 
 
 def train(
@@ -44,7 +45,8 @@ def train(
   """Trains one stage; called again after any interruption, goes on where it was.
 
   Writes config.json, metrics.jsonl and checkpoints/ into workdir. On the CPU an interrupted run
-  reaches weights bit-identical to those of an uninterrupted one.
+  reaches weights bit-identical to those of an uninterrupted one. One that stands still, see
+  config.train.stuck_after, ends the process.
 
   Args:
     config: what to train.
@@ -96,7 +98,9 @@ def _loop(run: '_Run', profiler: Profiler) -> None:
   """Every step that is left, with what comes between steps."""
   config, plan = run.config, run.plan
   batches = run.batches()
-  with run.stop, profiler, contextlib.closing(batches), contextlib.closing(run.writer):
+  # Nothing else is watched. The start reads data sets, masks and models for as long as that takes,
+  # and shows no progress; after the last save, for which this waits, hardly anything is left.
+  with run.dog, run.stop, profiler, contextlib.closing(batches), contextlib.closing(run.writer):
     profiler.at(run.step, run.state)
     try:
       if run.unscored:
@@ -104,6 +108,7 @@ def _loop(run: '_Run', profiler: Profiler) -> None:
       while run.step < plan.total:
         if plan.phase_at(run.step) != run.phase:
           run.enter_phase_2()
+          run.dog.fed(run.step)
         with run.clock.waiting():
           batch = next(batches)
         metrics = run.take_step(batch)
@@ -220,6 +225,7 @@ class _Run:
     self._counting, self._work = ThreadPoolExecutor(1), []  # FLOPs of each step since the last row
     self._keeping = ThreadPoolExecutor(1)  # may wait for a bucket, for which no row is to wait
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
+    self.dog = Watchdog(config.train.stuck_after, self.step)
     self._watch = Watch([clip.uid for clip in self.clips.train], self.manager, workdir)
 
   def batches(self) -> Iterator[dict[str, np.ndarray]]:
@@ -253,6 +259,7 @@ class _Run:
     self.step += 1
     self.clock.frames += len(batch['weight'])
     self._watch.add(self.step, clips, metrics)
+    self.dog.fed(self.step)
     return metrics
 
   def _compile(self, batch: dict[str, jax.Array]) -> tuple[Callable[..., Any], Future[int]]:
@@ -276,6 +283,7 @@ class _Run:
         say(f'  compiled in {duration(time.monotonic() - started)}')
         if anew:
           self._keeping.submit(self._programs.keep_step, name, compiled, work)
+      self.dog.fed(self.step)
       distributed.wait_for_all(f'compiled for step {self.step}')
     return compiled, work
 
@@ -327,7 +335,12 @@ class _Run:
     """Scores of the state on the validation clips. Raises Stopped."""
     self._watch.look()
     clips = self.clips.val
-    on_clip = self.stop.after_each(len(clips))
+    stop_if_asked = self.stop.after_each(len(clips))
+
+    def on_clip(*_):
+      self.dog.fed(self.step)
+      stop_if_asked()
+
     with self.clock.validating():
       result = score.score(
         self.config,
@@ -346,6 +359,7 @@ class _Run:
     """Saves the state, if it is good, in the background."""
     self._watch.look()
     checkpoint.save(self.manager, self.state, self.phase, metrics)
+    self.dog.fed(self.step)  # it has waited for the save before
 
   def leave(self) -> NoReturn:
     """Ends the process in good order, after a signal."""

@@ -121,6 +121,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.train.checkpoint_every_steps = 1000
   config.train.keep_checkpoints = 2
   config.train.log_every_steps = 50
+  # Seconds without a step, a validated clip or the end of a compilation or a save, after which the
+  # process ends, to be started again. On a slow TPU host a compilation takes 900. 0: never.
+  config.train.stuck_after = 1800
   return config
 
 

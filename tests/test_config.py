@@ -48,6 +48,7 @@ MAY_BE_ZERO = {
   'train.phase2_epoch',  # one phase
   'train.steps',  # epochs
   'train.eval_every_steps',
+  'train.stuck_after',  # not watched
   'loss.class_weight',  # without this term
   'loss.mask_weight',
   'loss.dice_weight',

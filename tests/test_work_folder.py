@@ -33,6 +33,7 @@ FREE = {
   'train.checkpoint_every_steps': 7,
   'train.keep_checkpoints': 5,
   'train.log_every_steps': 3,
+  'train.stuck_after': 0,
 }
 METHOD = methods.of(tiny.get_config())
 NO_CLIPS = work_folder.Clips([], [], [])

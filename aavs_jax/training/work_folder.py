@@ -46,8 +46,8 @@ from aavs_jax.types import Variables
 # last of a sample (claim_inputs).
 _FREE_KEYS = (
   'train.log_every_steps', 'train.keep_checkpoints', 'train.checkpoint_every_steps', 'train.init',
-  'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks', 'data.on_bad_clip',
-  'data.max_bad_clips',
+  'train.stuck_after', 'mesh.', 'data.threads', 'data.workers', 'data.root', 'data.masks',
+  'data.on_bad_clip', 'data.max_bad_clips',
 )  # fmt: skip
 
 _CLASSES = 'classes.json'  # names of the classes of the data set
