@@ -93,10 +93,14 @@ if has apply; then
   hosts=$((total / chips))
   [ $((hosts * chips)) -eq "$total" ] ||
     fail "--chips-per-host is $chips, which does not divide the $total chips of $topology: use 4"
-  need_training "$@"
-  # Through the mount hosts do not see each other's locks, and files cannot be appended to.
+  example=gs://$bucket/runs/stage1
+  need_training "$example" "$@"
+  # Through the mount hosts do not see each other's locks, and files cannot be appended to; any
+  # other folder ends with its pod, after which the training would begin at step 0.
   case $workdir in
+    gs://[!/]*) ;;
     /gcs/*) fail "the work folder is $workdir: name it as gs://$bucket/${workdir#/gcs/}" ;;
+    *) fail "the work folder is $workdir, and only gs://... outlives pods: name one as $example" ;;
   esac
   for word in "$image" "$accelerator" "$bucket" "$service_account" "$@"; do
     case $word in *[[:cntrl:]]*) fail "'$word' has a line break or tab: write it without" ;; esac

@@ -20,8 +20,9 @@ need_number() { # value, flag, example
   esac
 }
 
-need_training() { # what follows --; leaves its work folder in $workdir
-  local word before='' config=''
+need_training() { # an example of a work folder, what follows --; leaves the work folder in $workdir
+  local word before='' config='' example=$1
+  shift
   workdir=''
   for word in "$@"; do
     if [ "$before" = --workdir ]; then workdir=$word; fi
@@ -34,7 +35,7 @@ need_training() { # what follows --; leaves its work folder in $workdir
   [ -n "$config" ] ||
     fail "no --config after --: name what to train, such as -- --config configs/avss_stage1.py"
   [ -n "$workdir" ] ||
-    fail "no --workdir after --: name where checkpoints go, such as -- --workdir runs/stage1"
+    fail "no --workdir after --: name where checkpoints go, such as -- --workdir $example"
 }
 
 quoted() { # the arguments as one line that a shell reads back as they were

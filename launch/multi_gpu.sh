@@ -29,7 +29,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
   shift
 done
 [ $# -eq 0 ] || shift
-need_training "$@"
+need_training runs/stage1 "$@"
 
 step make_environment "[cuda]"
 # Without a GPU that works this ends with an error, instead of training on the CPU.

@@ -51,7 +51,7 @@ need "$gpus" --gpus-per-node GPUS_PER_NODE 8
 need_number "$nodes" --nodes 2
 need_number "$gpus" --gpus-per-node 8
 need_number "$cpus" --cpus-per-gpu 8
-need_training "$@"
+need_training runs/stage1 "$@"
 
 submit=(
   sbatch

@@ -95,7 +95,7 @@ if has create; then
 fi
 if has data; then need "$data_from" --data-from DATA_FROM gs://my-bucket/avsbench; fi
 if has run && has exec; then fail 'run and exec both take what follows --: name one of them'; fi
-if has run; then need_training "$@"; fi
+if has run; then need_training gs://my-bucket/runs/stage1 "$@"; fi
 if has exec && [ $# -eq 0 ]; then
   fail 'exec has no command: write it after --, such as exec -- df -h'
 fi
