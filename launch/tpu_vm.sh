@@ -20,6 +20,8 @@ Trains on a Cloud TPU VM or pod slice. Steps run in the order in which they are 
   exec       run a command on all workers
   delete     delete the slice, and with --queued its request
 
+While a training runs, copy, install, data and run change nothing and fail.
+
   --project NAME          (PROJECT)
   --zone ZONE             (ZONE)
   --name NAME             of the slice (TPU_NAME)
@@ -170,16 +172,24 @@ install() {
 # shellcheck disable=SC2016 # expands on the worker
 running='[ -f train.pid ] && grep -qs aavs "/proc/$(cat train.pid)/cmdline"'
 
-run() {
-  # Looked for on all workers before it starts on one: those of different starts do not train together.
-  local line="set -e; cd aavs_jax; if $running; then"
+looked=
+look() { # fails if a training runs: its code and libraries must stay, and none may start beside it
+  [ -z "$looked" ] || return 0
+  looked=yes
+  # On all workers before anything changes on one: those of different starts do not train together.
+  # A new slice does not have the folder yet.
+  local line="if cd aavs_jax 2>/dev/null && $running; then"
   line+=" echo 'the training runs already: stop it first' >&2; exit 1; fi"
   remote all "$line"
+}
+
+run() {
   # Without a TPU that works this ends with an error, instead of training on the CPU.
-  line='set -e; cd aavs_jax; export JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1;'
+  local line='set -e; cd aavs_jax; export JAX_PLATFORMS=tpu,cpu PYTHONUNBUFFERED=1;'
   line+=" nohup .venv/bin/aavs train --distributed $(quoted "$@")"
   line+=' >> train.log 2>&1 < /dev/null & echo $! > train.pid'
   remote all "$line"
+  looked= # what else is named after this meets a training
 }
 
 stop() {
@@ -197,6 +207,7 @@ delete() {
 }
 
 for word in "${steps[@]}"; do
+  case $word in copy | install | data | run) look ;; esac
   case $word in
     wait) wait_until_active ;;
     data) remote all "cd aavs_jax && gcloud storage rsync --recursive $(quoted "$data_from") data" ;;

@@ -147,11 +147,11 @@ def test_tpu_vm_prints_its_commands(dry_run):
   assert commands[-1] == [*tpu_vm, 'delete', 'aavs', *where]
   assert all(set(where) <= set(command) for command in commands if command[0] == 'gcloud')
   assert [command[3:5] + command[-2:-1] for command in commands if 'ssh' in command] == [
+    ['tpu-vm', 'ssh', '--worker=all'],  # whether one runs
     ['tpu-vm', 'ssh', '--worker=all'],  # copy
     ['tpu-vm', 'ssh', '--worker=all'],  # install
     ['tpu-vm', 'ssh', '--worker=all'],  # data
-    ['tpu-vm', 'ssh', '--worker=all'],  # run, which looks whether it runs
-    ['tpu-vm', 'ssh', '--worker=all'],  # and starts it
+    ['tpu-vm', 'ssh', '--worker=all'],  # run
     ['tpu-vm', 'ssh', '--worker=0'],  # logs
     ['tpu-vm', 'ssh', '--worker=all'],  # stop
   ]
@@ -180,6 +180,25 @@ def test_the_runtime_follows_from_the_type(dry_run, type, runtime):
   assert {f'--version={runtime}', f'--accelerator-type={type}'} <= set(made)
   [made] = _commands(dry_run('tpu_vm.sh', 'create', *named, '--runtime', 'mine'))
   assert '--version=mine' in made
+
+
+@pytest.mark.parametrize(
+  ('steps', 'places'),
+  [
+    (('create', 'wait', 'copy', 'install', 'data', 'run', 'logs', 'stop', 'delete'), [2]),
+    (('install',), [0]),
+    (('data',), [0]),
+    (('stop', 'run'), [1]),
+    (('run', 'copy'), [0, 2]),
+    (('create', 'wait', 'logs', 'stop', 'exec', 'delete'), []),
+  ],
+)
+def test_what_a_training_uses_is_not_changed_while_it_runs(dry_run, steps, places):
+  """It is looked for before the first step that changes something, and once."""
+  after = TRAINING if 'run' in steps else ('true',)
+  commands = _commands(dry_run('tpu_vm.sh', *steps, *TPU, '--data-from', 'gs://b/a', '--', *after))
+  looks = ['stop it first' in command[-1] for command in commands]
+  assert [place for place, looked in enumerate(looks) if looked] == places
 
 
 def test_a_queued_spot_slice(dry_run):
@@ -227,6 +246,9 @@ def test_what_runs_on_a_worker(dry_run, tmp_path):
     )
 
   look, run, stop = lines
+  folder.rename(tmp_path / 'later')
+  assert on_worker(look).returncode == 0  # on a new slice
+  (tmp_path / 'later').rename(folder)
   assert on_worker(look).returncode == on_worker(run).returncode == 0
   _wait_for(folder / 'given')
   given = (folder / 'given').read_text().split('\0')[:-1]
