@@ -433,6 +433,48 @@ def test_gpu_launchers_run_what_they_print(dry_run, tools, tmp_path, project, sc
   assert ours == [command]
 
 
+@pytest.mark.parametrize('change', ['none', 'first', 'pip', 'python', 'libraries'])
+@pytest.mark.parametrize('squeue', ['echo 7 gpu aavs', ':', 'echo no answer >&2; exit 1', None])
+def test_an_environment_from_which_jobs_import_is_not_changed(
+  tools, tmp_path, project, change, squeue
+):
+  venv = project / '.venv'
+  if change == 'first':
+    shutil.rmtree(venv)
+  if change == 'pip':
+    (venv / 'bin' / 'python').unlink()
+  if change == 'python':
+    (venv / 'pyvenv.cfg').write_text('version = 3.0\n')
+  if change == 'libraries':
+    (venv / 'installed[cuda]').write_text('')
+  # As venv does, so far as it is asked for here.
+  python = (
+    '#!/bin/bash\n'
+    f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+    'printf "%s\\0" python "$@" >> "$CALLS"; echo >> "$CALLS"\n'
+    'if [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi\n'
+  )
+  scripts = {'python3': python, 'sbatch': RECORDER}
+  if squeue:
+    asked = '[ "$*" = "--noheader --me --name=aavs" ] || exit'
+    scripts['squeue'] = f'#!/bin/bash\n{asked}\n{squeue}\n'
+  path = f'{tools(**scripts)}:/usr/bin:/bin'
+  calls = tmp_path / 'calls'
+  calls.touch()
+  done = _bash(
+    project / 'launch' / 'slurm.sh', *SLURM, '--', *TRAINING, path=path, cwd=tmp_path,
+    CALLS=str(calls), PYTHON='python3',
+  )  # fmt: skip
+  words = [' '.join(call) for call in _calls(calls)]
+  changed = [line for line in words if 'venv' in line or 'install' in line]
+  if change not in ('none', 'first') and squeue == 'echo 7 gpu aavs':
+    assert done.returncode == 2 and done.stderr.startswith('.venv would change under your jobs')
+    assert not changed and not any(line.startswith('sbatch') for line in words)
+  else:
+    assert done.returncode == 0, done.stderr
+    assert bool(changed) == (change != 'none') and words[-1].startswith('sbatch')
+
+
 @pytest.mark.parametrize(
   ('script', 'arguments', 'words'),
   [
