@@ -64,6 +64,13 @@ def test_what_a_study_sets_itself_is_not_set(change):
     config_lib.load_study(path, [f'--config.stage2.{change}'])
 
 
+def test_a_study_that_was_killed_before_its_first_file_goes_on(tmp_path):
+  """It leaves what keeps others out, and what was half written."""
+  for name in ('run.lock', 'run.lease', 'study.json.writing'):
+    (tmp_path / name).touch()
+  study._refuse_foreign(tmp_path)
+
+
 def test_fresh_leaves_nothing_of_the_old_study(tmp_path):
   workdir = tmp_path / 'run'
   (workdir / 'stage1').mkdir(parents=True)

@@ -22,7 +22,7 @@ from aavs_jax.stepping_stones import EVALUATIONS, FOLDS, Evaluation, scores, ste
 from aavs_jax.studies import comparison
 from aavs_jax.studies.report import STUDY, write_report
 from aavs_jax.train import train
-from aavs_jax.training.lock import LOCK, lock
+from aavs_jax.training.lock import LEASE, LOCK, lock
 from aavs_jax.training.start import require_same_meaning
 
 _ROBUST = {
@@ -266,7 +266,7 @@ def _end_to_end(stage1, stage2) -> ml_collections.ConfigDict:
 def _refuse_foreign(workdir: Path) -> None:
   """UserError for a folder that holds something, but no study."""
   names = [path.name for path in workdir.iterdir()] if workdir.exists() else []
-  found = any(name != LOCK and not name.endswith(files.UNFINISHED) for name in names)
+  found = any(name not in (LOCK, LEASE) and not name.endswith(files.UNFINISHED) for name in names)
   if found and not (workdir / STUDY).exists():
     raise UserError(
       f'{workdir} holds files but no {STUDY}, so it was not made by a study: name a new or empty '

@@ -21,7 +21,7 @@ from aavs_jax.input_pipeline.files import NO_FLOCK
 # Seconds. A lease has no owner once it has not been renewed for _PATIENCE: the run was killed.
 _RENEWED_EVERY = 15
 _PATIENCE = 60
-LOCK = 'run.lock'
+LOCK, LEASE = 'run.lock', 'run.lease'
 _SHOWN_WITHIN = 60  # network file systems show new files late
 _SETTLED = 3  # two that take a lease at the same moment both see whose was written last
 
@@ -30,9 +30,9 @@ _SETTLED = 3  # two that take a lease at the same moment both see whose was writ
 def lock(workdir: epath.Path) -> Iterator[None]:
   """Keeps other runs out of a work folder, which it makes if there is none.
 
-  On a disk by flock, which the kernel takes back from a process that is killed; in a bucket by an
-  object that is renewed again and again. Of several processes, all of which must call this, the
-  first one holds it for all.
+  By a file or object that is renewed again and again; on a disk first by flock, with which a run
+  that was killed on this host is known to be gone, and only one of another host is waited for. Of
+  several processes, all of which must call this, the first one holds it for all.
 
   Raises:
     BlockingIOError: on all processes, another run is in the folder; it names host and process.
@@ -87,8 +87,9 @@ def _require_shared(workdir: epath.Path) -> None:
 @contextlib.contextmanager
 def _flock(workdir: epath.Path) -> Iterator[None]:
   # Never removed: whoever has opened it by then would hold a lock that nobody else can see.
-  with open(workdir / LOCK, 'a+') as file, contextlib.ExitStack() as held:
+  with open(workdir / LOCK, 'a+') as file:
     file.seek(0)
+    locked = True
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -96,17 +97,23 @@ def _flock(workdir: epath.Path) -> Iterator[None]:
     except OSError as error:
       if error.errno not in NO_FLOCK:
         raise
-      held.enter_context(_lease(workdir))
-    file.truncate(0)
-    file.write(json.dumps(_whose()))
-    file.flush()
-    yield
+      locked = False
+    # Some mounts lock for one host alone: NFS with local_lock=flock, Lustre with localflock.
+    with _lease(workdir, locked):
+      file.truncate(0)
+      file.write(json.dumps(_whose()))
+      file.flush()
+      yield
 
 
 @contextlib.contextmanager
-def _lease(workdir: epath.Path) -> Iterator[None]:
-  path = workdir / 'run.lease'
-  found = _read(path)
+def _lease(workdir: epath.Path, locked: bool = False) -> Iterator[None]:
+  """`locked`: by flock, so that no other run of this host can be in the folder."""
+  path = workdir / LEASE
+  at_once = locked and _make(path)
+  found = None if at_once else _read(path)
+  if locked and found and found.get('host') == socket.gethostname():
+    at_once, found = True, None  # that one was killed
   if found:
     say(f'  {path} names {_name(found)}: waiting {_PATIENCE} s, to see whether that run goes on')
   end = time.monotonic() + _PATIENCE
@@ -128,18 +135,24 @@ def _lease(workdir: epath.Path) -> Iterator[None]:
   def lost_to():
     """The run that has taken the lease, if one has."""
     holder = _read(path)
-    if holder is None:  # another may have come and gone while this one could not renew
-      return {} if time.monotonic() - renewed > _PATIENCE else None
+    if holder is None:
+      # Another may have come and gone while this one could not renew; without the folder, which
+      # this one then removes, none has.
+      return {} if time.monotonic() - renewed > _PATIENCE and workdir.exists() else None
     return holder if holder.get('run', mine['run']) != mine['run'] else None
 
   write()
-  time.sleep(_SETTLED)
-  if (other := lost_to()) is not None:
-    raise _in_use(workdir, other)
+  if not at_once:
+    time.sleep(_SETTLED)
+    if (other := lost_to()) is not None:
+      raise _in_use(workdir, other)
   ended = threading.Event()
 
   def renew():
-    while not ended.wait(_RENEWED_EVERY):
+    # Before another that has taken it at the same moment finds that settled, and begins.
+    pause = _SETTLED / 2
+    while not ended.wait(pause):
+      pause = _RENEWED_EVERY
       # A bucket out of reach for a moment is no reason to end.
       with contextlib.suppress(Exception):
         if (other := lost_to()) is not None:
@@ -156,7 +169,17 @@ def _lease(workdir: epath.Path) -> Iterator[None]:
   finally:
     ended.set()
     thread.join()
-    path.unlink(missing_ok=True)
+    if lost_to() is None:
+      path.unlink(missing_ok=True)
+
+
+def _make(path: epath.Path) -> bool:
+  """Whether this process has made the file, as only one of all hosts can."""
+  try:
+    open(path, 'x').close()
+  except FileExistsError:
+    return False
+  return True
 
 
 def _read(path: epath.Path) -> dict | None:
