@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jax
 import ml_collections
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from aavs_jax import config as config_lib
@@ -145,7 +146,7 @@ class _Run:
     # Where it stands; the manager removes what a killed run has left of its last checkpoint.
     latest = checkpoint.latest_step(workdir / 'checkpoints')
     work_folder.claim(workdir, config, clips, latest)
-    self.manager = checkpoint.make_manager(workdir / 'checkpoints', config.train.keep_checkpoints)
+    self.manager, self._save_failed = self._make_manager(), False
     if self.manager.latest_step() != latest:  # it would go on from another than is compared below
       raise OSError(f'{workdir / "checkpoints"} cannot be read reliably now: try again')
     # Stopped before the end of its validation, which then comes first.
@@ -157,6 +158,10 @@ class _Run:
     # Whether a phase is still to begin, for which alone a start is needed.
     self.begins = latest is None or self.phase < plan.phase_at(plan.total - 1)
     self.is_finished = latest == plan.total and not self.unscored
+
+  def _make_manager(self) -> ocp.CheckpointManager:
+    folder = self.workdir / 'checkpoints'
+    return checkpoint.make_manager(folder, self.config.train.keep_checkpoints)
 
   def claim_inputs(self) -> Flat | None:
     """The start, once it and the masks are what the run began with.
@@ -226,7 +231,9 @@ class _Run:
     self._keeping = ThreadPoolExecutor(1)  # may wait for a bucket, for which no row is to wait
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
     self.dog = Watchdog(config.train.stuck_after, self.step)
-    self._watch = Watch([clip.uid for clip in self.clips.train], self.manager, workdir)
+    self._watch = Watch(
+      [clip.uid for clip in self.clips.train], lambda: self.manager.latest_step(), workdir
+    )
 
   def batches(self) -> Iterator[dict[str, np.ndarray]]:
     """Those from the next step on."""
@@ -358,11 +365,33 @@ class _Run:
   def save(self, metrics: dict[str, float] | None = None) -> None:
     """Saves the state, if it is good, in the background."""
     self._watch.look()
+    self._mend_failed_save()
     checkpoint.save(self.manager, self.state, self.phase, metrics)
     self.dog.fed(self.step)  # it has waited for the save before
 
+  def _mend_failed_save(self) -> None:
+    """Says that the save before has failed, if so; the manager would refuse the next one for that.
+
+    Raises:
+      Exception: of the save, if the one before it had failed too.
+    """
+    failed = None
+    try:
+      self.manager.wait_until_finished()
+    except Exception as error:  # of a disk, a bucket, or that it took too long
+      failed = error
+    if not any(distributed.gather(failed is not None)):
+      self._save_failed = False
+      return
+    if self._save_failed:
+      raise failed or OSError('saving has failed on another process')
+    self._save_failed = True
+    say(f'  WARNING: the last checkpoint could not be saved ({failed or "on another process"})')
+    self.manager = self._make_manager()
+
   def leave(self) -> NoReturn:
     """Ends the process in good order, after a signal."""
+    self._mend_failed_save()
     if self.manager.latest_step() != self.step:
       self.save()
     self.manager.wait_until_finished()

@@ -1,11 +1,13 @@
 """Training as a whole: interrupted anywhere it ends with the same bits; faults stop it clearly."""
 
+import contextlib
+import errno
 import itertools
 import json
+import shutil
 import signal
 import socket
 import time
-import types
 from pathlib import Path
 
 import jax
@@ -280,6 +282,44 @@ def test_what_ends_a_run_does_not_end_the_save_before(tiny_stage1, tmp_path, mon
   assert sorted(path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()) == ['1', '2']
 
 
+@pytest.mark.parametrize('steps', ['2', '24'])
+@pytest.mark.parametrize('signalled', [False, True], ids=['goes on', 'signalled'])
+def test_a_save_that_fails_takes_no_other_with_it(
+  steps, signalled, tiny_stage1, tmp_path, monkeypatch, capsys
+):
+  """Of two in a row the second ends the run: the disk may be full."""
+  wait, from_files = checkpoint._Manager.wait_until_finished, pipeline.training_batches
+  failing = list(steps)
+
+  def fail(manager):
+    wait(manager)
+    for step in failing:
+      if (manager.directory / step).exists():
+        failing.remove(step)
+        shutil.rmtree(manager.directory / step)
+        raise OSError(errno.EIO, 'Input/output error')
+
+  def batches(*args, **options):
+    for number, batch in enumerate(from_files(*args, **options)):
+      if number == 4 and signalled:
+        signal.raise_signal(signal.SIGTERM)
+      yield batch
+
+  monkeypatch.setattr(checkpoint._Manager, 'wait_until_finished', fail)
+  monkeypatch.setattr(pipeline, 'training_batches', batches)
+  tiny_stage1.method = STAND_IN.partition('=')[2]
+  tiny_stage1.train.steps = tiny_stage1.train.eval_every_steps = 6
+  tiny_stage1.train.checkpoint_every_steps = 2
+  two = len(failing) == 2
+  ends = pytest.raises(SystemExit) if signalled else contextlib.nullcontext()
+  with pytest.raises(OSError, match='Input/output') if two else ends:
+    train(tiny_stage1, tmp_path / 'run')
+  found = {path.name for path in (tmp_path / 'run' / 'checkpoints').iterdir()}
+  assert not found if two else ('5' if signalled else '6') in found
+  said = capsys.readouterr().out
+  assert said.count('WARNING: the last checkpoint could not be saved ([Errno 5]') == 1
+
+
 def test_a_signal_does_not_end_the_last_save(tiny_stage1, tmp_path, monkeypatch):
   wait, signals = checkpoint._Manager.wait_until_finished, [signal.SIGTERM]
 
@@ -311,8 +351,7 @@ def test_stage_2_without_masks_is_refused(tiny_stage2, tmp_path):
 
 def test_a_gradient_that_is_not_finite_stops_the_run_as_well(tmp_path):
   """It spoils the parameters, though the loss of its step is still good."""
-  manager = types.SimpleNamespace(latest_step=lambda: 2)
-  watch = Watch('abc', manager, epath.Path(tmp_path))
+  watch = Watch('abc', lambda: 2, epath.Path(tmp_path))
   watch.add(1, np.array([0, 1]), {'loss': 0.5, 'gradient_norm': 1.0})
   watch.add(2, np.array([2, 2, 1]), {'loss': 0.5, 'gradient_norm': np.inf})
   words = r'loss of step 2 is 0\.5 and its gradient inf on clips c, b; .* is .*/checkpoints/2:'

@@ -1,11 +1,10 @@
 """Stops a training whose numbers are not finite, without making the host wait for the devices."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 # Losses are looked at this many steps late, so that the host never waits for the device.
@@ -17,12 +16,12 @@ class Watch:
 
   Args:
     names: of the clips by index.
-    manager: of the checkpoints in
+    latest: says the step of the last checkpoint in
     workdir.
   """
 
-  def __init__(self, names: Sequence[str], manager: ocp.CheckpointManager, workdir: epath.Path):
-    self._names, self._manager, self._workdir = names, manager, workdir
+  def __init__(self, names: Sequence[str], latest: Callable[[], int | None], workdir: epath.Path):
+    self._names, self._latest, self._workdir = names, latest, workdir
     self._in_flight = collections.deque()  # (step, clip indices, metrics) not yet looked at
 
   def add(self, step: int, clips: np.ndarray, metrics: Mapping[str, jax.Array]) -> None:
@@ -41,7 +40,7 @@ class Watch:
       # A gradient that is not finite spoils the parameters, though this step's loss is still good.
       loss, norm = float(metrics['loss']), float(metrics['gradient_norm'])
       if not np.isfinite([loss, norm]).all():
-        saved = self._manager.latest_step()
+        saved = self._latest()
         last = 'none' if saved is None else self._workdir / 'checkpoints' / str(saved)
         raise FloatingPointError(
           f'the loss of step {step} is {loss} and its gradient {norm} on clips '
