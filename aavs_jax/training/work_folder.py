@@ -160,8 +160,10 @@ def claim(
 
 def seen_by(init: str) -> set[str]:
   """Names of the training clips of a config.train.init, and of all that it began with."""
+  if not init:
+    return set()
   folder = start_lib.work_folder_of(init)
-  for name in (_SEEN, CLIPS) if init else ():  # folders of earlier versions have the latter alone
+  for name in (_SEEN, CLIPS):  # folders of earlier versions have the latter alone
     if files.is_there(folder / name):
       return set(files.read_json(folder / name, [str], _RESTORE))
   return set()
