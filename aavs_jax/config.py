@@ -1,5 +1,6 @@
 """Loading, overriding and checking configs; every refusal is one sentence."""
 
+import difflib
 import json
 import math
 import re
@@ -31,6 +32,14 @@ _MAY_BE_ZERO = (
 )  # fmt: skip
 
 _OF_METHOD = ('model', 'vggish', 'loss')  # sections that are another method's own affair
+_EXPECTED = {  # by a key's type what an override of it may be
+  bool: 'use true or false',
+  int: 'use a whole number',
+  float: 'use a number',
+  tuple: 'write several values as "(1,2)" or "(\'a\',\'b\')"',
+  ml_collections.ConfigDict: 'it is a section, set its keys one by one',
+  type(None): 'it is None in the config file, set it there',
+}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
@@ -139,7 +148,8 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
   if not Path(file).is_file():
     own = Path(configs.__file__).parent / Path(file).name  # where the program is, from anywhere
     if Path(file).parent != Path('configs') or not own.is_file():
-      raise UserError(f'{path} does not exist: name a config file such as configs/avss_stage1.py')
+      fault = 'is a folder' if file and Path(file).is_dir() else 'does not exist'
+      raise UserError(f'{path} {fault}: name a config file such as configs/avss_stage1.py')
     path = f'{own}{colon}{argument}'
   values = flags.FlagValues()
   arguments = ['aavs', f'--config={path}', *overrides]
@@ -148,15 +158,37 @@ def _read(path: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     values(arguments)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if overrides and (fault := _fault(path, _read(path, ()), overrides, text)):
+      raise UserError(fault) from error
     if 'Traceback' in text:  # of an error in the file the flag library hands on all of it
       text = text.rstrip().splitlines()[-1].removeprefix('ValueError: ')
     text = ' '.join(text.split())
-    given = ' '.join(overrides) or 'no overrides'
-    raise UserError(f'{path} with {given} is not accepted: {text}') from error
+    given = f'{path} with {" ".join(overrides)}' if overrides else path
+    raise UserError(f'{given} is not accepted: {text}') from error
   except Exception as error:  # the file is a program and may fail in any way
     text = ' '.join(str(error).split())
     raise UserError(f'{path} cannot be run as a config: {type(error).__name__}: {text}') from error
   return values.config
+
+
+def _fault(
+  path: str, config: ml_collections.ConfigDict, overrides: Sequence[str], text: str
+) -> str | None:
+  """What is wrong with the first override whose key is not there, or which `text` refuses."""
+  for override in overrides:
+    key, _, given = override.removeprefix('--').partition('=')
+    found, above = config, 'config'
+    for name in key.split('.')[1:]:
+      if not isinstance(found, ml_collections.ConfigDict):
+        return f'{path} has no {key}: {above} is not a section'
+      if name not in found:
+        near = difflib.get_close_matches(name, found, 1)
+        advice = f'did you mean {above}.{near[0]}?' if near else f'use one of {", ".join(found)}'
+        return f'{path} has no {above}.{name}: {advice}'
+      found, above = found[name], f'{above}.{name}'
+    if found is None or text.startswith(f'flag {override}: '):
+      return f'{key} is {given!r}: {_EXPECTED[type(found)]}'
+  return None
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -237,6 +269,8 @@ def check(config: ml_collections.ConfigDict) -> None:
   need('data.on_bad_clip', data.on_bad_clip in ('error', 'skip'), "use 'error' or 'skip'")
   need('train.trainable', config.train.trainable, 'name at least one regular expression')
   for pattern in config.train.trainable:
+    ok = pattern and isinstance(pattern, str)
+    need('train.trainable', ok, "use regular expressions that are not empty, '.*' trains all")
     try:
       re.compile(pattern)
     except re.error as error:

@@ -122,6 +122,8 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
     ('method', '.x', 'no module that has method, check'),
     ('method', 'matching', 'no module that has method, check'),
     ('train.trainable', (), 'at least one'),
+    ('train.trainable', ('',), 'not empty'),  # as of `--config.train.trainable=`
+    ('train.trainable', ('.*', 1), 'not empty'),
     ('data.subsets', ('v1s,v1m',), "\"('v1s','v1m')\""),
     ('data.subsets', (1, 2), "\"('v1s','v1m')\""),
     ('data.subsets', (), "\"('v1s','v1m')\""),
@@ -137,6 +139,43 @@ def test_where_zero_is_accepted_a_step_can_be_taken():
 def test_other_faults_are_named(key, value, words):
   message = _refusal(_with(key, value))
   assert message.startswith(f'config.{key} is {value!r}') and words in message
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'message'),
+  [
+    ('data=foo', "config.data is 'foo': it is a section, set its keys one by one"),
+    ('data=1', "config.data is '1': it is a section, set its keys one by one"),
+    ('use_prior=maybe', "config.use_prior is 'maybe': use true or false"),
+    ('train.steps=1.5', "config.train.steps is '1.5': use a whole number"),
+    ('optimizer.lr=1 seed=', "config.seed is '': use a whole number"),
+    ('optimizer.lr=fast', "config.optimizer.lr is 'fast': use a number"),
+    (
+      'data.leave_out=(0,3',
+      "config.data.leave_out is '(0,3': write several values as \"(1,2)\" or \"('a','b')\"",
+    ),
+    ('seed.x=1', 'configs/base.py has no config.seed.x: config.seed is not a section'),
+    ('mesh.z=1', 'configs/base.py has no config.mesh.z: use one of fsdp'),
+    (
+      'seed',
+      'configs/base.py with --config.seed is not accepted: Missing value for flag --config.seed',
+    ),
+  ],
+)
+def test_an_override_that_is_not_accepted_is_one_sentence(overrides, message):
+  with pytest.raises(UserError) as caught:
+    config_lib.load('configs/base.py', [f'--config.{text}' for text in overrides.split()])
+  assert str(caught.value) == message
+
+
+def test_a_section_that_a_study_lacks_is_set_in_its_file():
+  with pytest.raises(UserError, match=r"^config\.looks is '1': it is None in the config file, set"):
+    config_lib.load_study('configs/quickstart.py', ['--config.looks=1'])
+
+
+def test_a_variant_that_is_not_there_is_refused():
+  with pytest.raises(UserError, match=r'^configs/s4\.py:x is not accepted: there is no var'):
+    config_lib.load('configs/s4.py:x')
 
 
 @pytest.mark.parametrize('subsets', ['v1s', "('v1s','v1m')", "['v1s','v1m']"])
