@@ -178,6 +178,7 @@ def test_sigterm_saves_and_ends_well(start, tmp_path):
     time.sleep(0.05)
   output = process.communicate(timeout=30)[0]
   assert process.returncode == 0 and 'stopped by a signal at step' in output
+  assert output.count('stopping as soon as what runs now is done') == 1
   assert 'Traceback' not in output and 'leaked' not in output
   step, _ = runs.state(tmp_path)
   assert f'at step {step};' in output

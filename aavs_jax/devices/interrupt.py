@@ -1,7 +1,10 @@
 """Ending a run in good order when somebody asks for it."""
 
+import contextlib
 import itertools
+import os
 import signal
+import threading
 from collections.abc import Callable
 
 import jax
@@ -10,6 +13,20 @@ from jax.experimental import multihost_utils
 
 class Stopped(Exception):
   """The run is to save and end now."""
+
+
+def _tell(woken: int) -> None:
+  """Says at the first SIGINT or SIGTERM that it has come, until 0 is read.
+
+  Python's own handlers run when a compilation is over, which is outside Python.
+  """
+  told = False
+  while number := os.read(woken, 1)[0]:
+    if number in (signal.SIGINT, signal.SIGTERM) and not told:
+      told = True
+      with contextlib.suppress(OSError):
+        os.write(2, b'stopping as soon as what runs now is done (a compilation takes minutes)\n')
+  os.close(woken)
 
 
 class StopSignal:
@@ -28,6 +45,10 @@ class StopSignal:
     self._several = jax.process_count() > 1
     self._calls = itertools.count(1)
     signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+    woken, self._waking = os.pipe()
+    os.set_blocking(self._waking, False)
+    threading.Thread(target=_tell, args=[woken], daemon=True).start()
+    self._woken_before = signal.set_wakeup_fd(self._waking, warn_on_full_buffer=False)
     self._before = {s: signal.signal(s, self._note) for s in signals}
     return self
 
@@ -62,5 +83,8 @@ class StopSignal:
       signal.raise_signal(signal.SIGTERM)
 
   def __exit__(self, *_):
+    signal.set_wakeup_fd(self._woken_before)
+    os.write(self._waking, b'\0')
+    os.close(self._waking)
     for number, handler in self._before.items():
       signal.signal(number, handler)
