@@ -30,8 +30,18 @@ def read_safetensors(path):
   return {name: array(**entry) for name, entry in header.items()}
 
 
+def refuse(text):
+  print(text, file=sys.stderr)
+  sys.exit(2)
+
+
 def main(folder, frames, sound, out):
   folder = Path(folder)
+  for path in (folder / 'model.json', frames, sound):
+    if not Path(path).is_file():
+      refuse(f'{path} is not a file: give ARTEFACT FRAMES.npy SOUND.wav OUT.npz')
+  if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+    refuse(f'{out} cannot be written: name a file in a folder that is there')
   model = json.loads((folder / 'model.json').read_text())
 
   def function(entry):
@@ -39,9 +49,7 @@ def main(folder, frames, sound, out):
 
   with wave.open(sound) as file:
     if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, 16000):
-      sys.exit(
-        f'{sound} is not mono, 16 bit and 16 kHz: ffmpeg -i {sound} -ac 1 -ar 16000 OTHER.wav'
-      )
+      refuse(f'{sound} is not mono, 16 bit and 16 kHz: ffmpeg -i {sound} -ac 1 -ar 16000 OTHER.wav')
     samples = np.frombuffer(file.readframes(file.getnframes()), '<i2').astype(np.float32) / 32768
   arrays = function(model['prepare'])({'frames': np.load(frames), 'samples': samples})
   outputs, count = {}, len(arrays['frames'])
@@ -66,5 +74,5 @@ def main(folder, frames, sound, out):
 
 if __name__ == '__main__':
   if len(sys.argv) != 5:
-    sys.exit(__doc__)
+    refuse(__doc__)
   main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """Artefacts for serving, against `aavs predict` and the rules of the host."""
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_example_needs_jax_and_numpy_alone(artefact, tmp_path):
     file.writeframes(samples.tobytes())
   other = [part.replace("'sound.wav'", "'other.wav'") for part in run]
   refused = subprocess.run(other, cwd=tmp_path, text=True, capture_output=True)
-  assert refused.returncode == 1 and 'other.wav is not mono, 16 bit and 16 kHz' in refused.stderr
+  assert refused.returncode == 2 and 'other.wav is not mono, 16 bit and 16 kHz' in refused.stderr
   assert len(done.stdout.splitlines()) == 2 and 'of the frame sounds' in done.stdout
   served = serving.load(artefact)
   raw = {'frames': frames, 'samples': samples.astype(np.float32) / 32768}
@@ -129,6 +130,35 @@ def test_example_needs_jax_and_numpy_alone(artefact, tmp_path):
   with np.load(tmp_path / 'maps.npz') as written:
     for name in ('mask', 'classes'):
       np.testing.assert_array_equal(written[name], maps[name])
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'path', 'words'),
+  [
+    (0, 'none', 'none/model.json is not a file: give'),
+    (1, 'none.npy', 'none.npy is not a file: give'),
+    (2, '', ' is not a file: give'),
+    (3, 'none/maps.npz', 'none/maps.npz cannot be written: name'),
+    (3, '.', '. cannot be written: name'),
+  ],
+)
+def test_example_refuses_wrong_paths(wrong, path, words, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  for name in ('model.json', 'frames.npy', 'sound.wav'):
+    (tmp_path / name).touch()
+  paths = ['.', 'frames.npy', 'sound.wav', 'maps.npz']
+  paths[wrong] = path
+  with pytest.raises(SystemExit) as end:
+    runpy.run_path(str(ROOT / 'launch/serve_example.py'))['main'](*paths)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert end.value.code == 2 and line.startswith(words)
+
+
+def test_example_without_its_arguments_says_what_it_takes(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['serve_example.py', 'artefact'])
+  with pytest.raises(SystemExit) as end:
+    runpy.run_path(str(ROOT / 'launch/serve_example.py'), run_name='__main__')
+  assert end.value.code == 2 and 'FRAMES.npy SOUND.wav OUT.npz' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('soft', [False, True])
