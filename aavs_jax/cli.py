@@ -140,6 +140,11 @@ def _prepare(args) -> None:
   from aavs_jax.input_pipeline.index import read_index
   from aavs_jax.input_pipeline.prepare import prepare
 
+  if args.image_size % 32:
+    say(
+      f'  WARNING: --image-size {args.image_size} is no multiple of 32 pixels: only a method of '
+      'your own can use these shards'
+    )
   there = len([*epath.Path(args.out).glob('*.array_record')])
   with Progress('preparing', len(read_index(args.root)), 'clips') as progress:
     manifest = prepare(
@@ -252,7 +257,7 @@ def _soft_argument(sub) -> None:
 
 
 def _masks(args) -> None:
-  from aavs_jax.console import say
+  from aavs_jax.console import counted, say
   from aavs_jax.hand_over import write_masks
 
   written = write_masks(
@@ -262,7 +267,7 @@ def _masks(args) -> None:
     splits=tuple(dict.fromkeys(args.splits.split(','))),
     soft=args.soft,
   )
-  say(f'masks of {written} clips written, the others were there; all in {args.out}')
+  say(f'masks of {counted(written, "clips")} written; all are in {args.out}')
 
 
 def _cross_fit_arguments(sub) -> None:
@@ -276,13 +281,13 @@ def _cross_fit_arguments(sub) -> None:
 
 def _cross_fit(args) -> None:
   from aavs_jax import config as config_lib
-  from aavs_jax.console import say
+  from aavs_jax.console import counted, say
   from aavs_jax.cross_fit import cross_fit
 
   config = config_lib.load(args.config, args.overrides)
   options = dict(data=args.data, out=args.out, folds=args.folds, soft=args.soft)
   written = cross_fit(config, args.workdir, **options)
-  say(f'masks of {written} training clips written, the others were there; all in {args.out}')
+  say(f'masks of {counted(written, "training clips")} written; all are in {args.out}')
 
 
 def _eval_arguments(sub) -> None:
@@ -646,12 +651,13 @@ def _aot(args) -> None:
   from aavs_jax import config as config_lib
   from aavs_jax.console import say
   from aavs_jax.input_pipeline.files import write_json
-  from aavs_jax.perf.aot import aot, format_breakdown, format_report
+  from aavs_jax.perf.aot import aot, format_breakdown, format_report, parse_topology
   from aavs_jax.perf.parts import parts
 
   if args.part and (args.fit or args.breakdown):
     raise UserError('--part compiles modules alone: leave out --fit and --breakdown')
   config = config_lib.load(args.config, args.overrides)
+  parse_topology(args.topology)
   say(f'compiling {" ".join([args.config, *args.overrides])} for {args.topology}')
   what = {'config': args.config, 'overrides': args.overrides}
   if args.part:
@@ -798,7 +804,7 @@ def _add_commands(parsers, rows: Sequence[tuple]) -> None:
       epilog=f'example:\n  {example}',
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     # Also after the sub-command, where one adds it to a line that failed.
     parser.add_argument('--debug', action='store_true', default=argparse.SUPPRESS, help='traceback')
     add_arguments(parser)
@@ -872,12 +878,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   """The arguments, those of the form --config.KEY=VALUE as `overrides`."""
-  parser = _parser()
-  args, rest = parser.parse_known_args(argv)
+  args, rest = _parser().parse_known_args(argv)
   args.overrides = [text for text in rest if text.startswith('--config.')]
   unknown = [text for text in rest if text not in args.overrides]
   if unknown or (args.overrides and args.command not in _TAKE_OVERRIDES):
-    parser.error(f'unknown argument {(unknown or args.overrides)[0]}; see aavs {args.command} -h')
+    args.parser.error(f'unknown argument {(unknown or args.overrides)[0]}')
   return args
 
 

@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
   return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
+def counted(number: int, unit: str) -> str:
+  """1 clip or 2 clips, of the unit 'clips'."""
+  return f'{number} {unit.removesuffix("s") if number == 1 else unit}'
+
+
 def say(line: str) -> None:
   """One line on standard output, at once."""
   print(line, flush=True)
@@ -82,7 +87,7 @@ class Progress:
     if kind is None and self._done:
       now = time.monotonic()
       spent = now - self._started
-      text = f'{self._done} {self._unit} in {duration(spent)}, {self._rate(now):.1f}/s'
+      text = f'{counted(self._done, self._unit)} in {duration(spent)}, {self._rate(now):.1f}/s'
       if self._waited is not None:
         text += f', {100 * self._waited / max(spent, 1e-9):.0f} % waiting for input'
       self._show(text, end='\n')

@@ -110,7 +110,6 @@ def evaluate(
   name = config_lib.stage_of(config)
   prior = 'none' if no_prior else 'oracle' if config.oracle_prior else 'stage1'
   prior = prior if config.use_prior else None
-  title = f'{name} on {split}, {audio} audio' + (f', {prior} prior' if prior else '')
   predictor = Predictor(methods.of(config))
   summary = score(
     config,
@@ -120,7 +119,7 @@ def evaluate(
     audio=audio,
     no_prior=no_prior,
     on_clip=on_clip,
-    title=title,
+    title=tables.title(name, split, audio, prior),
   )
   result = {
     'name': name,

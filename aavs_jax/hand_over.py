@@ -8,7 +8,7 @@ import ml_collections
 
 from aavs_jax import config as config_lib
 from aavs_jax import methods
-from aavs_jax.console import Progress
+from aavs_jax.console import Progress, counted, say
 from aavs_jax.devices import distributed
 from aavs_jax.devices.distributed import share
 from aavs_jax.input_pipeline import files, items, masks
@@ -83,6 +83,8 @@ def write_clips(
   """The masks of clips by a model of stage 1, in a folder that is claimed; see write_masks."""
   size = config.data.eval_size
   todo = [clip for clip in share(clips) if not masks.is_complete(str(out), clip, size, soft)]
+  if kept := len(clips) - sum(distributed.gather(len(todo))):
+    say(f'  masks of {counted(kept, "clips")} were there and are kept')
   task, predictor = config_lib.task_of(config), Predictor(methods.of(config))
   batches = predictor.batches(
     config, todo, lambda item: items.load_unlabelled_item(todo[item.clip], item, task)

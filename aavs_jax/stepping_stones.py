@@ -78,8 +78,7 @@ def stepping_stones(
 
   say("[4] stage 1's masks of val and test, the stepping stones of stage 2")
   out, soft = folder / 'masks', stage2.prior.soft
-  if not hand_over.write_masks(folder / 'stage1', data=data, out=out, soft=soft):
-    say('  all there')
+  hand_over.write_masks(folder / 'stage1', data=data, out=out, soft=soft)
   if stage2.prior.predicted:
     say('    and those of the training clips, by models that have not been trained on them')
     cross_fit(stage1, folder / 'cross_fit', data=data, out=out, folds=FOLDS, soft=soft)

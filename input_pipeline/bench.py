@@ -305,4 +305,5 @@ def _machine() -> str:
     name = next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
   except (OSError, StopIteration):
     name = platform.processor() or platform.machine()
-  return f'{host.cores()} cores, {name}'
+  cores = host.cores()
+  return f'{cores} core{"s" * (cores > 1)}, {name}'

@@ -238,8 +238,10 @@ class TestTopology:
     monkeypatch.setenv('JAX_PLATFORMS', 'cpu')  # the command sets both
     monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'false')
     assert cli.main(['aot', '--config', 'tests/tiny.py:stage2', *arguments]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    told = capsys.readouterr()
+    lines = told.err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
+    assert ('compiling' in told.out) == ('--batch-per-chip' in arguments)
 
   def test_a_missing_compiler_is_named(self, monkeypatch):
     monkeypatch.setattr(aot.importlib.util, 'find_spec', lambda name: None)

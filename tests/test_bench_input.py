@@ -34,6 +34,12 @@ def test_parts_add_up_to_what_a_core_can_read(data_root, tmp_path, capsys):
   assert f'{per_core:.0f} frames/s a core' in shown and '2 threads' in shown
 
 
+@pytest.mark.parametrize(('cores', 'words'), [(1, '1 core, '), (2, '2 cores, ')])
+def test_the_machine_is_said_with_its_cores(cores, words, monkeypatch):
+  monkeypatch.setattr(bench.host, 'cores', lambda: cores)
+  assert bench._machine().startswith(words)
+
+
 def test_a_prepared_data_set_is_timed_as_shards(data_root, tmp_path):
   prepare.prepare(data_root, tmp_path / 'shards', image_size=32, eval_size=32, workers=1)
   result = bench.bench_input(TASK, LOADING, data=str(tmp_path / 'shards'), clips=2, seconds=0.2)

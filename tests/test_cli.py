@@ -44,10 +44,22 @@ def test_help_shows_an_example(command, capsys):
   assert f'example:\n  aavs {command}' in capsys.readouterr().out
 
 
-def test_an_unknown_argument_is_refused(capsys):
+@pytest.mark.parametrize(
+  ('command', 'arguments'),
+  [
+    ('report', ['x', '--data', 'y', '--nonsense']),
+    ('report', ['x', '--data', 'y', '--config.seed=1']),
+    ('train', ['--config', 'a', '--workdir', 'b', 'foo']),
+    ('train', ['--config', 'a', '--workdir', 'b', '--lr=3']),
+    ('bench step', ['--config', 'a', 'foo']),
+  ],
+)
+def test_an_unknown_argument_is_refused_with_the_usage_of_the_command(command, arguments, capsys):
   with pytest.raises(SystemExit) as end:
-    cli.main(['report', 'x', '--data', 'y', '--nonsense'])
-  assert end.value.code == 2 and '--nonsense' in capsys.readouterr().err
+    cli.main([*command.split(), *arguments])
+  told = capsys.readouterr().err
+  assert end.value.code == 2 and told.startswith(f'usage: aavs {command} [-h]')
+  assert told.endswith(f'aavs {command}: error: unknown argument {arguments[-1]}\n')
 
 
 @pytest.mark.parametrize(
@@ -270,6 +282,21 @@ def test_a_training_that_sigterm_ends_leaves_what_it_is_a_part_of_undone(
   with pytest.raises(SystemExit) as end:
     cli.main([*command, '--workdir', str(tmp_path)])
   assert end.value.code == status
+
+
+@pytest.mark.parametrize(
+  ('command', 'function', 'unit'),
+  [
+    (['masks'], 'hand_over.write_masks', 'clips'),
+    (['cross-fit', '--config', 'configs/quick_stage1.py'], 'cross_fit.cross_fit', 'training clips'),
+  ],
+)
+@pytest.mark.parametrize('written', [0, 1])
+def test_masks_that_were_written_are_counted(command, function, unit, written, monkeypatch, capsys):
+  monkeypatch.setattr(f'aavs_jax.{function}', lambda *_, **__: written)
+  assert cli.main([*command, '--workdir', 'run', '--data', 'data', '--out', 'there']) == 0
+  unit = unit[:-1] if written == 1 else unit
+  assert capsys.readouterr().out == f'masks of {written} {unit} written; all are in there\n'
 
 
 def test_debug_shows_the_traceback(tmp_path):

@@ -423,7 +423,7 @@ def test_priors_that_make_no_sense_are_refused(stage1, stage2, data_root, tmp_pa
   assert not (tmp_path / 'r.json').exists()
 
 
-def test_stage_2_can_be_scored_without_a_prior(stage2, data_root, tmp_path, monkeypatch):
+def test_stage_2_can_be_scored_without_a_prior(stage2, data_root, tmp_path, monkeypatch, capsys):
   given, call = [], Predictor.__call__
 
   def watched(self, variables, batch):
@@ -434,6 +434,7 @@ def test_stage_2_can_be_scored_without_a_prior(stage2, data_root, tmp_path, monk
   result = evaluate.evaluate(stage2, data=data_root, out=tmp_path / 'r.json', no_prior=True)
   assert result['prior'] == 'none' and result['masks_digest'] is None
   assert given and all(values == [128] for values in given)
+  assert capsys.readouterr().out.startswith('  stage 2 on test, true audio, no prior: 5 clips in')
 
 
 class TestWriteMasks:
@@ -454,15 +455,19 @@ class TestWriteMasks:
         np.testing.assert_array_equal(mask, binary[t])
     assert values == {0, 255}
 
-  def test_a_second_run_writes_only_what_is_missing(self, stage1, written, data_root, two_at_once):
+  def test_a_second_run_writes_only_what_is_missing(
+    self, stage1, written, data_root, two_at_once, capsys
+  ):
     before = _contents(written)
     assert hand_over.write_masks(stage1, data=data_root, out=written) == 0
+    assert capsys.readouterr().out == '  masks of 10 clips were there and are kept\n'
     first, last = sorted(written.glob('v2/*/7.png'))
     first.write_bytes(first.read_bytes()[:30])
     # As a writer leaves it that was killed after it had removed what was there.
     shutil.move(last.parent, last.parent.with_name(f'.{last.parent.name}.writing'))
     two_at_once(masks, 'write_clip_masks')
     assert hand_over.write_masks(stage1, data=data_root, out=written) == 2
+    assert capsys.readouterr().out.startswith('  masks of 8 clips were there and are kept\n')
     assert _contents(written) == before
 
   def test_masks_of_two_models_are_not_mixed(self, written, data_root, tmp_path):

@@ -225,7 +225,7 @@ def test_the_command_names_what_it_cannot_do(data_root, tmp_path):
     table2.table2('tpavi:vgg', tmp_path / 'run', data=data_root)
   with pytest.raises(UserError, match='nothing is missing: name a folder of masks'):
     table2.table2('tpavi', tmp_path / 'run', data=data_root, masks='nothing')
-  with pytest.raises(UserError, match=r"is 'after', but stage 1, its start without .* 'replace'"):
+  with pytest.raises(UserError, match=r'stage 2 of aavs cannot .*: name a start of both with -'):
     table2.table2('aavs', tmp_path / 'run', data=data_root)
   # Nor one that stage 1 could begin with, and stage 2 could not.
   config = config_lib.load('configs/avss_stage1.py')

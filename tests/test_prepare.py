@@ -422,6 +422,13 @@ def test_a_disk_that_fills_up_is_no_fault_of_the_program(data_root, tmp_path, mo
   assert error.value.errno == errno.ENOSPC
 
 
+@pytest.mark.parametrize(('size', 'warned'), [('95', True), ('96', False)])
+def test_a_size_that_no_method_here_takes_is_warned_of(size, warned, data_root, tmp_path, capsys):
+  root = str(tmp_path / 'out')
+  assert cli.main(['prepare', data_root, root, '--image-size', size, '--workers=1']) == 0
+  assert capsys.readouterr().out.startswith('  WARNING: --image-size 95 is no multiple') == warned
+
+
 def test_jpeg_is_smaller_close_and_said_to_be_lossy(data_root, tmp_path, capsys):
   for name, options in (('lossy', ['--jpeg', '95']), ('exact', [])):
     arguments = ['prepare', data_root, str(tmp_path / name), '--image-size', '128', '--workers=1']

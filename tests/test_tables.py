@@ -94,6 +94,8 @@ def test_the_markdown_of_a_semantic_evaluation_has_its_classes():
   text = tables.format_evaluation(result, markdown=True)
   title, _, scores, classes = text.rstrip().split('\n\n')
   assert title == '# Stage 2 on test, true audio'
+  without = tables.format_evaluation(result | {'prior': 'none'}).splitlines()[0]
+  assert without == 'stage 2 on test, true audio, no prior'
   assert len(scores.splitlines()) == 2 + 6 + 9 + 1
   for table in (scores, classes):
     assert len({line.count('|') for line in table.splitlines()}) == 1

@@ -158,8 +158,8 @@ def test_errors_name_the_file_at_the_call(tmp_path):
   cases = {
     tmp_path / 'missing.mp4': 'does not exist',
     junk: 'cannot be read',
-    write_video(tmp_path / 'mute.mp4', 1, sound=False): 'no sound',
-    write_video(tmp_path / 'blind.mp4', 1, picture=False): 'no picture',
+    write_video(tmp_path / 'mute.mp4', 1, sound=False): r'mute\.mp4 has no sound: .* with sound$',
+    write_video(tmp_path / 'blind.mp4', 1, picture=False): r'4 has no picture: give a video file$',
   }
   for path, words in cases.items():
     for call in (

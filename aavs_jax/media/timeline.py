@@ -322,12 +322,12 @@ def _choose_streams(path: Path, container: av.container.InputContainer) -> list:
   cover, default = av.stream.Disposition.attached_pic, av.stream.Disposition.default
   chosen = []
   for what, streams, advice in (
-    ('picture', container.streams.video, 'give a video file.'),
-    ('sound', container.streams.audio, 'but the model finds what sounds; give one with sound.'),
+    ('picture', container.streams.video, 'give a video file'),
+    ('sound', container.streams.audio, 'the model finds what sounds, give one with sound'),
   ):
     present = [s for s in streams if not s.disposition & cover]  # the cover of a song is no video
     if not present:
-      raise UserError(f'{path}: has no {what}, {advice}')
+      raise UserError(f'{path} has no {what}: {advice}')
     # Some versions of PyAV crash where a stream without a decoder is decoded.
     decodable = [s for s in present if s.codec_context is not None]
     if not decodable:

@@ -91,10 +91,11 @@ def legible(path: Path):
     zipfile.BadZipFile,
     zlib.error,
   ) as error:
-    text = ' '.join(str(error).split())[:200]
+    text = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+    text = getattr(error, 'strerror', None) or text
     raise UserError(
-      f'{path} cannot be read as a recording ({type(error).__name__}: {text}): name an .npz file '
-      'in the format of tests/goldens/README.md'
+      f'{path} cannot be read as a recording ({text}): name an .npz file in the format of '
+      'tests/goldens/README.md'
     ) from error
 
 

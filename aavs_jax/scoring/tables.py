@@ -38,6 +38,12 @@ def format_table(results: Sequence[Mapping]) -> str:
   return aligned(rows, 3, markdown=False)
 
 
+def title(name: str, split: str, audio: str, prior: str | None) -> str:
+  """What an evaluation is of, in words."""
+  words = f'{name} on {split}, {audio} audio'
+  return words + (f', {"no" if prior == "none" else prior} prior' if prior else '')
+
+
 def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
   """An evaluation file on its own: every protocol, over all clips and over each subset.
 
@@ -48,9 +54,7 @@ def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
   Returns:
     Lines joined by newlines; scores in percent, followed by their 95 % intervals.
   """
-  title = f'{result["name"]} on {result["split"]}, {result["audio"]} audio'
-  if result['prior']:
-    title += f', {result["prior"]} prior'
+  what = title(*(result[key] for key in ('name', 'split', 'audio', 'prior')))
   notes = [
     f'{result["clips"]} clips, {result["frames"]} frames. Percent (95 % interval over clips).',
   ]
@@ -72,12 +76,12 @@ def format_evaluation(result: Mapping, *, markdown: bool = False) -> str:
   if not markdown:
     indented = [[f'  {label}', *cells] for _, label, *cells in rows]
     lines = iter(aligned([['', *head], *indented], 1, markdown).splitlines())
-    text = [title, *notes, '', next(lines), next(lines)]
+    text = [what, *notes, '', next(lines), next(lines)]
     for section, _, labels in sections:
       text += [section, *itertools.islice(lines, len(labels))]
     return '\n'.join(text)
   table = aligned([['protocol', 'score', *head], *rows], 2, markdown)
-  parts = [f'# {title[0].upper()}{title[1:]}', ' '.join(notes), table]
+  parts = [f'# {what[0].upper()}{what[1:]}', ' '.join(notes), table]
   if result['task'] == 'semantic':
     parts.append(_class_table(result))
   return '\n\n'.join(parts) + '\n'

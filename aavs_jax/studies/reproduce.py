@@ -294,8 +294,7 @@ def _masks(workdir: Path, given: str | Path, data: str) -> Path:
     claim_masks(workdir, str(given), read_index(data, 'test'), size)
     return Path(given)
   folder = workdir / 'masks'
-  if not hand_over.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',)):
-    say('  all there')
+  hand_over.write_masks(workdir / 'stage1', data=data, out=folder, splits=('test',))
   return folder
 
 

@@ -83,12 +83,13 @@ def table2(
   )
   config_lib.require_no_data(stage2)
   if not stage2.train.init:
-    require_same_meaning(
-      stage2,
-      stage1,
-      'stage 1, its start without --config.train.init,',
-      methods.of(stage2).must_match,
-    )
+    try:
+      require_same_meaning(stage2, stage1, 'stage 1', methods.of(stage2).must_match)
+    except UserError as error:
+      raise UserError(
+        f'stage 2 of {method} cannot begin with what its stage 1 has learnt: name a start of both '
+        'with --config.train.init'
+      ) from error
   elif epath.Path(stage2.train.init).exists():  # which runs that have begun can do without
     for config in (origin, stage1, stage2):
       require_fit(config, methods.of(config))
