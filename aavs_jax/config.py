@@ -186,7 +186,8 @@ def _fault(
         advice = f'did you mean {above}.{near[0]}?' if near else f'use one of {", ".join(found)}'
         return f'{path} has no {above}.{name}: {advice}'
       found, above = found[name], f'{above}.{name}'
-    if found is None or text.startswith(f'flag {override}: '):
+    refused = found is None or text.startswith(f'flag {override}: ')
+    if refused and type(found) in _EXPECTED:
       return f'{key} is {given!r}: {_EXPECTED[type(found)]}'
   return None
 
