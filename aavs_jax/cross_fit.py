@@ -18,7 +18,7 @@ from aavs_jax.input_pipeline import bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reader import label_digest
+from aavs_jax.input_pipeline.reader import label_digests
 from aavs_jax.train import train
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import BAD_CLIPS, load_trained, seen_by
@@ -111,7 +111,7 @@ def cross_fit(
     'digest': hashlib.sha256(' '.join(digests).encode()).hexdigest()[:16],
     'kind': masks.kind_of(soft),
     'folds': folds,
-    'labels': {'train': label_digest(clips, config.data.image_size, config.data.eval_size)},
+    'labels': label_digests(clips, config.data.image_size, config.data.eval_size),
   }
   hand_over.claim_masks(target, source, clips[0].data_set.subsets)
   written = 0

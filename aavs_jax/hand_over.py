@@ -15,7 +15,7 @@ from aavs_jax.input_pipeline import files, items, masks
 from aavs_jax.input_pipeline.clips import Clip
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reader import label_digest
+from aavs_jax.input_pipeline.reader import label_digests
 from aavs_jax.scoring.predictor import Predictor, ahead, predict_clips
 from aavs_jax.training.state import digest
 from aavs_jax.training.work_folder import load_trained
@@ -50,16 +50,14 @@ def write_masks(
     raise UserError(f'{workdir} holds a model of the semantic task: masks come from a stage-1 one')
   if soft:
     methods.require_nonnegative_scores(config)
-  of_splits = {split: read_index(data, split, config.data.subsets) for split in splits}
-  clips = [clip for found in of_splits.values() for clip in found]
+  clips = [clip for split in splits for clip in read_index(data, split, config.data.subsets)]
   config_lib.require_fit(clips, config)
-  sizes = config.data.image_size, config.data.eval_size
   source = {
     'checkpoint': str(workdir),
     'step': step,
     'digest': digest(variables),
     'kind': masks.kind_of(soft),
-    'labels': {split: label_digest(found, *sizes) for split, found in of_splits.items()},
+    'labels': label_digests(clips, config.data.image_size, config.data.eval_size),
   }
   distributed.require_same(
     {
@@ -128,13 +126,13 @@ def claim_masks(folder: Path, source: dict, subsets: Iterable[str]) -> None:
         'another folder'
       )
     known = found.get('labels', {})
-    for split, labels in source['labels'].items():
-      if known.get(split, labels) != labels:
+    for name, labels in source['labels'].items():
+      if known.get(name, labels) != labels:
         raise UserError(
-          f'{folder} holds masks of another data set, whose {split} clips have the same names and '
-          'other labels: remove it or name another folder'
+          f'{folder} holds masks of another data set, in which {name} has other labels: remove it '
+          'or name another folder'
         )
-    both = {**found, 'labels': known | source['labels']}
+    both = {**found, 'labels': source['labels'] | known}
     if both != found and distributed.is_first():
       files.write_json(folder / masks.SOURCE, both)
     return

@@ -122,7 +122,7 @@ def _loop(run: '_Run', profiler: Profiler) -> None:
         elif run.step % config.train.checkpoint_every_steps == 0:
           run.save()
       # While a signal is only noted: it would end the process in the middle of the last save.
-      run.manager.wait_until_finished()
+      run.finish_save()
       run.stop.check()
     except Stopped:
       run.leave()
@@ -230,6 +230,7 @@ class _Run:
     self._counting, self._work = ThreadPoolExecutor(1), []  # FLOPs of each step since the last row
     self._keeping = ThreadPoolExecutor(1)  # may wait for a bucket, for which no row is to wait
     self.clock, self.stop = metric_log.Clock(self.step), StopSignal()
+    self._scores = None, None  # of the last validation, with its step
     self.dog = Watchdog(config.train.stuck_after, self.step)
     self._watch = Watch(
       [clip.uid for clip in self.clips.train], lambda: self.manager.latest_step(), workdir
@@ -301,7 +302,7 @@ class _Run:
       self.state = self.phase_of(2).begin({}, state.flat, state.opt_state, step=self.step)
       say(f'phase 2 from step {self.step}: what has waited trains too')
       return
-    self.manager.wait_until_finished()
+    self.finish_save()
     step, _ = checkpoint.best(self.manager)
     best = checkpoint.restore(self.manager, step, self.phase_of(1).abstract).flat
     self.phase = 2
@@ -358,6 +359,7 @@ class _Run:
         title='validation',
       )
     scores = {name: float(result['overall'][name]) for name in ('miou', 'fscore')}
+    self._scores = self.step, scores
     self.writer.write('val', **self._place(), **scores)
     say(f'  step {self.step}  validation mIoU {scores["miou"]:.4f}  F {scores["fscore"]:.4f}')
     return scores
@@ -373,28 +375,35 @@ class _Run:
     """Says that the save before has failed, if so; the manager would refuse the next one for that.
 
     Raises:
-      Exception: of the save, if the one before it had failed too.
+      OSError: the one before it had failed too.
     """
-    failed = None
+    reason = ''
     try:
       self.manager.wait_until_finished()
     except Exception as error:  # of a disk, a bucket, or that it took too long
-      failed = error
-    if not any(distributed.gather(failed is not None)):
+      reason = _reason(error)
+    reasons = sorted(filter(None, distributed.gather(reason)))
+    if not reasons:
       self._save_failed = False
       return
+    text = f'the last checkpoint could not be saved ({reasons[0]})'
     if self._save_failed:
-      raise failed or OSError('saving has failed on another process')
+      raise OSError(f'{text}, nor could the one before it')
     self._save_failed = True
-    say(f'  WARNING: the last checkpoint could not be saved ({failed or "on another process"})')
+    say(f'  WARNING: {text}')
     self.manager = self._make_manager()
+
+  def finish_save(self) -> None:
+    """Waits until the state is saved, now if it was not or that has failed."""
+    self._mend_failed_save()
+    if self.manager.latest_step() != self.step:
+      step, scores = self._scores
+      self.save(scores if step == self.step else None)
+    self.manager.wait_until_finished()
 
   def leave(self) -> NoReturn:
     """Ends the process in good order, after a signal."""
-    self._mend_failed_save()
-    if self.manager.latest_step() != self.step:
-      self.save()
-    self.manager.wait_until_finished()
+    self.finish_save()
     say(f'stopped by a signal at step {self.step}; the same command goes on from there')
     # Ended in good order for whoever sent SIGTERM; Ctrl-C ends what comes after as well.
     raise SystemExit(0 if self.stop.received == signal.SIGTERM else 130)
@@ -407,3 +416,11 @@ class _Run:
     self.manager.close()
     say(f'  best validation mIoU {result["miou"]:.4f} at step {step}; weights in {self.workdir}')
     return result
+
+
+def _reason(error: BaseException) -> str:
+  """Why a save has failed: Orbax hands on what other threads or processes make of it."""
+  cause = error
+  while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+    cause = cause.__cause__ or cause.__context__
+  return ' '.join(str(cause or error).split())[:200] or type(error).__name__

@@ -1,8 +1,10 @@
 """What training and evaluation read of a clip, be it files of a data set or records of a shard."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -64,20 +66,27 @@ def _of_shard(clip: prepared.PreparedClip) -> Reader:
   )
 
 
-def label_digest(clips: Sequence[Clip], image_size: int, eval_size: int) -> str:
-  """What tells clips from others of the same names: a digest of labels of at most 64 of them.
+def label_digests(clips: Sequence[Clip], image_size: int, eval_size: int) -> dict[str, str]:
+  """What tells clips from others of the same names: by name a digest of one label of each of 64.
 
-  Of files and of shards it is the same. A label that cannot be read is one of its own kind, since
-  not all that asks for this reads labels. Raises OSError: the disk fails.
+  Those of the least hash of the name, so that they stay the same where some clips come and go. Of
+  files and of shards they are the same. A label that cannot be read is left out: it may be mended.
+
+  Raises:
+    OSError: the disk fails.
   """
-  total = hashlib.sha256()
-  for i in np.unique(np.linspace(0, len(clips) - 1, min(len(clips), 64)).astype(int)):
-    try:
-      reader = read_clip(clips[i], image_size, eval_size)
-      total.update(reader.label_ids(clips[i].labelled_frames[0], eval_size).tobytes())
-    except UserError:
-      total.update(b'unreadable')
-  return total.hexdigest()[:16]
+  found = {}
+  for clip in sorted(clips, key=lambda clip: hashlib.sha256(clip.name.encode()).digest())[:64]:
+    with contextlib.suppress(UserError):
+      ids = read_clip(clip, image_size, eval_size).label_ids(clip.labelled_frames[0], eval_size)
+      found[clip.name] = hashlib.sha256(ids.tobytes()).hexdigest()[:8]
+  return found
+
+
+def label_digest(clips: Sequence[Clip], image_size: int, eval_size: int) -> str:
+  """The same as one digest."""
+  found = label_digests(clips, image_size, eval_size)
+  return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 
 def load_log_mel(clip: Clip) -> np.ndarray:

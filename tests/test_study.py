@@ -25,6 +25,20 @@ def _contents(folder):
   return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
 
 
+def test_a_study_goes_on_with_the_same_settings_alone(tmp_path):
+  now = {'data': '', 'config': {'seeds': [0], 'stage1': {'train': {'steps': 4, 'stuck_after': 9}}}}
+  begun = json.loads(json.dumps(now))
+  del begun['config']['stage1']['train']['stuck_after']  # by a version without this key
+  study._claim(tmp_path, begun)
+  study._claim(tmp_path, now)
+  now['config']['stage1']['train']['steps'] = 5
+  with pytest.raises(UserError, match=r'other settings \(config\.stage1\.train\.steps, see'):
+    study._claim(tmp_path, now)
+  now['config']['stage1'] = None
+  with pytest.raises(UserError, match=r'other settings \(config\.stage1, see'):
+    study._claim(tmp_path, now)
+
+
 @pytest.mark.parametrize('fresh', [False, True])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, fresh):
   folder = tmp_path / 'photos'

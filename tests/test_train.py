@@ -321,6 +321,32 @@ def test_a_save_that_fails_takes_no_other_with_it(
   assert said.count('WARNING: the last checkpoint could not be saved ([Errno 5]') == 1
 
 
+@pytest.mark.parametrize('step', ['6', '12'], ids=['before phase 2', 'the last'])
+def test_a_save_that_is_waited_for_is_tried_again(step, tiny_stage1, tmp_path, monkeypatch, capsys):
+  wait, failing = checkpoint._Manager.wait_until_finished, [step]
+
+  def fail(manager):
+    wait(manager)
+    if failing and (manager.directory / step).exists():
+      failing.clear()
+      shutil.rmtree(manager.directory / step)
+      try:
+        raise OSError(errno.EIO, 'Input/output error')
+      except OSError as error:
+        raise RuntimeError('Barrier timed out\nwith more lines') from error
+
+  monkeypatch.setattr(checkpoint._Manager, 'wait_until_finished', fail)
+  tiny_stage1.method = STAND_IN.partition('=')[2]
+  tiny_stage1.train.phase2_epoch = 1
+  scores = train(tiny_stage1, tmp_path / 'run')
+  assert not failing and np.isfinite(scores['miou'])
+  said = capsys.readouterr().out
+  assert 'WARNING: the last checkpoint could not be saved ([Errno 5] Input/output error)' in said
+  assert 'phase 2 from step 6' in said
+  with checkpoint.make_manager(tmp_path / 'run' / 'checkpoints', 2) as manager:
+    assert manager.latest_step() == 12 and manager.metrics(12)
+
+
 def test_a_signal_does_not_end_the_last_save(tiny_stage1, tmp_path, monkeypatch):
   wait, signals = checkpoint._Manager.wait_until_finished, [signal.SIGTERM]
 

@@ -137,6 +137,13 @@ def test_other_versions_of_libraries_are_said(tiny_stage1, tmp_path, monkeypatch
     assert said.count('WARNING') == 1
   work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4, goes_on=False)
   assert 'WARNING' not in capsys.readouterr().out
+  # Of what earlier versions did not note nothing is said.
+  saved = json.loads((folder / 'inputs.json').read_text())
+  del saved['versions']['grain'], saved['versions']['aavs_jax']
+  (folder / 'inputs.json').write_text(json.dumps(saved))
+  work_folder.claim_inputs(folder, tiny_stage1, NO_CLIPS, None, 4)
+  assert 'WARNING' not in capsys.readouterr().out
+  assert json.loads((folder / 'inputs.json').read_text())['versions'] == now
 
 
 @pytest.mark.parametrize('edited', ['training/loss.py', 'own_method.py'])
@@ -188,6 +195,8 @@ def test_other_labels_of_the_same_clips_are_another_data_set(tiny_stage1, tmp_pa
     Image.fromarray(np.full((40, 60), 7, np.uint8)).save(path)
     with pytest.raises(UserError, match=r'begun with another content of config\.data\.root/labels'):
       claim(4)
+    path.write_bytes(b'')  # one that cannot be read may be mended
+    claim(4)
     path.write_bytes(before)
   claim(4)
 

@@ -274,14 +274,29 @@ def _refuse_foreign(workdir: Path) -> None:
     )
 
 
+def _first_difference(begun: dict, now: dict, above: str = '') -> str | None:
+  """The first key in which they differ; one that only `now` has may be new in this version."""
+  for key in begun | now:
+    if key not in begun:
+      continue
+    old, new, name = begun[key], now.get(key), f'{above}{key}'
+    if isinstance(old, dict) and isinstance(new, dict):
+      if found := _first_difference(old, new, f'{name}.'):
+        return found
+    elif key not in now or old != new:
+      return name
+  return None
+
+
 def _claim(workdir: Path, settings: dict) -> None:
   mark = workdir / STUDY
   settings = json.loads(json.dumps(settings))
   if mark.exists():
-    if files.read_json(mark, dict, 'restore it, or start anew with --fresh') != settings:
+    begun = files.read_json(mark, dict, 'restore it, or start anew with --fresh')
+    if key := _first_difference(begun, settings):
       raise UserError(
-        f'{workdir} holds a study with other settings (see {mark}): name another --workdir, or '
-        'start anew with --fresh'
+        f'{workdir} holds a study with other settings ({key}, see {mark}): name another --workdir, '
+        'or start anew with --fresh'
       )
     return
   files.write_json(mark, settings)

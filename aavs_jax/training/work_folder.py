@@ -24,7 +24,7 @@ from aavs_jax.input_pipeline import avsbench, bad_clips, files, masks, prepared
 from aavs_jax.input_pipeline.clips import Clip, fold_of
 from aavs_jax.input_pipeline.errors import UserError
 from aavs_jax.input_pipeline.index import read_index
-from aavs_jax.input_pipeline.reader import label_digest
+from aavs_jax.input_pipeline.reader import label_digests
 from aavs_jax.methods.method import Method
 from aavs_jax.scoring.predictor import local_variables
 from aavs_jax.training import checkpoint
@@ -197,19 +197,23 @@ def claim_inputs(
   sizes = config.data.image_size, config.data.eval_size
   found = {
     'data.root': ', '.join(sorted(frames)),
-    'data.root/labels': label_digest([*clips.train, *clips.val], *sizes),
+    'data.root/labels': label_digests(clips.train, *sizes) | label_digests(clips.val, *sizes),
   }
   if start is not None or not config.train.init:
     found['train.init'] = None if start is None else digest(start)
-  if config.use_prior and not config.oracle_prior:
+
+  def are_there(folder):  # of a finished run they may be gone, as its start may
+    return goes_on or files.is_there(folder)
+
+  if config.use_prior and not config.oracle_prior and are_there(config.data.masks):
     frames = [(clip, range(clip.num_frames)) for clip in clips.val]
     found['data.masks'] = _masks_digest(config, config.data.masks, frames)
-  if config.prior.predicted:
+  folder = os.path.join(config.data.masks, masks.CROSS_FITTED)
+  if config.prior.predicted and are_there(folder):
     frames = [
       (clip, range(clip.num_frames) if config.data.all_frames else clip.labelled_frames)
       for clip in clips.train
     ]
-    folder = os.path.join(config.data.masks, masks.CROSS_FITTED)
     found[f'data.masks/{masks.CROSS_FITTED}'] = _masks_digest(config, folder, frames)
   distributed.require_same({f'content of config.{key}': digest for key, digest in found.items()})
   path = workdir / 'inputs.json'
@@ -217,20 +221,24 @@ def claim_inputs(
   saved = files.read_json(path, dict, _RESTORE) if begun else {}
   versions = _versions(config)
   for name, version in versions.items():
-    before = saved.get(_VERSIONS, versions).get(name)
+    before = saved.get(_VERSIONS, {}).get(name, version)
     if before != version and goes_on:
       say(
         f'  WARNING: {workdir} was begun with {name} {before} and goes on with {version}, which '
         'may change the order of clips and what is computed'
       )
   for key, content in found.items():
-    if content != saved.get(key, content):
+    before = saved.get(key, content)
+    if isinstance(content, dict):  # of clips that both name
+      before = {**content, **{name: before[name] for name in content.keys() & before.keys()}}
+    if content != before:
       raise UserError(
         f'{workdir} was begun with another content of config.{key} than it has now: give it the '
         'folder that it began with, wherever that is now, or use another --workdir'
       )
   if distributed.is_first():
-    files.write_json(path, {**found, _VERSIONS: versions, **saved})
+    known = versions | saved.get(_VERSIONS, {})
+    files.write_json(path, {**found, **saved, _VERSIONS: known})
 
 
 def _versions(config: ml_collections.ConfigDict) -> dict[str, str]:
