@@ -486,7 +486,7 @@ class TestWriteMasks:
     clip = read_index(root, 'test')[-1]
     assert clip.name in json.loads(before['source.json'])['labels']
     Image.fromarray(np.full((40, 60), 7, np.uint8)).save(clip.label_ids_path(0))
-    with pytest.raises(UserError, match='masks of another data set, in which test/.* has other'):
+    with pytest.raises(UserError, match=r'masks of another data set, in which test/.* has other'):
       hand_over.write_masks(stage1, data=str(root), out=written)
     # One that cannot be read tells nothing, and of other splits nothing is known yet.
     Path(clip.label_ids_path(0)).write_bytes(b'')
