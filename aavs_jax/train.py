@@ -396,7 +396,8 @@ class _Run:
   def finish_save(self) -> None:
     """Waits until the state is saved, now if it was not or that has failed."""
     self._mend_failed_save()
-    if self.manager.latest_step() != self.step:
+    # As the first process finds it: another may see a shared disk later.
+    if distributed.gather(self.manager.latest_step())[0] != self.step:
       step, scores = self._scores
       self.save(scores if step == self.step else None)
     self.manager.wait_until_finished()
