@@ -108,7 +108,8 @@ def test_damaged_or_out_of_reach_it_is_as_if_it_were_not_there(kept, tmp_path, c
   _keep(tmp_path)
   (path,) = tmp_path.glob('aavs-step-*')
   content = path.read_bytes()
-  for damaged in (b'', content[:-9], content[:99] + b'x' + content[100:]):
+  flipped = content[:99] + bytes([content[99] ^ 1]) + content[100:]
+  for damaged in (b'', content[:-9], flipped):
     path.write_bytes(damaged)
     assert _programs(tmp_path).step(name) is None
   path.write_bytes(content)
