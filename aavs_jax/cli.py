@@ -657,7 +657,7 @@ def _aot(args) -> None:
   if args.part and (args.fit or args.breakdown):
     raise UserError('--part compiles modules alone: leave out --fit and --breakdown')
   config = config_lib.load(args.config, args.overrides)
-  parse_topology(args.topology)
+  parse_topology(args.topology)  # refused before anything is said of compiling
   say(f'compiling {" ".join([args.config, *args.overrides])} for {args.topology}')
   what = {'config': args.config, 'overrides': args.overrides}
   if args.part:

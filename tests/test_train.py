@@ -161,6 +161,15 @@ def test_a_finished_run_is_not_trained_again(start, stand_in):
   assert (stand_in / 'metrics.jsonl').read_text() == before
 
 
+def test_checkpoints_that_are_not_all_seen_are_not_gone_on_from(tiny_stage1, tmp_path, monkeypatch):
+  tiny_stage1.method = STAND_IN.partition('=')[2]
+  tiny_stage1.train.steps = tiny_stage1.train.eval_every_steps = 1
+  train(tiny_stage1, tmp_path / 'run')
+  monkeypatch.setattr(checkpoint._Manager, 'latest_step', lambda _: None)
+  with pytest.raises(OSError, match='checkpoints cannot be read reliably now: try again'):
+    train(tiny_stage1, tmp_path / 'run')
+
+
 def test_a_finished_run_is_no_run_from_another_start(start, stand_in):
   before = (stand_in / 'config.json').read_text()
   process = start(stand_in, f'--config.train.init={stand_in}', STAND_IN)

@@ -276,10 +276,8 @@ def _refuse_foreign(workdir: Path) -> None:
 
 def _first_difference(begun: dict, now: dict, above: str = '') -> str | None:
   """The first key in which they differ; one that only `now` has may be new in this version."""
-  for key in begun | now:
-    if key not in begun:
-      continue
-    old, new, name = begun[key], now.get(key), f'{above}{key}'
+  for key, old in begun.items():
+    new, name = now.get(key), f'{above}{key}'
     if isinstance(old, dict) and isinstance(new, dict):
       if found := _first_difference(old, new, f'{name}.'):
         return found

@@ -230,7 +230,7 @@ def claim_inputs(
   for key, content in found.items():
     before = saved.get(key, content)
     if isinstance(content, dict):  # of clips that both name
-      before = {**content, **{name: before[name] for name in content.keys() & before.keys()}}
+      before = content | {name: digest for name, digest in before.items() if name in content}
     if content != before:
       raise UserError(
         f'{workdir} was begun with another content of config.{key} than it has now: give it the '
